@@ -1,0 +1,123 @@
+"""The states of a job and the only ways between them.
+
+                    ┌────────── requeue ──────────┐
+                    v                             │
+    submit ───> QUEUED ───────── claim ───────> RUNNING ───> SUCCEEDED
+                  │ │                            │   │
+                  │ └──────────> FAILED <────────┘   │
+                  └────────────> CANCELLED <─────────┘
+
+fal's wire knows three words for these five: IN_QUEUE, IN_PROGRESS, and COMPLETED for every end.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+
+class JobState(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    """A job was asked to go where no arrow leads."""
+
+
+class LeaseLost(Exception):
+    """The attempt is no longer this worker's: its lease ran out and the job went on without it."""
+
+
+def check_transition(old: JobState, new: JobState) -> None:
+    """Raises `IllegalTransition` unless the drawing above has an arrow from `old` to `new`."""
+    if new not in TRANSITIONS[old]:
+        raise IllegalTransition(f"{old} -> {new}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a job ended without a result: exactly what the result request will answer.
+
+    status: HTTP status. body: fal's error JSON. error, error_type: the text and type shown in the job's status.
+    """
+
+    status: int
+    body: dict[str, Any]
+    error: str
+    error_type: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails."""
+
+    endpoint: str
+    input: dict[str, Any]
+    owner: str | None = None
+    priority: int = 0
+    start_timeout_s: float | None = None
+    max_attempts: int = 10
+    webhook_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as a caller may see it. position: jobs of its endpoint ahead of it, while queued. Times are UTC."""
+
+    id: UUID
+    endpoint: str
+    owner: str | None
+    state: JobState
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempt: int
+    cancel_requested: bool
+    position: int | None
+    result: dict[str, Any] | None
+    failure: Failure | None
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at a job. Only the holder of `token` may report on it."""
+
+    job_id: UUID
+    token: UUID
+    endpoint: str
+    input: dict[str, Any]
+    attempt: int
+    max_attempts: int
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line a caller sees. seq: increases within a job. level: one of fal's (INFO, WARN, ERROR, ...)."""
+
+    seq: int
+    at: datetime
+    level: str
+    message: str

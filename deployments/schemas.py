@@ -1,0 +1,215 @@
+"""The wire contract: the endpoints with their inputs and outputs, and fal's two error shapes.
+
+Facts: `fal-queue-protocol.md` sections 0 and 6, `video-models.md` section 3A. Field errors carry pydantic's own types
+where pydantic has one, fal's otherwise; both clients pass them through.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
+
+from deployments.jobs.job import Failure
+from engines.animatediff.config import AnimateDiffSpec, Keyframe
+from engines.errors import ModelError, ReelrayError, StartTimeout
+from engines.spec import RenderSpec
+
+NUM_FRAMES = 16
+MAX_PROMPT_CHARS = 2000
+MAX_ECHO_CHARS = 200
+"""A wrong value is shown in its error up to this length: a data URI of megabytes is nobody's hint."""
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):  # pydantic would read true as 1
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise PydanticKnownError("string_too_short", {"min_length": 1})
+    return value
+
+
+def _fetchable(value: str) -> str:
+    if not value.lower().startswith(("http://", "https://", "data:")):
+        raise PydanticKnownError("url_scheme", {"expected_schemes": "'http', 'https' or 'data'"})
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+MediaUrl = Annotated[str, AfterValidator(_fetchable)]
+
+
+class EndpointInput(BaseModel):
+    """What every endpoint's input can do. Unknown fields are refused: a misspelt one must not pass for its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """The input in a request body; an empty body is {}. Raises pydantic's `ValidationError`, with a loc for each fault."""
+        parsed = cls.model_validate_json(body or b"{}")
+        if faults := parsed.faults():
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return parsed
+
+    def faults(self) -> list[InitErrorDetails]:
+        """What is wrong between fields that are right each by itself."""
+        return []
+
+    def resolved(self) -> Self:
+        """The input with everything drawn that the caller left open, so that a retry renders the same video."""
+        raise NotImplementedError
+
+    def media(self) -> dict[str, str]:
+        """Field name -> URL or data URI of every file to fetch."""
+        raise NotImplementedError
+
+    def spec(self, media: Mapping[str, bytes]) -> RenderSpec:
+        """What the model is asked for, given the bytes of every file that `media()` names."""
+        raise NotImplementedError
+
+
+class File(BaseModel):
+    """A generated file."""
+
+    url: str = Field(examples=["http://127.0.0.1:8000/files/3f1c/video.mp4"])
+    content_type: str = Field(examples=["video/mp4"])
+    file_name: str = Field(examples=["video.mp4"])
+    file_size: int = Field(description="In bytes.", examples=[182_301])
+
+
+class AnimateDiffInput(EndpointInput):
+    """Text and up to three keyframes to a clip of 16 frames."""
+
+    prompt: Annotated[str, AfterValidator(_not_blank)] = Field(
+        max_length=MAX_PROMPT_CHARS, description="What to show.", examples=["Drone footage, futuristic city at night"]
+    )
+    negative_prompt: str = Field(
+        "", max_length=MAX_PROMPT_CHARS, description="What to avoid; only used with a guidance scale above 1."
+    )
+    controlnet_type: Literal["scribble", "rgb"] = Field(
+        "scribble", description="How to read the keyframes: white lines on black, or full pictures."
+    )
+    num_inference_steps: Int = Field(4, ge=1, le=50, description="LCM steps; 2 to 12 are useful.")
+    guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
+    seed: Int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed and input, same video.", examples=[42])
+    keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_0_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[0])
+    keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_1_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[8])
+    keyframe_2_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_2_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[15])
+
+    def _keyframes(self) -> list[tuple[int, str | None, int | None]]:
+        return [(k, getattr(self, f"keyframe_{k}_image_url"), getattr(self, f"keyframe_{k}_index")) for k in range(3)]
+
+    def faults(self) -> list[InitErrorDetails]:
+        """A keyframe is an image and an index; no two keyframes share a frame."""
+        found: list[InitErrorDetails] = []
+        taken: dict[int, int] = {}
+        for k, url, index in self._keyframes():
+            image_field, index_field = f"keyframe_{k}_image_url", f"keyframe_{k}_index"
+            if url is not None and index is None:
+                message = PydanticCustomError("missing", "{given} needs {absent}", {"given": image_field, "absent": index_field})
+                found.append(InitErrorDetails(type=message, loc=(index_field,), input=None))
+            if index is not None and url is None:
+                message = PydanticCustomError("missing", "{given} needs {absent}", {"given": index_field, "absent": image_field})
+                found.append(InitErrorDetails(type=message, loc=(image_field,), input=None))
+            if index is not None and (first := taken.setdefault(index, k)) != k:
+                message = PydanticCustomError(
+                    "value_error", "frame {index} is already taken by keyframe_{first}_index", {"index": index, "first": first}
+                )
+                found.append(InitErrorDetails(type=message, loc=(index_field,), input=index))
+        return found
+
+    def resolved(self) -> Self:
+        """Draws the seed; 32 bits, because a JavaScript caller gets it back as a double."""
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
+
+    def media(self) -> dict[str, str]:
+        """The keyframes' images."""
+        return {f"keyframe_{k}_image_url": url for k, url, _ in self._keyframes() if url is not None}
+
+    def spec(self, media: Mapping[str, bytes]) -> AnimateDiffSpec:
+        """The clip to render. Call it on a resolved input."""
+        assert self.seed is not None
+        fields = ((index, f"keyframe_{k}_image_url") for k, url, index in self._keyframes() if url is not None and index is not None)
+        return AnimateDiffSpec(
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            controlnet_type=self.controlnet_type,
+            keyframes=tuple(Keyframe(index=index, image=media[field], field=field) for index, field in fields),
+        )
+
+
+class AnimateDiffOutput(BaseModel):
+    """The clip, and the seed that makes it again."""
+
+    video: File
+    seed: int
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What is served under an id. model: its name in `engines.registry`."""
+
+    id: str
+    model: str
+    input: type[EndpointInput]
+    output: type[BaseModel]
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    endpoint.id: endpoint
+    for endpoint in (
+        Endpoint("fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", AnimateDiffInput, AnimateDiffOutput),
+    )
+}
+
+
+def validation_failure(exc: ValidationError) -> Failure:
+    """Pydantic's findings in fal's shape: 422, one entry a fault, loc beginning with "body"."""
+    details = []
+    for fault in exc.errors(include_url=False, include_context=True):
+        detail = {
+            "loc": ["body", *fault["loc"]],
+            "msg": fault["msg"],
+            "type": fault["type"],
+            "url": f"https://docs.fal.ai/errors#{fault['type']}",
+        }
+        if ctx := fault.get("ctx"):
+            detail["ctx"] = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in ctx.items()}
+        if isinstance(fault["input"], (int, float, str)) and len(str(fault["input"])) <= MAX_ECHO_CHARS:
+            detail["input"] = fault["input"] if fault["input"] == fault["input"] else str(fault["input"])  # NaN is not JSON
+        details.append(detail)
+    text = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details)
+    return Failure(422, {"detail": details}, text, details[0]["type"], {"X-Fal-Needs-Retry": "0"})
+
+
+def error_failure(exc: ReelrayError) -> Failure:
+    """One of our errors in fal's shape: a list with a loc for the model's, a string with an error_type for the queue's."""
+    if isinstance(exc, ModelError):
+        detail: dict[str, Any] = {
+            "loc": list(exc.loc or ("body",)),
+            "msg": exc.message,
+            "type": exc.type,
+            "url": f"https://docs.fal.ai/errors#{exc.type}",
+        }
+        if exc.ctx:
+            detail["ctx"] = exc.ctx
+        headers = {"X-Fal-Needs-Retry": str(int(exc.retryable))}
+        return Failure(exc.status, {"detail": [detail]}, exc.message, exc.type, headers)
+    headers = {"X-Fal-Error-Type": exc.type}
+    if isinstance(exc, StartTimeout):
+        headers["X-Fal-Request-Timeout-Type"] = "user"  # tells both clients not to retry
+    return Failure(exc.status, {"detail": exc.message, "error_type": exc.type}, exc.message, exc.type, headers)

@@ -1,0 +1,87 @@
+"""What an operator can set: the `args` of `serve_config.yaml`, and the only place that reads the environment.
+
+Unknown keys are refused at every level, so a misspelt option never passes for its default.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FetchSettings(_Strict):
+    """Limits on what a caller's URL may cost. Private addresses are refused unless allowed: they are the operator's network."""
+
+    allow_private: bool = False
+    max_bytes: int = Field(100_000_000, gt=0)
+    timeout_s: float = Field(60.0, gt=0)
+    max_redirects: int = Field(5, ge=0)
+
+
+class QueueSettings(_Strict):
+    """Leases, retries and how many jobs are worked on at once.
+
+    lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
+    of a killed service starts again. max_attempts: claims of one job before it fails as `runner_disconnected`.
+    max_in_flight: jobs in the three stages at once; two keep the denoiser busy while another is prepared or decoded.
+    """
+
+    lease_s: float = Field(10.0, gt=0)
+    max_attempts: int = Field(10, ge=1)
+    max_in_flight: int = Field(3, ge=1)
+
+
+class Settings(_Strict):
+    """The service.
+
+    home: folder for everything the embedded defaults keep (database, files, demo weights).
+    database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
+    files: an fsspec URL for outputs; None keeps them under `home`.
+    public_url: scheme and host that callers use, where the Host header does not tell.
+    auth: "open" serves everybody who can connect; "keys" asks for an API key made by `reelray keys create`.
+    max_body_bytes: of a submission, data URIs included.
+    animatediff: the endpoint fal-ai/animatediff-sparsectrl-lcm; null leaves it out.
+    """
+
+    home: Path = Field(default_factory=lambda: Path(os.environ.get("REELRAY_HOME", "~/.reelray")).expanduser().absolute())
+    database: str = "embedded"
+    files: str | None = None
+    public_url: str | None = None
+    auth: Literal["open", "keys"] = "open"
+    max_body_bytes: int = Field(64_000_000, gt=0)
+    fetch: FetchSettings = FetchSettings()
+    queue: QueueSettings = QueueSettings()
+    animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
+
+    @property
+    def files_url(self) -> str:
+        """The fsspec URL of the file store."""
+        return self.files or str(self.home / "files")
+
+    @property
+    def demo_weights(self) -> Path:
+        """The folder of the demo checkpoints."""
+        return self.home / "weights" / "demo"
+
+    def animatediff_config(self) -> AnimateDiffConfig:
+        """The engine's config with "demo" turned into folders. Raises `ValueError` if the endpoint is left out."""
+        if self.animatediff is None:
+            raise ValueError("the endpoint is not configured")
+        if self.animatediff.weights != "demo":
+            return self.animatediff
+        return replace(self.animatediff, weights=AnimateDiffWeights.demo(self.demo_weights))
+
+
+def load_settings(config: Path) -> Settings:
+    """The settings in a `serve_config.yaml`: the `args` of its first application."""
+    document: dict[str, Any] = yaml.safe_load(config.read_text())
+    return Settings.model_validate(document["applications"][0].get("args") or {})

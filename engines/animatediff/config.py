@@ -1,0 +1,92 @@
+"""What can be asked of AnimateDiff SparseCtrl LCM, and which weights and shapes answer it.
+
+Plain dataclasses without torch: the ingress builds the spec, `serve_config.yaml` fills the config.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from engines.spec import RenderSpec
+from engines.source import Source
+
+ControlType = Literal["scribble", "rgb"]
+DType = Literal["float32", "float16", "bfloat16", "float64"]
+
+MAX_FRAMES = 32
+"""Length of the motion modules' position table (video-models.md, section 1A)."""
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """An image that frame `index` (0-based) shall follow. field: what the caller named it, for error messages."""
+
+    index: int
+    image: bytes
+    field: str = "keyframe"
+
+
+@dataclass(frozen=True)
+class AnimateDiffSpec(RenderSpec):
+    """One clip. keyframes: at most one per frame; their order does not matter. None: plain AnimateLCM."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    controlnet_type: ControlType = "scribble"
+    keyframes: tuple[Keyframe, ...] = ()
+
+
+@dataclass(frozen=True)
+class AnimateDiffWeights:
+    """Where each part lies (video-models.md, section 1A). vae: replaces the base's own. lora_scale: 0.8 in AnimateLCM's card."""
+
+    base: Source
+    motion_adapter: Source
+    lora: Source
+    sparsectrl_scribble: Source
+    sparsectrl_rgb: Source
+    vae: Source | None = None
+    lora_scale: float = 0.8
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    @classmethod
+    def demo(cls, folder: Path) -> "AnimateDiffWeights":
+        """The tiny checkpoints that `reelray demo-weights` writes into `folder`."""
+        adapter = folder / "AnimateLCM"
+        return cls(
+            base=Source(folder=folder / "stable-diffusion-v1-5"),
+            vae=Source(folder=folder / "sd-vae-ft-mse"),
+            motion_adapter=Source(folder=adapter),
+            lora=Source(folder=adapter, file="AnimateLCM_sd15_t2v_lora.safetensors"),
+            sparsectrl_scribble=Source(folder=folder / "animatediff-sparsectrl-scribble"),
+            sparsectrl_rgb=Source(folder=folder / "animatediff-sparsectrl-rgb"),
+        )
+
+
+@dataclass(frozen=True)
+class AnimateDiffConfig:
+    """How the model runs.
+
+    height, width: in pixels; None takes the base checkpoint's own size (512 for SD 1.5). fps: of the file.
+    decode_chunk: frames per VAE call, exact for any value; bounds memory (about 0.7 GB a frame at 512x512, fp16).
+    control_cache_bytes: SparseCtrl results kept for requests that differ in seed only (215 MB a step at 512x512, fp16).
+    control_steps: how many steps' SparseCtrl passes go through in one batch.
+    max_image_pixels: larger keyframes are refused before they are decoded.
+    threads: torch's CPU threads in a process; None leaves torch's own choice.
+    """
+
+    weights: AnimateDiffWeights | Literal["demo"] = "demo"
+    device: str = "cpu"
+    dtype: DType = "float32"
+    num_frames: int = 16
+    height: int | None = None
+    width: int | None = None
+    fps: int = 8
+    decode_chunk: int = 4
+    control_cache_bytes: int = 2_000_000_000
+    control_steps: int = 4
+    max_image_pixels: int = 50_000_000
+    threads: int | None = None
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}

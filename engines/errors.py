@@ -1,0 +1,172 @@
+"""Every error a caller can meet, in fal's two shapes, and the operator's own.
+
+    ReelrayError
+    ├── ModelError                  detail is a list of {loc, msg, type}   (fal: model errors)
+    │   ├── ImageLoadError              422  image_load_error
+    │   ├── UnsupportedImageFormat      422  unsupported_image_format
+    │   ├── ImageTooLarge               422  image_too_large
+    │   ├── FileDownloadError           422  file_download_error
+    │   ├── FileTooLarge                422  file_too_large
+    │   └── GenerationFailed            500  internal_server_error
+    ├── RequestError                detail is a string, error_type beside it (fal: request errors)
+    │   ├── BadRequest                  400  bad_request
+    │   ├── Unauthorized                401  unauthorized
+    │   ├── NotFound                    404  not_found
+    │   ├── BodyTooLarge                413  bad_request
+    │   ├── QueueFull                   429  queue_full
+    │   ├── Cancelled                   499  client_cancelled
+    │   ├── InternalError               500  internal_error
+    │   ├── RunnerFailed                500  runner_server_error
+    │   ├── RunnerDisconnected          503  runner_disconnected
+    │   └── StartTimeout                504  request_timeout
+    └── WeightsError                the operator's: a checkpoint that does not fit
+
+Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. These objects cross Ray, so every
+argument goes positionally to `Exception.__init__`: pickle rebuilds an exception from its `args`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ReelrayError(Exception):
+    """Something went wrong.
+
+    message: for the caller, one sentence, no secrets. loc: path to the offending field, e.g. ("body", "seed").
+    ctx: machine-readable limits, as fal's `ctx`. The class docstring's first line is the default message.
+    """
+
+    type: str = "internal_server_error"
+    status: int = 500
+    retryable: bool = False
+
+    def __init__(self, message: str = "", loc: tuple[str | int, ...] = (), ctx: Mapping[str, Any] | None = None):
+        super().__init__(message, loc, ctx)
+        self.message = message or (type(self).__doc__ or "").partition("\n")[0]
+        self.loc = loc
+        self.ctx = dict(ctx or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ModelError(ReelrayError):
+    """The model could not serve this input."""
+
+
+class ImageLoadError(ModelError):
+    """The image could not be decoded."""
+
+    type = "image_load_error"
+    status = 422
+
+
+class UnsupportedImageFormat(ModelError):
+    """The image is in a format that is not served."""
+
+    type = "unsupported_image_format"
+    status = 422
+
+
+class ImageTooLarge(ModelError):
+    """The image has too many pixels."""
+
+    type = "image_too_large"
+    status = 422
+
+
+class FileDownloadError(ModelError):
+    """The file could not be downloaded."""
+
+    type = "file_download_error"
+    status = 422
+
+
+class FileTooLarge(ModelError):
+    """The file is larger than allowed."""
+
+    type = "file_too_large"
+    status = 422
+
+
+class GenerationFailed(ModelError):
+    """The model produced values that are not numbers."""
+
+
+class RequestError(ReelrayError):
+    """The request could not be served."""
+
+    type = "internal_error"
+
+
+class BadRequest(RequestError):
+    """The request is malformed."""
+
+    type = "bad_request"
+    status = 400
+
+
+class Unauthorized(RequestError):
+    """The API key is missing or not valid."""
+
+    type = "unauthorized"
+    status = 401
+
+
+class NotFound(RequestError):
+    """There is nothing here."""
+
+    type = "not_found"
+    status = 404
+
+
+class BodyTooLarge(RequestError):
+    """The request body is larger than allowed."""
+
+    type = "bad_request"
+    status = 413
+
+
+class QueueFull(RequestError):
+    """More requests than the caller allowed are already waiting."""
+
+    type = "queue_full"
+    status = 429
+
+
+class Cancelled(RequestError):
+    """The request was cancelled."""
+
+    type = "client_cancelled"
+    status = 499
+
+
+class InternalError(RequestError):
+    """The service failed."""
+
+    type = "internal_error"
+
+
+class RunnerFailed(RequestError):
+    """The runner failed on this request."""
+
+    type = "runner_server_error"
+
+
+class RunnerDisconnected(RequestError):
+    """The runner died while it worked on this request."""
+
+    type = "runner_disconnected"
+    status = 503
+    retryable = True
+
+
+class StartTimeout(RequestError):
+    """The request did not start before its deadline."""
+
+    type = "request_timeout"
+    status = 504
+
+
+class WeightsError(ReelrayError):
+    """A checkpoint does not fit the model."""

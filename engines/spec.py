@@ -1,0 +1,108 @@
+"""What passes between the three stages: frozen dataclasses of host tensors, and the shape of a stage.
+
+A model derives its own spec and conditioning from the bases here and keeps them in its folder. Nothing here imports
+torch, so the ingress can build a spec without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engines.media.video import Frames
+
+
+@dataclass(frozen=True)
+class RenderSpec:
+    """What is asked of a model, with all media already fetched: the input of `Preprocess`."""
+
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What `Preprocess` found out and `Denoise` needs; models add their tensors.
+
+    seed: the request's seed. rng_state: (5056,) uint8, state of the request's one CPU generator after every draw
+    that preprocessing made, so that all draws of a request come from one stream in a fixed order.
+    """
+
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    rng_state: Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A job between two steps; resuming from it gives the bits of an undisturbed run.
+
+    step: steps already done, of `steps`. latents: (B, C, T, H/8, W/8), fp32, on the host.
+    rng_state: (5056,) uint8, the generator after the draws of those steps.
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    rng_state: Tensor
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A denoised clip. values: (B, C, T, H/8, W/8), fp32, unit variance, on the host."""
+
+    values: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An encoded video. mp4: H.264 yuv420p, index in front. fps in frames per second."""
+
+    mp4: bytes
+    num_frames: int
+    height: int
+    width: int
+    fps: int
+    seed: int
+
+
+class PreprocessStage(Protocol):
+    """Media and text to tensors."""
+
+    def encode(self, spec: Any) -> Conditioning:
+        """Raises `ModelError` for media that cannot be used."""
+        ...
+
+
+class DenoiseStage(Protocol):
+    """Noise to latents, step by step."""
+
+    def sample(
+        self,
+        conditioning: Any,
+        *,
+        resume: Checkpoint | None = None,
+        on_step: Callable[[Checkpoint], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Latents:
+        """Raises `Cancelled` within one UNet call after `should_stop` turns true, `GenerationFailed` on non-finite values."""
+        ...
+
+
+class DecodeStage(Protocol):
+    """Latents to an encoded clip."""
+
+    def frames(self, latents: Latents) -> Frames:
+        """The frames, decoded chunk by chunk as they are read."""
+        ...
+
+    def decode(self, latents: Latents) -> Clip:
+        """The frames, encoded as they come."""
+        ...
