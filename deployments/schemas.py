@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from deployments.jobs.job import Failure
-from engines.animatediff.config import AnimateDiffSpec, Keyframe
+from engines.animatediff.spec import AnimateDiffSpec, Keyframe
 from engines.errors import ModelError, ReelrayError, StartTimeout
 from engines.spec import RenderSpec
 

@@ -1,39 +1,12 @@
-"""What can be asked of AnimateDiff SparseCtrl LCM, and which weights and shapes answer it.
-
-Plain dataclasses without torch: the ingress builds the spec, `serve_config.yaml` fills the config.
-"""
+"""Which weights answer for AnimateDiff SparseCtrl LCM, and at which shapes. `serve_config.yaml` fills it; no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from engines.spec import RenderSpec
 from engines.source import Source
 
-ControlType = Literal["scribble", "rgb"]
 DType = Literal["float32", "float16", "bfloat16", "float64"]
-
-MAX_FRAMES = 32
-"""Length of the motion modules' position table (video-models.md, section 1A)."""
-
-
-@dataclass(frozen=True)
-class Keyframe:
-    """An image that frame `index` (0-based) shall follow. field: what the caller named it, for error messages."""
-
-    index: int
-    image: bytes
-    field: str = "keyframe"
-
-
-@dataclass(frozen=True)
-class AnimateDiffSpec(RenderSpec):
-    """One clip. keyframes: at most one per frame; their order does not matter. None: plain AnimateLCM."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    controlnet_type: ControlType = "scribble"
-    keyframes: tuple[Keyframe, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""Noise to latents: LCM steps of the motion UNet under SparseCtrl, each of them observed, stoppable and resumable."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engines.animatediff.checkpoint import (
+    clip_shape,
+    load_schedule,
+    load_sparse_control,
+    load_unet,
+    torch_dtype,
+    weights_of,
+)
+from engines.animatediff.config import AnimateDiffConfig
+from engines.animatediff.layers import TextContext
+from engines.animatediff.sparse_control import ResidualCache, SparseControl
+from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
+from engines.animatediff.unet import Residuals
+from engines.errors import Cancelled, GenerationFailed
+from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
+from engines.spec import Checkpoint, Latents
+
+
+class Denoise:
+    """Holds the UNet and both SparseCtrl nets."""
+
+    def __init__(self, config: AnimateDiffConfig):
+        weights = weights_of(config)
+        self.config = config
+        self.dtype = torch_dtype(config)
+        self.shape = clip_shape(config)
+        self.schedule = load_schedule(weights)
+        self.unet = load_unet(config)
+        self.controls: dict[ControlType, SparseControl] = {
+            "scribble": load_sparse_control(config, "scribble"),
+            "rgb": load_sparse_control(config, "rgb"),
+        }
+        self.residuals = ResidualCache(config.control_cache_bytes)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        conditioning: AnimateDiffConditioning,
+        *,
+        resume: Checkpoint | None = None,
+        on_step: Callable[[Checkpoint], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Latents:
+        """The clip's latents, (1, 4, F, h, w).
+
+        on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
+        should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
+        """
+        run = _Run(self, conditioning, should_stop or (lambda: False))
+        start = resume or self._start(conditioning)
+        generator = restored_generator(start.rng_state)
+        x = start.latents.to(self.config.device)
+        for i in range(start.step, start.steps):
+            t, t_next = run.timesteps[i], run.timesteps[i + 1] if i + 1 < start.steps else None
+            output = run.predict(x, i)
+            noise = None if t_next is None else torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            x = lcm_step(self.schedule, x, output, t, t_next, noise)
+            if on_step is not None:
+                on_step(Checkpoint(i + 1, start.steps, x.cpu(), generator.get_state()))
+        if not x.isfinite().all():
+            raise GenerationFailed
+        return Latents(x.cpu(), conditioning.seed)
+
+    def _start(self, conditioning: AnimateDiffConditioning) -> Checkpoint:
+        """Standard normal latents: the draw after the posterior's, where there is one."""
+        generator = restored_generator(conditioning.rng_state)
+        height, width = self.shape.height // self.shape.scale, self.shape.width // self.shape.scale
+        channels = self.unet.conv_in.in_channels
+        latents = torch.randn((1, channels, self.config.num_frames, height, width), generator=generator)
+        return Checkpoint(0, conditioning.num_inference_steps, latents, generator.get_state())
+
+
+class _Run:
+    """What one request needs at every step, computed once."""
+
+    def __init__(self, stage: Denoise, conditioning: AnimateDiffConditioning, should_stop: Callable[[], bool]):
+        self.stage = stage
+        self.should_stop = should_stop
+        self.guidance_scale = conditioning.guidance_scale
+        self.control = conditioning.control
+        self.timesteps = lcm_timesteps(conditioning.num_inference_steps, len(stage.schedule.alphas_cumprod))
+        self.text = conditioning.text.to(stage.config.device, stage.dtype)
+        self.context = stage.unet.text_context(self.text)
+        self.time = stage.unet.time_embeddings(self.timesteps)
+        self._chunk: tuple[int, list[Residuals]] = (-1, [])
+
+    def predict(self, x: Tensor, i: int) -> Tensor:
+        """The UNet's guided output at step i. x: (1, 4, F, h, w)."""
+        residuals = None if self.control is None else self._residuals(self.control, i)
+        self._check_stop()
+        halves = x.to(self.stage.dtype).expand(len(self.text), -1, -1, -1, -1)
+        output = self.stage.unet(halves, self.time[i : i + 1], self.context, residuals).to(x.dtype)
+        return guide(*output.chunk(2), self.guidance_scale) if len(output) == 2 else output
+
+    def _residuals(self, control: SparseControlInput, i: int) -> Residuals:
+        """SparseCtrl's part of step i. A chunk of steps is computed at once, and only one chunk is held."""
+        size = self.stage.config.control_steps
+        if self._chunk[0] != i // size:
+            timesteps = self.timesteps[i // size * size :][:size]
+            key = (control.key, timesteps)
+            if (residuals := self.stage.residuals.get(key)) is None:
+                self._check_stop()
+                residuals = self._sparse_control(control, timesteps)
+                self.stage.residuals.put(key, residuals)
+            self._chunk = (i // size, residuals)
+        return self._chunk[1][i % size]
+
+    def _sparse_control(self, control: SparseControlInput, timesteps: tuple[int, ...]) -> list[Residuals]:
+        net = self.stage.controls[control.type]
+        columns = net.columns(control.values.to(self.text))
+        context: TextContext = net.text_context(self.text)
+        return net(columns, control.frames, self.stage.config.num_frames, timesteps, context)
+
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise Cancelled

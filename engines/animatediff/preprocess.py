@@ -1,0 +1,80 @@
+"""Text and keyframes to tensors: CLIP for the prompts, pixels or VAE latents for the keyframes."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from engines.animatediff.checkpoint import clip_shape, load_text_encoder, load_tokenizer, load_vae, torch_dtype, weights_of
+from engines.animatediff.config import AnimateDiffConfig
+from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
+from engines.errors import ModelError
+from engines.media.image import load_image
+from engines.sampling import seeded_generator
+
+
+class Preprocess:
+    """Holds the text encoder and the VAE's encoder."""
+
+    def __init__(self, config: AnimateDiffConfig):
+        weights = weights_of(config)
+        self.config = config
+        self.shape = clip_shape(config)
+        self.tokenizer = load_tokenizer(weights)
+        self.text_encoder = load_text_encoder(weights, torch_dtype(config)).to(config.device)
+        self.vae = load_vae(weights, torch_dtype(config)).to(config.device)
+        del self.vae.decoder, self.vae.post_quant_conv  # the decode stage's
+
+    @torch.inference_mode()
+    def encode(self, spec: AnimateDiffSpec) -> AnimateDiffConditioning:
+        """Raises `ModelError` with the keyframe's field in its loc for an image that cannot be used."""
+        generator = seeded_generator(spec.seed)
+        # at guidance 1 the negative prompt has no effect, so it is not even encoded (5q)
+        prompts = (spec.negative_prompt, spec.prompt) if spec.guidance_scale > 1 else (spec.prompt,)
+        encoded = [self._text(prompt) for prompt in prompts]
+        text = torch.cat([embedding for embedding, _ in encoded])
+        control = self._control(spec, text, generator) if spec.keyframes else None
+        return AnimateDiffConditioning(
+            seed=spec.seed,
+            num_inference_steps=spec.num_inference_steps,
+            guidance_scale=spec.guidance_scale,
+            rng_state=generator.get_state(),
+            text=text,
+            control=control,
+            notes=tuple(note for _, note in encoded if note),
+        )
+
+    def _text(self, prompt: str) -> tuple[Tensor, str]:
+        """(1, 77, D) fp32: the last hidden state after the final norm; and what was cut off, if anything."""
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+        given = len(self.tokenizer(prompt, verbose=False).input_ids)
+        note = f"prompt cut to its first {limit - 2} of {given - 2} tokens" if given > limit else ""
+        return self.text_encoder(ids.to(self.config.device)).last_hidden_state.float().cpu(), note
+
+    def _control(self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator) -> SparseControlInput:
+        keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # their order must not matter to the draws
+        images = torch.stack([self._image(keyframe) for keyframe in keyframes])  # (K, 3, H, W)
+        values = self._latents(images, generator) if spec.controlnet_type == "rgb" else images
+        frames = tuple(keyframe.index for keyframe in keyframes)
+        digest = hashlib.sha256(f"{spec.controlnet_type} {frames}".encode())
+        digest.update(values.numpy().tobytes())
+        digest.update(text.numpy().tobytes())
+        return SparseControlInput(spec.controlnet_type, values, frames, digest.hexdigest())
+
+    def _image(self, keyframe: Keyframe) -> Tensor:
+        try:
+            return load_image(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
+        except ModelError as exc:
+            raise type(exc)(exc.message, ("body", keyframe.field), exc.ctx) from exc
+
+    def _latents(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw from the VAE's posterior, (K, 4, h, w) fp32: the first draw of a request, where there is one.
+
+        diffusers draws here from the global generator, so that one seed does not give one video.
+        """
+        pixels = (2 * images - 1).to(self.config.device, torch_dtype(self.config))
+        posterior = self.vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        latents = (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        return latents.float().cpu()

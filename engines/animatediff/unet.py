@@ -1,0 +1,68 @@
+"""The motion UNet: SD 1.5's UNet with AnimateDiff's motion modules, one call a step.
+
+The walk of diffusers' `UNetMotionModel.forward` over `layers`; a test holds the two together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from engines.animatediff.layers import DownBlock, MidBlock, Slots, TextContext, UpBlock, text_context, time_embedding
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What SparseCtrl adds to a UNet call: to each skip tensor, and to the middle block's output; each (G F, C, h, w)."""
+
+    skips: tuple[Tensor, ...]
+    mid: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (*self.skips, self.mid))
+
+
+class MotionUNet(nn.Module):
+    """source: a loaded `diffusers.UNetMotionModel`, whose parameters it takes over."""
+
+    def __init__(self, source: Any):
+        super().__init__()
+        self.time_proj, self.time_mlp = source.time_proj, source.time_embedding
+        self.conv_in = source.conv_in
+        slots = Slots()
+        self.down = nn.ModuleList(DownBlock(block, slots.take(block)) for block in source.down_blocks)
+        self.mid = MidBlock(source.mid_block, slots.take(source.mid_block))
+        self.up = nn.ModuleList(UpBlock(block, slots.take(block)) for block in source.up_blocks)
+        self.norm_out, self.conv_out = source.conv_norm_out, source.conv_out
+        self.to(memory_format=torch.channels_last)
+
+    def text_context(self, text: Tensor) -> TextContext:
+        """What `forward` needs of the text (G, 77, D): once a request (5n)."""
+        return text_context(self, text)
+
+    def time_embeddings(self, timesteps: Sequence[int]) -> Tensor:
+        """(S, E): a row for each timestep; once a request."""
+        return time_embedding(self.time_proj, self.time_mlp, timesteps, self.conv_in.weight)
+
+    def forward(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None = None) -> Tensor:
+        """latents: (G, 4, F, h, w). time: (1, E), one row of `time_embeddings`. Returns (G, 4, F, h, w)."""
+        num_frames = latents.shape[2]
+        x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (G F, 4, h, w)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down:
+            skips += block(skips[-1], time, context, num_frames)
+        x = self.mid(skips[-1], time, context, num_frames)
+        if residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, residuals.skips, strict=True)]
+            x = x + residuals.mid
+        for block in self.up:
+            x = block(x, skips, time, context, num_frames)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
+

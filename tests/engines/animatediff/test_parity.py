@@ -1,0 +1,59 @@
+"""Our stages against diffusers' `AnimateDiffSparseControlNetPipeline`: same weights, same noise, same final latents."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engines.animatediff.spec import AnimateDiffSpec, ControlType
+from engines.pipeline import Pipeline
+from engines.sampling import PredictionType
+from tests.engines.animatediff.media import keyframes, scribble
+from tests.engines.animatediff.reference import diffusers_latents, diffusers_pipeline
+
+TOLERANCE = 1e-4
+PROMPTS = {"prompt": "a red ball", "negative_prompt": "blur"}
+
+
+@pytest.fixture(scope="module", params=["scribble", "rgb"])
+def kind(request: pytest.FixtureRequest) -> ControlType:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(pipeline: Pipeline, kind: ControlType) -> Any:
+    return diffusers_pipeline(pipeline.denoise.config, kind, "v_prediction")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("indices", [(0,), (3, 12), (0, 8, 15)])
+def test_final_latents_equal_those_of_diffusers(
+    pipeline: Pipeline, reference: Any, kind: ControlType, steps: int, guidance: float, indices: tuple[int, ...]
+):
+    spec = AnimateDiffSpec(7, steps, guidance, **PROMPTS, controlnet_type=kind, keyframes=keyframes(*indices))
+    expected = diffusers_latents(
+        reference,
+        [scribble(k) for k in range(len(indices))],
+        list(indices),
+        seed=7,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        **PROMPTS,
+    )
+    difference = (pipeline.latents(spec).values - expected).abs().max()
+    assert expected.std() > 0.1, "a reference without content proves nothing"
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_every_prediction_type_equals_diffusers(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, prediction_type: PredictionType):
+    stage = pipeline.denoise
+    monkeypatch.setattr(stage, "schedule", replace(stage.schedule, prediction_type=prediction_type))
+    pipe = diffusers_pipeline(stage.config, "scribble", prediction_type)
+    spec = AnimateDiffSpec(7, 4, 1.0, **PROMPTS, keyframes=keyframes(0, 8))
+    expected = diffusers_latents(
+        pipe, [scribble(0), scribble(1)], [0, 8], seed=7, num_inference_steps=4, guidance_scale=1.0, **PROMPTS
+    )
+    scale = max(1.0, expected.std().item())  # epsilon with random weights ends near 30
+    assert (pipeline.latents(spec).values - expected).abs().max() <= TOLERANCE * scale
