@@ -1,0 +1,103 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engines.animatediff.checkpoint import clip_shape
+from engines.animatediff.config import AnimateDiffConfig
+from engines.animatediff.denoise import Denoise
+from engines.animatediff.spec import AnimateDiffSpec
+from engines.errors import Cancelled, GenerationFailed, WeightsError
+from engines.pipeline import Pipeline
+from engines.spec import Checkpoint
+from tests.engines.animatediff.media import keyframes
+
+SPEC = AnimateDiffSpec(3, 4, 2.0, "a red ball", "blur", "rgb", keyframes(0, 8))
+
+
+@pytest.fixture(params=["scribble", "rgb", "none"])
+def conditioning(pipeline: Pipeline, request: pytest.FixtureRequest) -> Any:
+    spec = replace(SPEC, keyframes=()) if request.param == "none" else replace(SPEC, controlnet_type=request.param)
+    return pipeline.preprocess.encode(spec)
+
+
+def test_the_same_request_gives_the_same_bits_in_another_process_life(pipeline: Pipeline, conditioning: Any):
+    torch.manual_seed(99)
+    one = pipeline.denoise.sample(conditioning)
+    fresh = Denoise(pipeline.denoise.config).sample(conditioning)
+    assert torch.equal(one.values, fresh.values)
+    assert one.values.shape == (1, 4, 16, 8, 8)
+
+
+def test_another_seed_gives_another_clip(pipeline: Pipeline):
+    assert not torch.equal(pipeline.latents(SPEC).values, pipeline.latents(replace(SPEC, seed=4)).values)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(pipeline: Pipeline, conditioning: Any, step: int):
+    checkpoints: list[Checkpoint] = []
+    whole = pipeline.denoise.sample(conditioning, on_step=checkpoints.append)
+    assert [c.step for c in checkpoints] == [1, 2, 3, 4]
+    resumed = pipeline.denoise.sample(conditioning, resume=checkpoints[step - 1])
+    assert torch.equal(whole.values, resumed.values)
+
+
+@pytest.mark.parametrize("control_steps", [1, 2, 3])
+def test_chunks_of_steps_cover_every_step(pipeline: Pipeline, control_steps: int):
+    conditioning = pipeline.preprocess.encode(replace(SPEC, num_inference_steps=5))
+    expected = pipeline.denoise.sample(conditioning).values
+    chunked = Denoise(replace(pipeline.denoise.config, control_steps=control_steps, control_cache_bytes=0))
+    assert (chunked.sample(conditioning).values - expected).abs().max() <= 1e-4
+
+
+def test_a_stop_is_obeyed_within_one_call_of_the_unet(pipeline: Pipeline):
+    conditioning = pipeline.preprocess.encode(SPEC)
+    calls: list[int] = []
+    hook = pipeline.denoise.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(Cancelled):
+        pipeline.denoise.sample(conditioning, should_stop=lambda: len(calls) == 2)
+    assert len(calls) == 2
+    with pytest.raises(Cancelled):
+        pipeline.denoise.sample(conditioning, should_stop=lambda: True)
+    assert len(calls) == 2, "a request that is cancelled before it starts costs no call"
+    hook.remove()
+
+
+def test_without_keyframes_sparsectrl_does_not_run(pipeline: Pipeline):
+    calls: list[int] = []
+    hooks = [net.register_forward_pre_hook(lambda *_: calls.append(1)) for net in pipeline.denoise.controls.values()]
+    pipeline.latents(replace(SPEC, keyframes=()))
+    for hook in hooks:
+        hook.remove()
+    assert not calls
+
+
+def test_values_that_are_not_finite_are_an_error(pipeline: Pipeline):
+    conditioning = pipeline.preprocess.encode(SPEC)
+    poisoned = replace(conditioning, text=torch.full_like(conditioning.text, torch.nan))
+    with pytest.raises(GenerationFailed):
+        pipeline.denoise.sample(poisoned)
+
+
+def test_a_frame_count_beyond_the_position_table_is_refused(pipeline: Pipeline):
+    with pytest.raises(WeightsError, match="know 32 frames, not 33"):
+        Denoise(replace(pipeline.denoise.config, num_frames=33))
+
+
+def test_a_size_that_the_unet_cannot_halve_is_refused(pipeline: Pipeline):
+    config: AnimateDiffConfig = replace(pipeline.denoise.config, height=72)
+    with pytest.raises(WeightsError, match="64x72 is not a multiple of 16 pixels"):
+        clip_shape(config)
+
+
+def test_the_residual_cache_keeps_to_its_budget(pipeline: Pipeline):
+    one = pipeline.preprocess.encode(SPEC)
+    stage = Denoise(pipeline.denoise.config)
+    stage.sample(one)
+    size = stage.residuals.size_bytes
+    assert size > 0
+    small = Denoise(replace(pipeline.denoise.config, control_cache_bytes=2 * size))
+    for seed in range(4):  # the rgb draw makes each a different control
+        small.sample(pipeline.preprocess.encode(replace(SPEC, seed=seed)))
+    assert small.residuals.size_bytes == 2 * size

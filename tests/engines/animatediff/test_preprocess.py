@@ -1,0 +1,61 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engines.animatediff.spec import AnimateDiffSpec, Keyframe
+from engines.errors import ImageLoadError, ImageTooLarge, UnsupportedImageFormat
+from engines.pipeline import Pipeline
+from tests.engines.animatediff.media import keyframes, png, scribble
+
+SPEC = AnimateDiffSpec(3, 4, 1.0, "a red ball", keyframes=keyframes(0, 8))
+
+
+def test_keyframes_in_another_order_are_the_same_request(pipeline: Pipeline):
+    spec = replace(SPEC, controlnet_type="rgb")
+    one = pipeline.preprocess.encode(spec)
+    other = pipeline.preprocess.encode(replace(spec, keyframes=spec.keyframes[::-1]))
+    assert one.control.frames == (0, 8)
+    assert one.control.key == other.control.key
+    assert torch.equal(one.control.values, other.control.values)
+
+
+def test_the_rgb_draw_follows_the_seed_and_not_the_global_generator(pipeline: Pipeline):
+    spec = replace(SPEC, controlnet_type="rgb")
+    values = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        values.append(pipeline.preprocess.encode(spec).control.values)
+    assert torch.equal(*values)
+    assert not torch.equal(values[0], pipeline.preprocess.encode(replace(spec, seed=4)).control.values)
+
+
+def test_a_scribble_draws_nothing(pipeline: Pipeline):
+    state = pipeline.preprocess.encode(SPEC).rng_state
+    assert torch.equal(state, torch.Generator().manual_seed(3).get_state())
+
+
+def test_a_long_prompt_is_cut_with_a_note(pipeline: Pipeline):
+    conditioning = pipeline.preprocess.encode(replace(SPEC, prompt="ball" * 30))
+    assert conditioning.text.shape == (1, 77, 32)
+    assert conditioning.notes == ("prompt cut to its first 75 of 120 tokens",)
+    assert pipeline.preprocess.encode(SPEC).notes == ()
+
+
+def test_without_keyframes_there_is_no_control(pipeline: Pipeline):
+    assert pipeline.preprocess.encode(replace(SPEC, keyframes=())).control is None
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"plain text", UnsupportedImageFormat),
+        (png(scribble())[:200], ImageLoadError),
+        (png(scribble(size=(9000, 6000))), ImageTooLarge),
+    ],
+)
+def test_a_bad_keyframe_is_named(pipeline: Pipeline, data: bytes, error: type[Exception]):
+    bad = Keyframe(5, data, "keyframe_2_image_url")
+    with pytest.raises(error) as raised:
+        pipeline.preprocess.encode(replace(SPEC, keyframes=(*SPEC.keyframes, bad)))
+    assert raised.value.loc == ("body", "keyframe_2_image_url")
