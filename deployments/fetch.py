@@ -1,0 +1,174 @@
+"""URL to bytes, when the URL is a stranger's: size, time and, above all, where it leads.
+
+A caller's URL is fetched from inside the operator's network. So every hop's host is resolved here, all its addresses must be
+public, and the connection goes to an address that was checked, not to the name: a name that is resolved again may by then point
+elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
+"""
+
+import asyncio
+import base64
+import binascii
+import functools
+import ipaddress
+import socket
+import ssl
+from urllib.parse import unquote_to_bytes
+
+import httpx
+
+from deployments.settings import FetchSettings
+from engines.errors import FileDownloadError, FileTooLarge
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+USER_AGENT = "reelray"
+CONNECT_TIMEOUT_S = 10.0
+"""Then the host's next address is tried."""
+CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
+"""At most 1 : 1032, so that one network chunk of 64 kB decodes to at most 66 MB before the cap is checked. Stacked ones, brotli
+and zstd have no such bound, and no image or video needs any."""
+
+NOT_PUBLIC = "The host does not resolve to a public address."  # also where it does not resolve: which names exist inside is ours
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+async def fetch(url: str, settings: FetchSettings, field: str) -> bytes:
+    """The bytes behind an http(s) URL or in a base64 data URI.
+
+    field: the input field that held `url`, for the error's loc. Raises `FileDownloadError`, and `FileTooLarge` as soon as
+    the size is known to be above `settings.max_bytes`. Both messages are for the caller.
+    """
+    loc = ("body", field)
+    try:
+        if url[:5].lower() == "data:":
+            return await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes)
+        async with asyncio.timeout(settings.timeout_s):
+            return await _download(url, settings)
+    except _TooLarge as exc:
+        message = f"The file is larger than {settings.max_bytes} bytes."
+        raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
+    except _Refused as exc:
+        raise FileDownloadError(f"The file could not be downloaded: {exc}", loc) from exc
+    except TimeoutError as exc:
+        message = f"The file could not be downloaded: it took longer than {settings.timeout_s:g} s."
+        raise FileDownloadError(message, loc) from exc
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as exc:  # their texts may name addresses
+        raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
+
+
+class _Refused(Exception):
+    """The file will not be had; the text is for the caller."""
+
+
+class _TooLarge(Exception):
+    """The file is larger than allowed."""
+
+
+def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
+    """RFC 2397, with the base64 that browsers accept (WHATWG "forgiving-base64"): line breaks inside, no padding.
+
+    An escaped "%2B" or "%3D" is what URL-encoding a whole data URI leaves behind.
+    """
+    head, comma, payload = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise _Refused("a data URI must be of the form data:<type>;base64,<data>.")
+    encoded = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii", "replace")
+    encoded = encoded.translate(None, b" \t\n\f\r").rstrip(b"=")
+    if len(encoded) * 3 // 4 > max_bytes:
+        raise _TooLarge
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as exc:
+        raise _Refused("the data URI is not valid base64.") from exc
+
+
+async def _download(url: str, settings: FetchSettings) -> bytes:
+    """Follows redirects by hand, so that each hop is checked like the first."""
+    hop = httpx.URL(url)
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # the whole is timed by our caller
+    # trust_env: a proxy from the environment would resolve the name again, and reach what we must not.
+    async with httpx.AsyncClient(trust_env=False, verify=_tls(), timeout=timeout, follow_redirects=False) as client:
+        for _ in range(settings.max_redirects + 1):
+            response = await _get(client, hop, settings.allow_private)
+            try:
+                if response.has_redirect_location:
+                    hop = hop.join(response.headers["location"])
+                    continue
+                if response.status_code != 200:
+                    raise _Refused(f"the server answered with status {response.status_code}.")
+                return await _read(response, settings.max_bytes)
+            finally:
+                await response.aclose()
+    raise _Refused(f"more than {settings.max_redirects} redirects.")
+
+
+async def _get(client: httpx.AsyncClient, url: httpx.URL, allow_private: bool) -> httpx.Response:
+    """The response's head, from the first address of the host that can be connected to."""
+    if url.scheme not in ("http", "https") or not url.host:
+        raise _Refused("only http and https URLs are fetched.")
+    host = url.raw_host.decode("ascii")
+    failure: httpx.TransportError | None = None
+    for address in await _resolve(host, url.port or {"http": 80, "https": 443}[url.scheme], allow_private):
+        request = client.build_request(
+            "GET",
+            url.copy_with(host=str(address)),
+            headers={
+                "host": url.netloc.decode("ascii"),
+                "user-agent": USER_AGENT,
+                "accept": "*/*",
+                "accept-encoding": "identity",
+            },
+            extensions={"sni_hostname": host},
+        )
+        try:
+            return await client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
+            failure = exc
+    assert failure is not None
+    raise failure
+
+
+async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]:
+    """All addresses of `host`; odd spellings of addresses ("127.1", "0x7f000001") come out of the resolver as what they mean."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise _Refused(NOT_PUBLIC) from exc
+    addresses = list(dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found))
+    if not allow_private and not all(is_public(address) for address in addresses):
+        raise _Refused(NOT_PUBLIC)
+    return addresses
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address is one of the Internet's, an IPv4 address that rides in an IPv6 one included."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+        if inner is not None:
+            return is_public(inner)
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    """The decoded body."""
+    if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
+        raise _Refused("its content encoding is not supported.")
+    declared = response.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _TooLarge
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _TooLarge
+    return bytes(body)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One context for all downloads: loading the certificates takes tens of milliseconds."""
+    return httpx.create_ssl_context()

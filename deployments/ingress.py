@@ -1,0 +1,303 @@
+"""The door: fal's queue API, the files and a health check, as reads and writes of the job store.
+
+It imports neither torch nor ray, so it starts in a second and stands wherever it is put: inside Ray Serve, or beside the
+cluster under uvicorn, in several processes if need be. Routes only: what an input may be is said in `schemas.py`, what a
+submission may ask for in `submission.py`, how a job looks to its caller in `wire.py`.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from deployments import wire
+from deployments.files import file_response
+from deployments.jobs.job import Failure, Job
+from deployments.jobs.postgres import database_url
+from deployments.jobs.store import JobStore
+from deployments.middleware import add_middleware, failure_response
+from deployments.proxy import queue_base, service_base
+from deployments.schemas import ENDPOINTS, Endpoint, error_failure, validation_failure
+from deployments.settings import Settings
+from deployments.storage import FileStore
+from deployments.submission import is_set, max_queue_length, new_job
+from engines.errors import BadRequest, BodyTooLarge, QueueFull, ReelrayError, Unauthorized
+
+logger = logging.getLogger(__name__)
+
+STREAM_INTERVAL_S = 3.0
+"""A status stream looks this often for what does not wake it, the queue moving up, and says something to stay open."""
+
+HEALTH_TIMEOUT_S = 2.0
+
+OUTAGES = (
+    OSError,  # a time-out is one
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InterfaceError,
+)
+"""What the store raises when its database stays away for longer than the store waits."""
+
+queue = APIRouter(prefix="/queue", tags=["queue"])
+house = APIRouter()
+
+
+def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
+    """The ASGI app. store: an open job store, which stays the caller's; without one the app opens its own and closes it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if store is not None:
+            yield
+            return
+        app.state.store = opened = await JobStore.open(await asyncio.to_thread(database_url, settings))
+        try:
+            yield
+        finally:
+            await opened.close()
+
+    app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # half of the Python client follows no redirect
+    app.state.settings = settings
+    app.state.store = store
+    app.state.files = FileStore(settings.files_url)
+    for endpoint in ENDPOINTS.values():
+        if settings.animatediff is not None or endpoint.model != "animatediff-sparsectrl-lcm":
+            _add_submit_route(app, endpoint)
+    app.include_router(queue)
+    app.include_router(house)
+    add_middleware(app)
+    app.add_exception_handler(ReelrayError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(_UnknownRequest, _on_unknown_request)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    for outage in OUTAGES:
+        app.add_exception_handler(outage, _on_outage)
+    return app
+
+
+def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
+    async def submit(request: Request) -> Response:
+        return await _submit(request, endpoint)
+
+    app.add_api_route(
+        f"/queue/{endpoint.id}",
+        submit,
+        methods=["POST"],
+        tags=["queue"],
+        summary=endpoint.id,
+        description=endpoint.input.__doc__ or "",
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": endpoint.input.model_json_schema()}}}},
+    )
+
+
+async def _submit(request: Request, endpoint: Endpoint) -> Response:
+    """Writes the job, then answers with its id."""
+    settings, store = _settings(request), _store(request)
+    owner = await _owner(request)
+    new = new_job(endpoint.id, owner, request.headers, request.query_params, settings.queue.max_attempts)
+    limit = max_queue_length(request.query_params)
+    body = await _read_body(request, settings.max_body_bytes)
+    if limit is not None and await store.queued(endpoint.id, at_most=limit + 1) > limit:
+        raise QueueFull(f"More than {limit} requests are waiting already.")
+
+    failure = None
+    try:
+        new = replace(new, input=endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True))
+    except ValidationError as exc:
+        failure = validation_failure(exc)
+        if new.webhook_url is None:  # else the caller waits for a webhook, and only a job sends one
+            return failure_response(failure)
+    try:
+        job = await (store.submit(new) if failure is None else store.submit_failed(new, failure))
+    except OUTAGES:
+        # One of the store's tries may have been committed though its answer was lost. On 503 the JavaScript client would
+        # submit again, under a new id, and the GPUs would render twice; on 500 neither client repeats a submission.
+        logger.exception("submission of unknown outcome", extra={"action": "submit_unknown", "endpoint": endpoint.id})
+        detail = "The service failed while it queued the request, which may or may not run."
+        return failure_response(_request_failure(500, "internal_error", detail))
+    request.state.request_id = str(job.id)
+    logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": endpoint.id})
+    return JSONResponse(wire.submitted(job, queue_base(request.scope, settings.public_url)))
+
+
+@queue.get("/{app:path}/requests/{request_id}/status")
+async def status(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
+    """Where a request stands, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
+    job = await _job(request, app, request_id)
+    lines = await _store(request).logs(job.id) if is_set(logs) else None
+    body = wire.status(job, lines, queue_base(request.scope, _settings(request).public_url))
+    return JSONResponse(body, 200 if job.state.ended else 202)
+
+
+@queue.get("/{app:path}/requests/{request_id}/status/stream")
+async def status_stream(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
+    """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed."""
+    job = await _job(request, app, request_id)
+    queue_url = queue_base(request.scope, _settings(request).public_url)
+    events = _status_events(_store(request), job.id, is_set(logs), queue_url)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_url: str) -> AsyncIterator[str]:
+    last_sent: dict[str, Any] | None = None
+    last_seq = 0
+    while True:
+        try:
+            async with store.watch(job_id) as watch:  # before the first read, so that no change falls between
+                while True:
+                    job = await store.get(job_id)
+                    if job is None:
+                        return
+                    lines = await store.logs(job_id, last_seq) if with_logs else None  # after the job: its last event has all
+                    sent = wire.status(job, None, queue_url)
+                    if lines or sent != last_sent:
+                        last_sent, last_seq = sent, lines[-1].seq if lines else last_seq
+                        yield f"data: {json.dumps(wire.status(job, lines, queue_url))}\n\n"
+                    else:
+                        yield ": still here\n\n"
+                    if job.state.ended:
+                        return
+                    await watch.changed(STREAM_INTERVAL_S)
+        except OUTAGES:
+            # The JavaScript client takes whatever it heard last for the end, so a stream must not close before the job does.
+            logger.warning("status stream waits for the database", exc_info=True, extra={"action": "stream_outage"})
+            yield ": still here\n\n"
+            await asyncio.sleep(1.0)
+
+
+@queue.get("/{app:path}/requests/{request_id}")
+@queue.get("/{app:path}/requests/{request_id}/response")
+async def result(request: Request, app: str, request_id: str) -> Response:
+    """The output of a completed request, or the error it ended in; 400 before that: any 2xx would pass for the output."""
+    job = await _job(request, app, request_id)
+    if not job.state.ended:
+        raise BadRequest("Request is still in progress")
+    if failure := wire.failure_of(job):
+        return failure_response(failure)
+    return JSONResponse(wire.with_absolute_urls(job.result, service_base(request.scope, _settings(request).public_url)))
+
+
+@queue.put("/{app:path}/requests/{request_id}/cancel")
+async def cancel(request: Request, app: str, request_id: str) -> Response:
+    """Takes a waiting request out of the queue, and asks a running one to stop."""
+    job = await _job(request, app, request_id)
+    found = await _store(request).request_cancel(job.id)
+    if found is None:
+        raise _UnknownRequest
+    if found.ended:
+        return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
+    return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
+
+
+@house.head("/files/{name:path}", include_in_schema=False)
+@house.get("/files/{name:path}")
+async def file(request: Request, name: str) -> Response:
+    """A generated file, or the byte range asked for."""
+    files: FileStore = request.app.state.files
+    return await file_response(files, name, request)
+
+
+@house.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the job store answers, else 503."""
+    async with asyncio.timeout(HEALTH_TIMEOUT_S):
+        await _store(request).get(UUID(int=0))
+    return JSONResponse({"status": "ok"})
+
+
+class _UnknownRequest(Exception):
+    """There is no such job, or it is another caller's."""
+
+
+async def _job(request: Request, app: str, request_id: str) -> Job:
+    """The job that a path names. Another caller's, or one of another endpoint, is unknown to this one."""
+    owner = await _owner(request)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise _UnknownRequest from None
+    job = await _store(request).get(job_id)
+    if job is None or job.owner != owner or wire.app_id(job.endpoint) != wire.app_id(app):
+        raise _UnknownRequest
+    request.state.request_id = str(job.id)
+    return job
+
+
+async def _owner(request: Request) -> str | None:
+    """Whose key the request carries; None if the service is open. Raises `Unauthorized`."""
+    if _settings(request).auth == "open":
+        return None
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    owner = await _store(request).owner_of(secret.strip()) if scheme.lower() in ("key", "bearer") else None
+    if owner is None:
+        raise Unauthorized
+    return owner
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, given up as soon as it is longer than `max_bytes`. Raises `BodyTooLarge`."""
+    declared = request.headers.get("content-length", "0")
+    body = bytearray()
+    if not declared.isdecimal() or int(declared) <= max_bytes:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                break
+        else:
+            return bytes(body)
+    raise BodyTooLarge(f"The request body is larger than {max_bytes} bytes.")
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _store(request: Request) -> JobStore:
+    store: JobStore = request.app.state.store
+    return store
+
+
+def _request_failure(status: int, error_type: str, detail: str) -> Failure:
+    return Failure(status, {"detail": detail, "error_type": error_type}, detail, error_type, {"X-Fal-Error-Type": error_type})
+
+
+async def _on_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, ReelrayError)
+    return failure_response(error_failure(exc))
+
+
+async def _on_http_error(request: Request, exc: Exception) -> Response:
+    """The router's own answers, 404 and 405 for the most part."""
+    assert isinstance(exc, HTTPException)
+    if exc.status_code == 404:
+        failure = _request_failure(404, "not_found", f"Path {request.url.path} not found")
+    else:
+        failure = _request_failure(exc.status_code, "bad_request", exc.detail)
+    return failure_response(failure, exc.headers)
+
+
+async def _on_unknown_request(request: Request, exc: Exception) -> Response:
+    return JSONResponse({"status": "NOT_FOUND"}, 404)
+
+
+async def _on_disconnect(request: Request, exc: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _on_outage(request: Request, exc: Exception) -> Response:
+    logger.error("the database is away", exc_info=exc, extra={"action": "outage", "path": request.url.path})
+    return failure_response(_request_failure(503, "internal_error", "The service is temporarily unavailable."))

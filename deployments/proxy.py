@@ -1,0 +1,76 @@
+"""Which part of the service a request is for, told in any of the three ways that fal's clients have.
+
+fal gives queue, runs and storage a host each; here they are path prefixes on one port. A client that was pointed here by DNS
+says it by `Host`; the JavaScript client's official proxy protocol sends every request to `/api/fal/proxy` with the real URL in
+`x-fal-target-url`. Either becomes the prefixed path by rewriting the ASGI scope: there is no second request, so nothing is
+buffered and nothing that a caller writes is ever fetched.
+"""
+
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+PROXY_PATH = "/api/fal/proxy"
+PREFIXES = {"queue.fal.run": "/queue", "fal.run": "/run", "rest.fal.ai": "/rest"}
+_BY_HOST = "reelray.routed_by_host"
+
+
+class TargetRouting:
+    """ASGI middleware: from target header or host to path prefix."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, rewritten if need be; answers 400 to a target that is not in the table."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, root_path = Headers(scope=scope), scope.get("root_path", "")
+        path = scope["path"].removeprefix(root_path)
+        if path == PROXY_PATH:
+            rewritten = _from_target(headers.get("x-fal-target-url", ""), root_path)
+            if rewritten is None:
+                await JSONResponse("Invalid request", 400)(scope, receive, send)  # as fal's own proxies say it
+                return
+            scope = {**scope, **rewritten}
+        # Files are named by one URL whatever the host: a caller who reaches queue.fal.run here can fetch them there too.
+        elif (prefix := PREFIXES.get(_host_name(headers.get("host", "")))) and not path.startswith("/files/"):
+            scope = {**scope, "path": root_path + prefix + path, _BY_HOST: True}
+        await self.app(scope, receive, send)
+
+
+def service_base(scope: Scope, public_url: str | None) -> str:
+    """The service's own URL as this caller knows it, no slash at the end."""
+    if public_url is not None:
+        return public_url.rstrip("/")
+    host = Headers(scope=scope).get("host")
+    if host is None:
+        name, port = scope["server"]
+        host = f"{name}:{port}"
+    return f"{scope['scheme']}://{host}{scope.get('root_path', '')}"
+
+
+def queue_base(scope: Scope, public_url: str | None) -> str:
+    """The URL that this caller puts before "/owner/alias", no slash at the end."""
+    prefix = "" if public_url is None and scope.get(_BY_HOST) else PREFIXES["queue.fal.run"]
+    return service_base(scope, public_url) + prefix
+
+
+def _from_target(target: str, root_path: str) -> dict[str, Any] | None:
+    """The scope's new path and query; the proxy URL's own query does not count. None if the target is not one of fal's hosts."""
+    try:
+        url = urlsplit(target)
+        prefix = PREFIXES.get(url.hostname or "")
+    except ValueError:
+        return None
+    if prefix is None or url.scheme not in ("http", "https"):
+        return None
+    return {"path": root_path + prefix + unquote(url.path), "query_string": url.query.encode("latin-1", "replace")}
+
+
+def _host_name(host: str) -> str:
+    return host.partition(":")[0].lower()

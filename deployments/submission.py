@@ -1,0 +1,72 @@
+"""What a submission asks for beside its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
+
+Options that promise nothing here are accepted and have no effect: runner hints, storage preferences, fallbacks.
+"""
+
+from collections.abc import Mapping
+
+import httpx
+
+from deployments.jobs.job import NewJob
+from engines.errors import BadRequest
+
+PRIORITIES = {"normal": 0, "low": 1}
+MAX_START_TIMEOUT_S = 365 * 86_400.0
+
+
+def new_job(endpoint: str, owner: str | None, headers: Mapping[str, str], query: Mapping[str, str], max_attempts: int) -> NewJob:
+    """The job, its input still empty. headers: looked up in lower case. Raises `BadRequest`."""
+    return NewJob(
+        endpoint=endpoint,
+        input={},
+        owner=owner,
+        priority=_priority(headers.get("x-fal-queue-priority", "normal")),
+        start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
+        max_attempts=1 if is_set(headers.get("x-fal-no-retry", "")) else max_attempts,
+        webhook_url=_webhook_url(query.get("fal_webhook")),
+    )
+
+
+def max_queue_length(query: Mapping[str, str]) -> int | None:
+    """How many requests may wait before this one. Raises `BadRequest`."""
+    value = query.get("fal_max_queue_length")
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise BadRequest("fal_max_queue_length must be a whole number, 0 or more.")
+    return int(value)
+
+
+def is_set(flag: str) -> bool:
+    """A flag as either client writes it: 1 or 0, true or false."""
+    return flag.lower() in ("1", "true", "yes")
+
+
+def _priority(value: str) -> int:
+    if value.lower() not in PRIORITIES:
+        raise BadRequest("X-Fal-Queue-Priority must be normal or low.")
+    return PRIORITIES[value.lower()]
+
+
+def _start_timeout_s(value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_START_TIMEOUT_S:  # not a number compares false as well
+        raise BadRequest("X-Fal-Request-Timeout must be a number of seconds, above 0 and at most a year.")
+    return seconds
+
+
+def _webhook_url(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        url = httpx.URL(value)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise BadRequest("fal_webhook must be an http or https URL.")
+    return value

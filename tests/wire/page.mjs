@@ -1,0 +1,51 @@
+// What an application does with the unmodified @fal-ai/client, one operation a run:
+//
+//   node page.mjs <base url> <operation> '<arguments as JSON>'
+//
+// prints one line of JSON: {"value": ...} or {"error": ...}, with what the page's callbacks saw beside it. `subscribe` is the
+// code of fal's endpoint pages; the client is pointed at us by its own proxy setting and nothing else.
+import { fal } from "@fal-ai/client";
+
+const [base, operation, args] = process.argv.slice(2);
+const { id, ...options } = JSON.parse(args);
+const updates = [];
+const printed = [];
+const print = console.log;
+console.log = (line) => printed.push(line);
+
+fal.config({ proxyUrl: { url: `${base}/api/fal/proxy`, when: "always" } });
+
+const operations = {
+  subscribe: () =>
+    fal.subscribe(id, {
+      input: options.input,
+      logs: true,
+      onQueueUpdate: (update) => {
+        updates.push(update);
+        if (update.status === "IN_PROGRESS") {
+          update.logs.map((log) => log.message).forEach(console.log);
+        }
+      },
+      ...options,
+    }),
+  streamStatus: async () => {
+    const stream = await fal.queue.streamStatus(id, options);
+    for await (const update of stream) updates.push(update);
+    return stream.done();
+  },
+  submit: () => fal.queue.submit(id, options),
+  status: () => fal.queue.status(id, options),
+  result: () => fal.queue.result(id, options),
+  cancel: () => fal.queue.cancel(id, options),
+  run: () => fal.run(id, options),
+};
+
+const described = ({ name, message, status, body, requestId, fieldErrors, isUserTimeout }) => ({
+  name, message, status, body, requestId, fieldErrors, isUserTimeout,
+});
+
+const outcome = await operations[operation]().then(
+  (value) => ({ value: value ?? null }),
+  (error) => ({ error: described(error) }),
+);
+print(JSON.stringify({ ...outcome, updates, printed }));

@@ -1,0 +1,102 @@
+"""The service for wire tests: the real app under uvicorn on a loopback port, and a stand-in for the GPUs behind the store."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.jobs.job import Claim
+from deployments.jobs.store import JobStore
+from deployments.schemas import error_failure
+from deployments.storage import FileStore
+from engines.errors import ImageLoadError
+
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+VIDEO = b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 8
+LEASE_S = 30.0
+
+
+class Wire:
+    """Sees the requests as they arrive; those through the proxy under their targets."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.requests: list[tuple[str, str]] = []
+        self._arrived = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers: dict[str, str] = {key.decode(): value.decode() for key, value in scope["headers"]}
+            self.requests.append((scope["method"], headers.get("x-fal-target-url", scope["path"])))
+            self._arrived.set()
+        await self.app(scope, receive, send)
+
+    def count(self, method: str, ending: str) -> int:
+        return sum(1 for seen, url in self.requests if seen == method and url.partition("?")[0].endswith(ending))
+
+    async def arrival(self, method: str, ending: str) -> None:
+        """Returns once `count` is above 0."""
+        while not self.count(method, ending):
+            self._arrived.clear()
+            await self._arrived.wait()
+
+
+@asynccontextmanager
+async def listening(app: ASGIApp) -> AsyncIterator[str]:
+    """Serves `app`; yields its base URL."""
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            assert not serving.done(), "uvicorn did not start"
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@asynccontextmanager
+async def working(store: JobStore, files: FileStore, step_s: float = 0.05) -> AsyncIterator[None]:
+    """Does every job that is submitted meanwhile. step_s: seconds for each of the four steps."""
+    worker = asyncio.create_task(_work(store, files, step_s))
+    try:
+        yield
+    finally:
+        worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await worker
+
+
+async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
+    while True:
+        if claim := await store.claim([ENDPOINT], LEASE_S):
+            await _render(store, files, claim, step_s)
+        else:
+            await asyncio.sleep(0.02)
+
+
+async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float) -> None:
+    """A prompt of "endless" runs until it is cancelled, "unreadable" fails as a keyframe would that is no image."""
+    step = 0
+    while step < 4 or claim.input["prompt"] == "endless":
+        step += 1
+        await store.log(claim, f"step {step}/4")
+        await asyncio.sleep(step_s)
+        job = await store.get(claim.job_id)
+        if job is None or job.cancel_requested:
+            await store.cancel(claim)
+            return
+    if claim.input["prompt"] == "unreadable":
+        error = ImageLoadError("The image could not be decoded.", ("body", "keyframe_0_image_url"))
+        await store.fail(claim, error_failure(error), {"inference_time": 4 * step_s})
+        return
+    kept = await files.put("video.mp4", VIDEO, "video/mp4")
+    video = {"url": kept.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": kept.size}
+    await store.succeed(claim, {"video": video, "seed": claim.input["seed"]}, {"inference_time": 4 * step_s})

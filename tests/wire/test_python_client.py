@@ -1,0 +1,70 @@
+"""fal-client from PyPI against the app: recipe P4 of fal-queue-protocol.md, which is P1 without the TLS."""
+
+from collections.abc import AsyncIterator
+
+import fal_client
+import fal_client.client
+import pytest
+
+from deployments.jobs.store import JobStore
+from deployments.storage import FileStore
+from tests.wire.service import ENDPOINT, Wire, working
+
+INPUT = {"prompt": "Drone footage, futuristic city at night", "seed": 42}
+
+
+@pytest.fixture
+async def client(base_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[fal_client.AsyncClient]:
+    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{base_url}/queue/")
+    client = fal_client.AsyncClient(key="anything")
+    yield client
+    await (await client._client).aclose()  # it has no public way to be closed
+
+
+async def test_subscribe(client: fal_client.AsyncClient, store: JobStore, files: FileStore, wire: Wire) -> None:
+    updates: list[fal_client.Status] = []
+    async with working(store, files):
+        result = await client.subscribe(ENDPOINT, INPUT, with_logs=True, on_queue_update=updates.append)
+    assert result["seed"] == 42
+    assert result["video"]["url"].startswith("http://127.0.0.1:")
+    done = updates[-1]
+    assert isinstance(done, fal_client.Completed)
+    assert done.logs is not None
+    assert [item["message"] for item in done.logs] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    assert done.metrics == {"inference_time": 0.2}
+
+
+async def test_handle_can_be_rebuilt_and_followed(client: fal_client.AsyncClient, store: JobStore, files: FileStore) -> None:
+    handle = await client.submit(ENDPOINT, INPUT, priority="low", start_timeout=30)
+    assert await client.get_handle(ENDPOINT, handle.request_id) == handle
+    assert await handle.status(with_logs=True) == fal_client.Queued(position=0)
+    async with working(store, files):
+        result = await handle.get()
+    assert result == await handle.get() == await client.result(ENDPOINT, handle.request_id)
+    status = await handle.status()
+    assert isinstance(status, fal_client.Completed)
+    assert status.logs is None
+
+
+async def test_cancelled_request_completes_and_its_result_raises(client: fal_client.AsyncClient) -> None:
+    handle = await client.submit(ENDPOINT, INPUT)
+    await handle.cancel()
+    status = await handle.status()
+    assert isinstance(status, fal_client.Completed)
+    assert status.error_type == "client_cancelled"
+    with pytest.raises(fal_client.FalClientHTTPError) as caught:
+        await handle.get()
+    assert (caught.value.status_code, caught.value.error_type) == (499, "client_cancelled")
+    with pytest.raises(fal_client.FalClientHTTPError) as caught:
+        await handle.cancel()
+    assert caught.value.status_code == 400
+
+
+async def test_invalid_input_raises_at_submit_with_the_field(client: fal_client.AsyncClient, wire: Wire) -> None:
+    with pytest.raises(fal_client.FalClientHTTPError) as caught:
+        await client.submit(ENDPOINT, {"prompt": "x", "num_inference_steps": 0})
+    assert caught.value.status_code == 422
+    detail: object = caught.value.message
+    assert isinstance(detail, list)
+    assert detail[0]["loc"] == ["body", "num_inference_steps"]
+    assert len(wire.requests) == 1
