@@ -1,0 +1,82 @@
+"""A real PostgreSQL in a temporary folder for the whole session, and a fresh database in it for every test that asks."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from deployments.jobs.postgres import database_url, stop_embedded
+from deployments.jobs.store import JobStore, migrate
+from deployments.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The server's URL. Its database `template` is migrated and empty."""
+    with embedded() as settings:
+        url = database_url(settings)
+        asyncio.run(make_template(url))
+        yield url
+
+
+@pytest.fixture
+async def database(postgres: str) -> AsyncIterator[str]:
+    """The URL of a migrated, empty database of the test's own."""
+    name = f"test_{uuid4().hex}"
+    await execute(postgres, f"CREATE DATABASE {name} TEMPLATE template")
+    yield of_database(postgres, name)
+    await execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[JobStore]:
+    """An open store on an empty database."""
+    opened = await JobStore.open(database)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def home() -> Iterator[Settings]:
+    """Settings with a home of their own, whose embedded server is stopped at the end."""
+    with embedded() as settings:
+        yield settings
+
+
+@contextmanager
+def embedded(folder: str = "home") -> Iterator[Settings]:
+    """Settings with `folder` in a temporary place as their home; stops its server.
+
+    Not in pytest's temporary folder: every session that starts as root closes that to all others, the server's user too.
+    """
+    with TemporaryDirectory(prefix="reelray-") as place:
+        settings = Settings(home=Path(place) / folder)
+        try:
+            yield settings
+        finally:
+            stop_embedded(settings)
+
+
+async def make_template(url: str) -> None:
+    """Makes the database that every test's own is a copy of."""
+    await execute(url, "CREATE DATABASE template")
+    await migrate(of_database(url, "template"))
+
+
+def of_database(url: str, name: str) -> str:
+    """The URL of another database of the same server."""
+    return url.replace("/postgres?", f"/{name}?")
+
+
+async def execute(url: str, statement: str) -> None:
+    """Runs one statement on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

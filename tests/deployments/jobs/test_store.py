@@ -1,0 +1,601 @@
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from deployments.jobs.job import TRANSITIONS, Claim, Failure, Job, JobState, LeaseLost, NewJob
+from deployments.jobs.store import _RESOURCES, JobStore, load_queries
+from deployments.schemas import error_failure
+from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
+from tests.conftest import execute, of_database
+
+ENDPOINT = "fal-ai/fake"
+NEW = NewJob(ENDPOINT, {"prompt": "a cat"}, webhook_url="https://example.com/hook")
+FAILURE = Failure(422, {"detail": [{"loc": ["body", "seed"], "msg": "no", "type": "x"}]}, "no", "x", {"X-Fal-Needs-Retry": "0"})
+METRICS = {"inference_time": 1.5}
+
+
+@pytest.fixture
+async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database)
+    yield connection
+    await connection.close()
+
+
+async def claimed(store: JobStore, lease_s: float = 60.0) -> Claim:
+    claim = await store.claim([ENDPOINT], lease_s)
+    assert claim is not None
+    return claim
+
+
+async def running(store: JobStore, new: NewJob = NEW) -> tuple[Job, Claim]:
+    return await store.submit(new), await claimed(store)
+
+
+async def expired(store: JobStore, new: NewJob = NEW) -> tuple[Job, Claim]:
+    job, claim = await store.submit(new), await claimed(store, lease_s=0.001)
+    await asyncio.sleep(0.005)
+    return job, claim
+
+
+async def read(store: JobStore, job_id: UUID) -> Job:
+    job = await store.get(job_id)
+    assert job is not None
+    return job
+
+
+async def events(sql: asyncpg.Connection, job_id: UUID) -> list[str]:
+    return [row["state"] for row in await sql.fetch("SELECT state FROM job_events WHERE job_id = $1 ORDER BY id", job_id)]
+
+
+async def webhooks(sql: asyncpg.Connection, job_id: UUID) -> list[str]:
+    return [row["url"] for row in await sql.fetch("SELECT url FROM webhook_outbox WHERE job_id = $1", job_id)]
+
+
+# Submissions.
+
+
+async def test_submitted_job_is_queued_and_readable(store: JobStore) -> None:
+    job = await store.submit(replace(NEW, owner="key"))
+    assert (job.state, job.position, job.owner, job.endpoint) == (JobState.QUEUED, 0, "key", ENDPOINT)
+    assert (job.started_at, job.finished_at, job.attempt, job.metrics) == (None, None, 0, {})
+    assert job.created_at.utcoffset() is not None
+    assert await store.get(job.id) == job
+
+
+async def test_unknown_job_is_none(store: JobStore) -> None:
+    assert await store.get(uuid4()) is None
+    assert await store.request_cancel(uuid4()) is None
+    assert await store.logs(uuid4()) == []
+
+
+async def test_failed_submission_is_recorded_closed_and_told(store: JobStore, sql: asyncpg.Connection) -> None:
+    job = await store.submit_failed(NEW, FAILURE)
+    assert (job.state, job.failure, job.position) == (JobState.FAILED, FAILURE, None)
+    assert job.finished_at is not None
+    assert await webhooks(sql, job.id) == [NEW.webhook_url]
+    assert await store.claim([ENDPOINT], 60) is None
+
+
+async def test_nul_and_lone_surrogates_survive(store: JobStore) -> None:
+    hostile = {"prompt": "a\x00b\ud800c\U0001f600", "\x00key\udfff": ["\x00"]}
+    job = await store.submit(replace(NEW, input=hostile))
+    claim = await claimed(store)
+    assert claim.input == hostile
+    await store.log(claim, "a\x00b\ud800c")
+    await store.fail(claim, replace(FAILURE, body=hostile, error="\x00\ud800"), {})
+    failed = await read(store, job.id)
+    assert failed.failure is not None
+    assert (failed.failure.body, failed.failure.error) == (hostile, "\x00\ud800")
+    assert [line.message for line in await store.logs(job.id)] == ["a\N{REPLACEMENT CHARACTER}b?c"]
+
+
+async def test_megabytes_of_input_come_back_whole(store: JobStore) -> None:
+    new = replace(NEW, input={"image_url": "data:" + "A" * 8_000_000})
+    await store.submit(new)
+    assert (await claimed(store)).input == new.input
+
+
+async def test_submit_that_lost_its_answer_returns_the_one_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, lost = asyncpg.Connection.fetch, []
+
+    async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
+        rows = await fetch(self, query, *args)
+        if "INSERT INTO jobs" in query and not lost:
+            lost.append(query)
+            raise asyncpg.ConnectionDoesNotExistError
+        return rows
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fetch_and_lose)
+    job = await store.submit(NEW)
+    assert lost
+    assert await store.queued(ENDPOINT) == 1
+    assert (await claimed(store)).job_id == job.id
+
+
+# The order.
+
+
+async def test_position_counts_the_jobs_ahead_at_the_same_endpoint(store: JobStore) -> None:
+    await store.submit(replace(NEW, endpoint="fal-ai/other"))
+    jobs = [await store.submit(NEW) for _ in range(4)]
+    assert [job.position for job in jobs] == [0, 1, 2, 3]
+    await claimed(store)
+    await store.request_cancel(jobs[2].id)
+    assert [(await read(store, job.id)).position for job in jobs] == [None, 0, None, 1]
+    assert await store.queued(ENDPOINT) == 2
+    assert await store.queued(ENDPOINT, at_most=1) == 1
+
+
+async def test_low_priority_goes_behind_all_normal_ones(store: JobStore) -> None:
+    low = await store.submit(replace(NEW, priority=10))
+    normal = [await store.submit(NEW) for _ in range(2)]
+    assert (await read(store, low.id)).position == 2
+    assert [(await claimed(store)).job_id for _ in range(3)] == [normal[0].id, normal[1].id, low.id]
+
+
+async def test_owners_take_turns(store: JobStore) -> None:
+    heavy = [await store.submit(replace(NEW, owner="heavy")) for _ in range(4)]
+    light = [await store.submit(replace(NEW, owner="light")) for _ in range(2)]
+    expected = [heavy[0].id, light[0].id, heavy[1].id, light[1].id, heavy[2].id, heavy[3].id]
+    positions = {job.id: (await read(store, job.id)).position for job in heavy + light}
+    assert sorted(positions, key=lambda job_id: positions[job_id] or 0) == expected
+    assert [(await claimed(store)).job_id for _ in range(6)] == expected
+
+
+async def test_owner_who_comes_late_does_not_wait_for_the_whole_line(store: JobStore) -> None:
+    for _ in range(20):
+        await store.submit(replace(NEW, owner="heavy"))
+    for _ in range(10):
+        await claimed(store)
+    assert (await store.submit(replace(NEW, owner="light"))).position == 1
+
+
+async def test_claim_serves_only_the_endpoints_asked_for(store: JobStore) -> None:
+    other = await store.submit(replace(NEW, endpoint="fal-ai/other"))
+    job = await store.submit(NEW)
+    assert await store.claim(["fal-ai/none"], 60) is None
+    assert await store.claim([], 60) is None
+    assert (await claimed(store)).job_id == job.id
+    both = await store.claim([ENDPOINT, "fal-ai/other"], 60)
+    assert both is not None
+    assert both.job_id == other.id
+
+
+async def test_deep_positions_are_known_to_a_thousand(store: JobStore, sql: asyncpg.Connection) -> None:
+    await sql.execute(
+        "INSERT INTO jobs (id, endpoint, priority, turn, state, input, max_attempts)"
+        " SELECT gen_random_uuid(), $1, 0, n, 'queued', '{}', 1 FROM generate_series(1, 3500) AS n",
+        ENDPOINT,
+    )
+    job = await store.submit(NEW)
+    assert job.position == 3000
+    assert await store.queued(ENDPOINT) == 3501
+    for depth, position in ((999, 999), (1000, 1000), (1001, 1000), (2000, 2000), (2999, 2000)):
+        job_id = await sql.fetchval("SELECT id FROM jobs ORDER BY turn, number OFFSET $1 LIMIT 1", depth)
+        assert (await read(store, job_id)).position == position
+
+
+# Attempts.
+
+
+async def test_claim_starts_a_numbered_attempt_with_its_own_token(store: JobStore) -> None:
+    job, first = await running(store)
+    assert (first.job_id, first.attempt, first.max_attempts, first.input) == (job.id, 1, 10, NEW.input)
+    started = await read(store, job.id)
+    assert (started.state, started.position, started.attempt) == (JobState.RUNNING, None, 1)
+    await store.requeue(first, "the runner died", counted=True)
+    assert (await read(store, job.id)).started_at is None
+    second = await claimed(store)
+    assert (second.job_id, second.attempt) == (job.id, 2)
+    assert second.token != first.token
+    restarted = await read(store, job.id)
+    assert started.started_at is not None
+    assert restarted.started_at is not None
+    assert restarted.started_at > started.started_at
+
+
+async def test_success_closes_the_job_and_fills_the_outbox(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store)
+    await store.succeed(claim, {"seed": 7}, METRICS)
+    ended = await read(store, job.id)
+    assert (ended.state, ended.result, ended.metrics, ended.failure) == (JobState.SUCCEEDED, {"seed": 7}, METRICS, None)
+    assert ended.finished_at is not None
+    assert await events(sql, job.id) == ["queued", "running", "succeeded"]
+    assert await webhooks(sql, job.id) == [NEW.webhook_url]
+
+
+async def test_failure_closes_the_job_with_what_the_caller_will_be_told(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store, replace(NEW, webhook_url=None))
+    await store.fail(claim, FAILURE, METRICS)
+    ended = await read(store, job.id)
+    assert (ended.state, ended.result, ended.metrics, ended.failure) == (JobState.FAILED, None, METRICS, FAILURE)
+    assert await webhooks(sql, job.id) == []
+
+
+async def test_requeued_job_keeps_its_place(store: JobStore) -> None:
+    jobs = [await store.submit(replace(NEW, owner=owner)) for owner in ("a", "a", "b")]
+    claim = await claimed(store)
+    await store.submit(replace(NEW, owner="c"))
+    await store.requeue(claim, "the runner died", counted=True)
+    assert (await read(store, jobs[0].id)).position == 0
+
+
+async def test_job_requeued_into_an_emptied_queue_goes_before_newer_ones(store: JobStore) -> None:
+    jobs = [await store.submit(NEW) for _ in range(3)]
+    claims = [await claimed(store) for _ in jobs]
+    newer = await store.submit(NEW)
+    await store.requeue(claims[2], "the runner died", counted=True)
+    assert [(await read(store, job.id)).position for job in (jobs[2], newer)] == [0, 1]
+
+
+async def test_attempt_given_back_uncounted_never_fails_the_job(store: JobStore) -> None:
+    job, claim = await running(store, replace(NEW, max_attempts=1))
+    await store.requeue(claim, "shutting down", counted=False)
+    requeued = await read(store, job.id)
+    assert (requeued.state, requeued.attempt) == (JobState.QUEUED, 0)
+
+
+async def test_last_counted_attempt_fails_the_job_as_disconnected(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store, replace(NEW, max_attempts=2))
+    await store.requeue(claim, "the runner died", counted=True)
+    await store.requeue(await claimed(store), "the runner died", counted=True)
+    failed = await read(store, job.id)
+    assert (failed.state, failed.failure) == (JobState.FAILED, error_failure(RunnerDisconnected()))
+    assert await webhooks(sql, job.id) == [NEW.webhook_url]
+
+
+async def test_requeued_job_whose_cancel_was_requested_is_cancelled(store: JobStore) -> None:
+    job, claim = await running(store)
+    await store.request_cancel(job.id)
+    await store.requeue(claim, "the runner died", counted=True)
+    assert (await read(store, job.id)).state == JobState.CANCELLED
+
+
+async def test_concurrent_claimers_never_share_a_job(database: str, store: JobStore) -> None:
+    submitted = [(await store.submit(NEW)).id for _ in range(200)]
+    other = await JobStore.open(database)
+    taken: Counter[UUID] = Counter()
+
+    async def work(through: JobStore) -> None:
+        while claim := await through.claim([ENDPOINT], 60):
+            taken[claim.job_id] += 1
+            await through.succeed(claim, {}, {})
+
+    await asyncio.gather(*(work(through) for through in (store, other) for _ in range(4)))
+    await other.close()
+    assert taken == Counter(submitted)
+
+
+async def test_worker_whose_lease_expired_changes_nothing(store: JobStore) -> None:
+    job, late = await expired(store)
+    assert await store.sweep() == 1
+    writes = (
+        lambda: store.heartbeat(late, 60),
+        lambda: store.log(late, "late"),
+        lambda: store.succeed(late, {"late": True}, {}),
+        lambda: store.fail(late, FAILURE, {}),
+        lambda: store.cancel(late),
+        lambda: store.requeue(late, "late", counted=True),
+    )
+    for write in writes:  # before the next attempt
+        with pytest.raises(LeaseLost):
+            await write()
+    current = await claimed(store)
+    for write in writes:  # while it runs
+        with pytest.raises(LeaseLost):
+            await write()
+    await store.succeed(current, {"late": False}, {})
+    before = await read(store, job.id)
+    for write in writes:  # and after it
+        with pytest.raises(LeaseLost):
+            await write()
+    assert await read(store, job.id) == before
+    assert before.result == {"late": False}
+    assert await store.logs(job.id) == []
+
+
+async def test_outcome_may_be_reported_again_by_the_same_attempt_but_not_changed(store: JobStore) -> None:
+    job, claim = await running(store)
+    await store.succeed(claim, {"seed": 7}, METRICS)
+    await store.succeed(claim, {"seed": 8}, {})
+    with pytest.raises(LeaseLost):
+        await store.fail(claim, FAILURE, {})
+    with pytest.raises(LeaseLost):
+        await store.requeue(claim, "confused", counted=True)
+    ended = await read(store, job.id)
+    assert (ended.result, ended.metrics) == ({"seed": 7}, METRICS)
+
+
+async def test_heartbeat_keeps_the_job_from_the_sweep(store: JobStore) -> None:
+    _, claim = await expired(store)
+    assert await store.heartbeat(claim, 60) is False
+    assert await store.sweep() == 0
+
+
+async def test_log_lines_come_in_order_and_only_new_ones_when_asked(store: JobStore) -> None:
+    job, claim = await running(store)
+    await store.log(claim, "one")
+    await store.log(claim, "two", "WARN")
+    first, second = await store.logs(job.id)
+    assert [(line.level, line.message) for line in (first, second)] == [("INFO", "one"), ("WARN", "two")]
+    assert await store.logs(job.id, after=first.seq) == [second]
+    assert await store.logs(job.id, after=second.seq) == []
+
+
+async def test_number_that_json_cannot_say_is_refused_before_it_is_written(store: JobStore) -> None:
+    job, claim = await running(store)
+    with pytest.raises(asyncpg.DataError):
+        await store.succeed(claim, {"loss": float("nan")}, {})
+    assert (await read(store, job.id)).state == JobState.RUNNING
+
+
+# Cancel.
+
+
+async def test_cancel_of_a_queued_job_ends_it(store: JobStore, sql: asyncpg.Connection) -> None:
+    job = await store.submit(NEW)
+    assert await store.request_cancel(job.id) == JobState.QUEUED
+    ended = await read(store, job.id)
+    assert (ended.state, ended.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
+    assert await store.claim([ENDPOINT], 60) is None
+    assert await webhooks(sql, job.id) == [NEW.webhook_url]
+
+
+async def test_cancel_of_a_running_job_flags_it_and_tells_its_worker(store: JobStore) -> None:
+    job, claim = await running(store)
+    async with store.watch(job.id) as changes:
+        assert await store.request_cancel(job.id) == JobState.RUNNING
+        assert await changes.changed(5)
+    flagged = await read(store, job.id)
+    assert (flagged.state, flagged.cancel_requested, flagged.failure) == (JobState.RUNNING, True, None)
+    assert await store.heartbeat(claim, 60) is True
+    await store.cancel(claim)
+    ended = await read(store, job.id)
+    assert (ended.state, ended.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
+
+
+@pytest.mark.parametrize("end", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+async def test_cancel_of_an_ended_job_does_nothing(store: JobStore, end: JobState) -> None:
+    job, claim = await running(store)
+    ends = {
+        JobState.SUCCEEDED: lambda: store.succeed(claim, {}, {}),
+        JobState.FAILED: lambda: store.fail(claim, FAILURE, {}),
+        JobState.CANCELLED: lambda: store.cancel(claim),
+    }
+    await ends[end]()
+    before = await read(store, job.id)
+    assert await store.request_cancel(job.id) == end
+    assert await read(store, job.id) == before
+
+
+async def test_cancel_and_claim_at_once_leave_one_of_two_stories(store: JobStore) -> None:
+    for _ in range(40):
+        job = await store.submit(NEW)
+        found, claim = await asyncio.gather(store.request_cancel(job.id), store.claim([ENDPOINT], 60))
+        after = await read(store, job.id)
+        if claim is None:
+            assert (found, after.state) == (JobState.QUEUED, JobState.CANCELLED)
+        else:
+            assert (found, after.state, after.cancel_requested) == (JobState.RUNNING, JobState.RUNNING, True)
+
+
+# The sweep and the deadline.
+
+
+async def test_sweep_returns_an_expired_job_to_its_place(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, _ = await expired(store)
+    await store.submit(NEW)
+    assert await store.sweep() == 1
+    assert await store.sweep() == 0
+    swept = await read(store, job.id)
+    assert (swept.state, swept.attempt, swept.position) == (JobState.QUEUED, 1, 0)
+    assert await sql.fetchval("SELECT reason FROM job_events ORDER BY id DESC LIMIT 1") == "lease expired"
+
+
+async def test_sweep_fails_a_job_that_has_used_its_attempts(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, _ = await expired(store, replace(NEW, max_attempts=1))
+    assert await store.sweep() == 1
+    swept = await read(store, job.id)
+    assert (swept.state, swept.failure) == (JobState.FAILED, error_failure(RunnerDisconnected()))
+    assert await webhooks(sql, job.id) == [NEW.webhook_url]
+
+
+async def test_sweep_cancels_a_job_whose_cancel_nobody_was_left_to_obey(store: JobStore) -> None:
+    job, _ = await expired(store, replace(NEW, max_attempts=1))
+    await store.request_cancel(job.id)
+    assert await store.sweep() == 1
+    swept = await read(store, job.id)
+    assert (swept.state, swept.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
+
+
+async def test_job_past_its_start_deadline_is_not_claimed_and_fails(store: JobStore) -> None:
+    late = await store.submit(replace(NEW, start_timeout_s=0.001))
+    patient = await store.submit(replace(NEW, start_timeout_s=60))
+    await asyncio.sleep(0.005)
+    assert (await claimed(store)).job_id == patient.id
+    assert await store.sweep() == 1
+    failed = await read(store, late.id)
+    assert (failed.state, failed.failure) == (JobState.FAILED, error_failure(StartTimeout()))
+
+
+async def test_start_deadline_does_not_bound_running_work(store: JobStore) -> None:
+    job, claim = await running(store, replace(NEW, start_timeout_s=0.05))
+    await asyncio.sleep(0.06)
+    assert await store.sweep() == 0
+    await store.succeed(claim, {}, {})
+    assert (await read(store, job.id)).state == JobState.SUCCEEDED
+
+
+async def test_concurrent_sweeps_change_each_job_once(store: JobStore, sql: asyncpg.Connection) -> None:
+    for _ in range(30):
+        await expired(store)
+    assert sum(await asyncio.gather(*(store.sweep() for _ in range(6)))) == 30
+    assert await sql.fetchval("SELECT count(*) FROM job_events WHERE reason = 'lease expired'") == 30
+
+
+# What the database itself refuses.
+
+
+@pytest.mark.parametrize("old", JobState)
+async def test_database_allows_exactly_the_transitions_drawn(store: JobStore, sql: asyncpg.Connection, old: JobState) -> None:
+    await store.submit(NEW)
+    open_ = "result = NULL, failure = NULL, finished_at = NULL"
+    columns = {
+        JobState.QUEUED: open_,
+        JobState.RUNNING: f"{open_}, token = id, lease_until = now(), started_at = now()",
+        JobState.SUCCEEDED: "result = '{}', failure = NULL, finished_at = now()",
+        JobState.FAILED: "result = NULL, failure = '{}', finished_at = now()",
+        JobState.CANCELLED: "result = NULL, failure = '{}', finished_at = now()",
+    }
+    await sql.execute("ALTER TABLE jobs DISABLE TRIGGER USER")
+    await sql.execute(f"UPDATE jobs SET state = '{old}', {columns[old]}")
+    await sql.execute("ALTER TABLE jobs ENABLE TRIGGER USER")
+    for new in set(JobState) - {old}:
+        attempt = sql.transaction()
+        await attempt.start()
+        if new in TRANSITIONS[old]:
+            await sql.execute(f"UPDATE jobs SET state = '{new}', {columns[new]}")
+        else:
+            with pytest.raises(asyncpg.CheckViolationError, match="illegal transition"):
+                await sql.execute(f"UPDATE jobs SET state = '{new}', {columns[new]}")
+        await attempt.rollback()
+    assert await sql.fetchval("SELECT state FROM jobs") == old
+
+
+async def test_job_cannot_be_born_in_another_state(sql: asyncpg.Connection) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match="illegal transition"):
+        await sql.execute(
+            "INSERT INTO jobs (id, endpoint, priority, turn, state, input, max_attempts, result, finished_at)"
+            " VALUES (gen_random_uuid(), 'e', 0, 0, 'succeeded', '{}', 1, '{}', now())"
+        )
+
+
+async def test_state_change_and_its_webhook_stand_or_fall_together(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store)
+    await sql.execute("DROP TABLE webhook_outbox")
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await store.succeed(claim, {}, {})
+    assert (await read(store, job.id)).state == JobState.RUNNING
+    assert await events(sql, job.id) == ["queued", "running"]
+
+
+# Waiting.
+
+
+async def test_watch_wakes_on_a_log_line_and_on_every_change(store: JobStore) -> None:
+    job, claim = await running(store)
+    other = await store.submit(NEW)
+    async with store.watch(job.id) as changes:
+        await store.log(claim, "line")
+        assert await changes.changed(5)
+        await store.succeed(claim, {}, {})
+        assert await changes.changed(5)
+        await store.request_cancel(other.id)
+        assert not await changes.changed(0.05)
+
+
+async def test_watch_hears_what_happened_between_two_waits(store: JobStore) -> None:
+    job, claim = await running(store)
+    async with store.watch(job.id) as first, store.watch(job.id) as second:
+        await store.log(claim, "one")
+        assert await first.changed(5)
+        assert await second.changed(5)
+
+
+async def test_work_is_announced_on_submit_and_on_requeue(store: JobStore) -> None:
+    await store.submit(NEW)
+    async with asyncio.timeout(5):
+        await store.wait_for_work(60)
+    claim = await claimed(store)
+    await store.requeue(claim, "the runner died", counted=True)
+    async with asyncio.timeout(5):
+        await store.wait_for_work(60)
+
+
+async def test_wait_for_work_ends_by_itself(store: JobStore) -> None:
+    async with asyncio.timeout(5):
+        await store.wait_for_work(0.01)
+
+
+async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store)
+    async with store.watch(job.id) as changes:
+        await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        await store.log(claim, "said while nobody listened")
+        assert await changes.changed(5)
+        while await changes.changed(0.1):
+            pass
+        await store.log(claim, "said to the new connection")
+        assert await changes.changed(5)
+    assert len(await store.logs(job.id)) == 2
+
+
+# Schema, queries and keys.
+
+
+async def test_stores_that_open_at_once_migrate_once(postgres: str) -> None:
+    await execute(postgres, "CREATE DATABASE empty")
+    url = of_database(postgres, "empty")
+    stores = await asyncio.gather(*(JobStore.open(url) for _ in range(4)))
+    job = await stores[0].submit(NEW)
+    assert (await read(stores[3], job.id)).id == job.id
+    connection = await asyncpg.connect(url)
+    applied = await connection.fetch("SELECT name FROM schema_migrations")
+    await connection.close()
+    assert [row["name"] for row in applied] == ["0001_jobs.sql"]
+    for opened in stores:
+        await opened.close()
+    await execute(postgres, "DROP DATABASE empty WITH (FORCE)")
+
+
+def test_every_query_is_explained() -> None:
+    for name, statement in load_queries(_RESOURCES.joinpath("queries.sql").read_text()).items():
+        assert statement.startswith("-- "), name
+
+
+async def test_key_is_shown_once_and_kept_as_a_hash(store: JobStore, sql: asyncpg.Connection) -> None:
+    secret = await store.create_key("laptop")
+    (key,) = await store.list_keys()
+    assert (key.name, key.revoked_at) == ("laptop", None)
+    assert await store.owner_of(secret) == key.id
+    row = str(dict(await sql.fetchrow("SELECT * FROM api_keys")))
+    assert secret not in row
+    assert secret.partition(":")[2] not in row
+
+
+@pytest.mark.parametrize("wrong", ["", ":", "x", "\x00", "\ud800", "é" * 1000])
+async def test_wrong_secret_is_nobodys(store: JobStore, wrong: str) -> None:
+    secret = await store.create_key("laptop")
+    assert await store.owner_of(wrong) is None
+    assert await store.owner_of(secret + wrong) == (None if wrong else (await store.list_keys())[0].id)
+
+
+async def test_revoked_key_opens_nothing(store: JobStore) -> None:
+    secret = await store.create_key("laptop")
+    owner = await store.owner_of(secret)
+    assert owner is not None
+    assert await store.revoke_key(owner) is True
+    assert await store.owner_of(secret) is None
+    assert await store.revoke_key(owner) is False
+    assert await store.revoke_key("\x00nobody") is False
+    (key,) = await store.list_keys()
+    assert key.revoked_at is not None
+
+
+async def test_key_revoked_by_another_process_ends_within_seconds(
+    database: str, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.jobs.store.KEY_CACHE_S", 0.2)
+    secret = await store.create_key("laptop")
+    owner = await store.owner_of(secret)
+    assert owner is not None
+    other = await JobStore.open(database)
+    await other.revoke_key(owner)
+    await other.close()
+    await asyncio.sleep(0.2)
+    assert await store.owner_of(secret) is None
