@@ -8,7 +8,7 @@ submission may ask for in `submission.py`, how a job looks to its caller in `wir
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from uuid import UUID
 import asyncpg
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -50,8 +51,28 @@ OUTAGES = (
 )
 """What the store raises when its database stays away for longer than the store waits."""
 
-queue = APIRouter(prefix="/queue", tags=["queue"])
-house = APIRouter()
+
+class TextRoute(APIRoute):
+    """Gives the endpoint its path and query parameters as the text they are.
+
+    FastAPI documents them from the signature as ever; but having it convert and validate them took 60 of a status read's
+    280 µs of CPU time (FastAPI 0.165, 2 cores), and an id that is no UUID is a 404 here, not a 422.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What FastAPI calls for each request."""
+        endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
+        names = [parameter.name for parameter in self.dependant.query_params]
+
+        async def handle(request: Request) -> Response:
+            query = request.query_params
+            return await endpoint(request, **request.path_params, **{name: query[name] for name in names if name in query})
+
+        return handle
+
+
+queue = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+house = APIRouter(route_class=TextRoute)
 
 
 def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
@@ -72,8 +93,9 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.store = store
     app.state.files = FileStore(settings.files_url)
+    served = settings.model_configs()
     for endpoint in ENDPOINTS.values():
-        if settings.animatediff is not None or endpoint.model != "animatediff-sparsectrl-lcm":
+        if endpoint.model in served:
             _add_submit_route(app, endpoint)
     app.include_router(queue)
     app.include_router(house)
