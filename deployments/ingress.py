@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
@@ -26,7 +25,7 @@ from deployments import wire
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
 from deployments.jobs.postgres import database_url
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import JobStore, StoreAway
 from deployments.middleware import add_middleware, failure_response
 from deployments.proxy import queue_base, service_base
 from deployments.schemas import ENDPOINTS, Endpoint, error_failure, validation_failure
@@ -42,14 +41,7 @@ STREAM_INTERVAL_S = 3.0
 
 HEALTH_TIMEOUT_S = 2.0
 
-OUTAGES = (
-    OSError,  # a time-out is one
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.InterfaceError,
-)
-"""What the store raises when its database stays away for longer than the store waits."""
+OUTAGES = (StoreAway, TimeoutError)
 
 
 class TextRoute(APIRoute):

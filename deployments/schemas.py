@@ -161,10 +161,11 @@ class AnimateDiffOutput(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is served under an id. model: its name in `engines.registry`."""
+    """What is served under an id. model: its name in `engines.registry`. family: begins its deployments' names in the YAML."""
 
     id: str
     model: str
+    family: str
     input: type[EndpointInput]
     output: type[BaseModel]
 
@@ -172,7 +173,9 @@ class Endpoint:
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.id: endpoint
     for endpoint in (
-        Endpoint("fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", AnimateDiffInput, AnimateDiffOutput),
+        Endpoint(
+            "fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", "animatediff", AnimateDiffInput, AnimateDiffOutput
+        ),
     )
 }
 

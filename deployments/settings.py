@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 
 
+CONFIG_VARIABLE = "REELRAY_CONFIG"
+"""Environment variable with the path of the YAML, for processes that are started without a command line of ours."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,16 +76,22 @@ class Settings(_Strict):
         """The folder of the demo checkpoints."""
         return self.home / "weights" / "demo"
 
-    def animatediff_config(self) -> AnimateDiffConfig:
-        """The engine's config with "demo" turned into folders. Raises `ValueError` if the endpoint is left out."""
-        if self.animatediff is None:
-            raise ValueError("the endpoint is not configured")
-        if self.animatediff.weights != "demo":
-            return self.animatediff
-        return replace(self.animatediff, weights=AnimateDiffWeights.demo(self.demo_weights))
+    def model_configs(self) -> dict[str, AnimateDiffConfig]:
+        """Model name -> its engine's config, with "demo" turned into folders. Models that are left out are absent."""
+        configs = {}
+        if self.animatediff is not None:
+            demo = self.animatediff.weights == "demo"
+            weights = AnimateDiffWeights.demo(self.demo_weights) if demo else self.animatediff.weights
+            configs["animatediff-sparsectrl-lcm"] = replace(self.animatediff, weights=weights)
+        return configs
 
 
 def load_settings(config: Path) -> Settings:
     """The settings in a `serve_config.yaml`: the `args` of its first application."""
     document: dict[str, Any] = yaml.safe_load(config.read_text())
     return Settings.model_validate(document["applications"][0].get("args") or {})
+
+
+def configured_settings() -> Settings:
+    """The settings in the YAML that the environment names."""
+    return load_settings(Path(os.environ[CONFIG_VARIABLE]))

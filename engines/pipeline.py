@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from engines.registry import load_model
+from engines.registry import build_stage
 from engines.spec import Checkpoint, Clip, Latents, RenderSpec
 
 
@@ -13,12 +11,9 @@ class Pipeline:
     """A loaded model. config: its config, e.g. `AnimateDiffConfig`."""
 
     def __init__(self, model: str, config: Any):
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        stages = load_model(model)
-        self.preprocess = stages.preprocess(config)
-        self.denoise = stages.denoise(config)
-        self.decode = stages.decode(config)
+        self.preprocess = build_stage(model, "preprocess", config)
+        self.denoise = build_stage(model, "denoise", config)
+        self.decode = build_stage(model, "decode", config)
 
     def latents(self, spec: RenderSpec, on_step: Callable[[Checkpoint], None] | None = None) -> Latents:
         """The clip before decoding."""

@@ -1,8 +1,9 @@
 """Model name -> its three stages, imported only when a process builds one. No torch at import."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from engines.spec import DecodeStage, DenoiseStage, PreprocessStage
 
@@ -27,6 +28,19 @@ def _animatediff() -> Model:
 _MODELS: dict[str, Callable[[], Model]] = {"animatediff-sparsectrl-lcm": _animatediff}
 
 
-def load_model(name: str) -> Model:
-    """The model's stages. Raises `KeyError` for a name that is not served."""
-    return _MODELS[name]()
+@overload
+def build_stage(model: str, stage: Literal["preprocess"], config: Any) -> PreprocessStage: ...
+@overload
+def build_stage(model: str, stage: Literal["denoise"], config: Any) -> DenoiseStage: ...
+@overload
+def build_stage(model: str, stage: Literal["decode"], config: Any) -> DecodeStage: ...
+def build_stage(model: str, stage: str, config: Any) -> Any:
+    """A loaded stage. config: the model's, e.g. `AnimateDiffConfig`; its `threads` become this process's.
+
+    Raises `KeyError` for a model that is not served, `WeightsError` for checkpoints that do not fit.
+    """
+    import torch
+
+    # Ray gives a process with less than two CPUs one thread; on a GPU that is right, on a CPU it halves the speed
+    torch.set_num_threads(config.threads or (os.cpu_count() or 1 if config.device == "cpu" else 1))
+    return getattr(_MODELS[model](), stage)(config)

@@ -31,12 +31,14 @@ class Conditioning:
 
     seed: the request's seed. rng_state: (5056,) uint8, state of the request's one CPU generator after every draw
     that preprocessing made, so that all draws of a request come from one stream in a fixed order.
+    notes: for the caller's log, e.g. that the prompt was cut.
     """
 
     seed: int
     num_inference_steps: int
     guidance_scale: float
     rng_state: Tensor
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class AnimateDiffConfig:
     control_cache_bytes: SparseCtrl results kept for requests that differ in seed only (215 MB a step at 512x512, fp16).
     control_steps: how many steps' SparseCtrl passes go through in one batch.
     max_image_pixels: larger keyframes are refused before they are decoded.
-    threads: torch's CPU threads in a process; None leaves torch's own choice.
+    threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
     """
 
     weights: AnimateDiffWeights | Literal["demo"] = "demo"

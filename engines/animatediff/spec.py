@@ -49,8 +49,7 @@ class SparseControlInput:
 
 @dataclass(frozen=True)
 class AnimateDiffConditioning(Conditioning):
-    """text: (G, 77, D), fp32; G is 1, or 2 with the negative prompt first when guidance is above 1. notes: for the caller's log."""
+    """text: (G, 77, D), fp32; G is 1, or 2 with the negative prompt first when guidance is above 1."""
 
     text: Tensor
     control: SparseControlInput | None
-    notes: tuple[str, ...] = ()

@@ -1,0 +1,52 @@
+# Everything a newcomer needs is one of these; each makes the environment first. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export REELRAY_HOME ?= $(CURDIR)/.reelray
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed ## make the environment in .venv
+
+.PHONY: demo
+demo: install ## start the service, render a video per endpoint through the queue, stop
+	$(BIN)/reelray demo
+
+.PHONY: serve
+serve: install ## keep the service running on http://127.0.0.1:8000
+	$(BIN)/reelray serve
+
+.PHONY: test
+test: install ## run the tests
+	$(BIN)/pytest
+
+.PHONY: check
+check: install ## lint, types, import directions; changes no file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py
+
+.PHONY: fix
+fix: install ## format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: install ## measure the pipeline against diffusers and the service against the pipeline
+	$(BIN)/python -m tests.load.bench_pipeline
+	$(BIN)/python -m tests.load.bench_service
+
+.PHONY: clean
+clean: ## remove the environment and what the demo kept
+	rm -rf $(VENV) $(REELRAY_HOME)

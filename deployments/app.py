@@ -1,0 +1,77 @@
+"""The graph that `serve_config.yaml` deploys: ingress, dispatcher and three stages an endpoint; the only file that knows all.
+
+Placement, replicas and autoscaling are the YAML's: what stands here are only each deployment's name and arguments.
+"""
+
+import asyncio
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.decode import Decode
+from deployments.demo import write_missing_weights
+from deployments.denoise import Denoise
+from deployments.dispatcher import Dispatcher
+from deployments.ingress import create_app
+from deployments.jobs.postgres import database_url
+from deployments.jobs.store import JobStore
+from deployments.preprocess import Preprocess
+from deployments.schemas import ENDPOINTS
+from deployments.serve_stages import ServeStages
+from deployments.settings import Settings
+from deployments.storage import FileStore
+
+class DispatcherReplica:
+    """Runs a dispatcher for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles."""
+
+    def __init__(self, settings: Settings, handles: dict[str, tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]]):
+        self.settings = settings
+        self.stages = {endpoint: ServeStages(*stages) for endpoint, stages in handles.items()}
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        store = await JobStore.open(await asyncio.to_thread(database_url, self.settings))
+        try:
+            await Dispatcher(store, FileStore(self.settings.files_url), self.stages, self.settings.queue).run()
+        finally:
+            await store.close()
+
+    def check_health(self) -> None:
+        """Raises what ended the dispatcher, and Serve starts another."""
+        if self.task.done():
+            self.task.result()
+
+    async def __del__(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+class IngressReplica:
+    """Hosts the ingress app in Serve. dispatcher: bound here so that it is deployed; the two meet in the store only."""
+
+    def __init__(self, dispatcher: DeploymentHandle):
+        self.dispatcher = dispatcher
+
+
+def build(args: Settings) -> serve.Application:
+    """The application. Serve reads `args` of the YAML as `Settings` and refuses what they do not know."""
+    settings = args
+    handles: dict[str, Any] = {}
+    configs = settings.model_configs()
+    for endpoint in ENDPOINTS.values():
+        if endpoint.model in configs:
+            config = configs[endpoint.model]
+            handles[endpoint.id] = (
+                _deploy(Preprocess, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch),
+                _deploy(Denoise, f"{endpoint.family}-denoise").bind(endpoint.model, config),
+                _deploy(Decode, f"{endpoint.family}-decode").bind(endpoint.model, config),
+            )
+    write_missing_weights(settings)
+    dispatcher = _deploy(DispatcherReplica, "dispatcher").bind(settings, handles)
+    ingress = serve.ingress(lambda: create_app(settings))(IngressReplica)
+    return _deploy(ingress, "ingress").bind(dispatcher)
+
+
+def _deploy(replica: type, name: str) -> Any:
+    return serve.deployment(replica, name=name)

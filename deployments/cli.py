@@ -1,0 +1,278 @@
+"""The console command `reelray`. Heavy imports stand inside the commands, so that `reelray status` starts at once."""
+
+import asyncio
+import base64
+import json
+import mimetypes
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deployments.client import QueueClient
+from deployments.schemas import ENDPOINTS, Endpoint, validation_failure
+from deployments.settings import load_settings
+from engines.errors import ReelrayError
+
+if TYPE_CHECKING:
+    from deployments.jobs.store import JobStore
+
+T = TypeVar("T")
+
+app = typer.Typer(help="Video generation as a service on your own GPUs.", no_args_is_help=True, pretty_exceptions_enable=False)
+keys = typer.Typer(help="API keys, for a service whose settings say auth: keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+console = Console()
+errors = Console(stderr=True)
+
+Config = Annotated[Path, typer.Option("--config", "-c", exists=True, dir_okay=False, help="The service's YAML.")]
+DEFAULT_CONFIG = Path("serve_config.yaml")
+EndpointId = Annotated[str, typer.Argument(help="E.g. fal-ai/animatediff-sparsectrl-lcm; the part after the slash will do.")]
+RequestId = Annotated[str, typer.Argument(help="As `reelray submit` printed it.")]
+Url = Annotated[str, typer.Option(help="Where the service is.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="API key, where the service asks for one.")]
+InputFile = Annotated[
+    Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="The input as JSON; file URLs may be paths beside it.")
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", dir_okay=False, help="Where to keep the video.")]
+
+
+@app.command("serve")
+def serve_command(
+    config: Config = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Instead of the YAML's.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard as well.")] = False,
+) -> None:
+    """Run the whole service on this machine until interrupted."""
+    from deployments.service import running, stay_up
+
+    _exit_on_sigterm()
+    with _clear_errors(), running(config, host=host, port=port, dashboard=dashboard) as url:
+        console.print(f"Reelray answers at {url}; its API is described at {url}/docs. Ctrl-C stops it.")
+        with suppress(KeyboardInterrupt):
+            stay_up(load_settings(config))
+
+
+@app.command()
+def gateway(
+    config: Config = DEFAULT_CONFIG,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Host the ingress alone, beside the cluster: it keeps accepting and answering while Ray is down."""
+    from deployments.gateway import run
+
+    run(config, host, port, workers)
+
+
+@app.command()
+def render(
+    model: Annotated[str, typer.Argument(help="E.g. animatediff-sparsectrl-lcm.")],
+    input_file: InputFile,
+    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The mp4 to write.")],
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Render one video in this process, without Ray, queue or database."""
+    from deployments.local import render_locally
+
+    endpoint = _endpoint(model)
+    with _clear_errors(), _bar() as bar:
+        task = bar.add_task("loading the model", total=None)
+        clip = render_locally(
+            endpoint,
+            json.dumps(read_input(input_file)).encode(),
+            load_settings(config),
+            on_step=lambda c: bar.update(task, description=f"step {c.step}/{c.steps}", completed=c.step, total=c.steps),
+        )
+        out.write_bytes(clip.mp4)
+    console.print(f"{out}: {clip.num_frames} frames, {clip.width}x{clip.height}, seed {clip.seed}")
+
+
+@app.command()
+def submit(
+    endpoint: EndpointId,
+    input_file: InputFile,
+    watch: Annotated[bool, typer.Option(help="Wait for the video and show the progress.")] = False,
+    out: Out = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Queue a request and print its id."""
+    endpoint_id = _endpoint(endpoint).id
+    with _clear_errors(), QueueClient(url, key) as client:
+        request_id = client.submit(endpoint_id, read_input(input_file))
+        _print(request_id)
+        if watch or out:
+            _keep_video(client, _follow(client, endpoint_id, request_id), out)
+
+
+@app.command()
+def status(endpoint: EndpointId, request_id: RequestId, logs: bool = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Show where a request stands."""
+    with _clear_errors(), QueueClient(url, key) as client:
+        console.print_json(data=client.status(_endpoint(endpoint).id, request_id, logs=logs))
+
+
+@app.command()
+def result(endpoint: EndpointId, request_id: RequestId, out: Out = None, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Show a completed request's output, and keep its video."""
+    with _clear_errors(), QueueClient(url, key) as client:
+        _keep_video(client, client.result(_endpoint(endpoint).id, request_id), out)
+
+
+@app.command()
+def cancel(endpoint: EndpointId, request_id: RequestId, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Take a request out of the queue, or stop it."""
+    with _clear_errors(), QueueClient(url, key) as client:
+        _print(client.cancel(_endpoint(endpoint).id, request_id))
+
+
+@app.command("demo-weights")
+def demo_weights(folder: Annotated[Path, typer.Argument(file_okay=False)]) -> None:
+    """Write the tiny demo checkpoints, in the layouts of the real ones."""
+    from engines.animatediff.demo_weights import write_demo_weights
+
+    write_demo_weights(folder)
+    _print(folder)
+
+
+@app.command()
+def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None) -> None:
+    """Start the service, render one video per endpoint through the queue, and stop."""
+    from deployments.demo import demo_inputs
+    from deployments.service import running
+
+    _exit_on_sigterm()
+    folder = load_settings(config).home / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _clear_errors(), ExitStack() as stack:
+        with console.status("starting PostgreSQL, Ray and the three stages"):
+            url = stack.enter_context(running(config, port=port))
+            client = stack.enter_context(QueueClient(url))
+        for endpoint_id, job_input in demo_inputs().items():
+            output = _follow(client, endpoint_id, client.submit(endpoint_id, job_input))
+            _keep_video(client, output, folder / f"{ENDPOINTS[endpoint_id].model}.mp4")
+            console.print(f"{output['video']['url']} (while the service runs: make serve)")
+
+
+@keys.command("create")
+def keys_create(name: Annotated[str, typer.Argument(help="Whose it is.")], config: Config = DEFAULT_CONFIG) -> None:
+    """Make a key and print its secret, this once."""
+    _print(_in_store(config, lambda store: store.create_key(name)))
+
+
+@keys.command("list")
+def keys_list(config: Config = DEFAULT_CONFIG) -> None:
+    """Show every key, without its secret."""
+    table = Table("id", "name", "created", "revoked")
+    for key in _in_store(config, lambda store: store.list_keys()):
+        table.add_row(key.id, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else "")
+    console.print(table)
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
+    """End a key; it is refused within seconds."""
+    if not _in_store(config, lambda store: store.revoke_key(key_id)):
+        raise typer.Exit(_fail(f"there is no key {key_id}"))
+
+
+def read_input(path: Path) -> Any:
+    """The JSON in a file. Values of `*_url` fields that name a file beside it become data URIs: the service cannot read it."""
+    job_input = json.loads(path.read_text())
+    if isinstance(job_input, dict):
+        for field, value in job_input.items():
+            if field.endswith("_url") and isinstance(value, str) and (local := path.parent / value[:4096]).is_file():
+                kind = mimetypes.guess_type(local.name)[0] or "application/octet-stream"
+                job_input[field] = f"data:{kind};base64,{base64.b64encode(local.read_bytes()).decode()}"
+    return job_input
+
+
+def _endpoint(name: str) -> Endpoint:
+    for endpoint in ENDPOINTS.values():
+        if name in (endpoint.id, endpoint.model):
+            return endpoint
+    raise typer.BadParameter(f"{name} is not served; there are {', '.join(ENDPOINTS)}")
+
+
+def _follow(client: QueueClient, endpoint_id: str, request_id: str) -> dict[str, Any]:
+    """The output, a progress bar in the meantime."""
+    with _bar() as bar:
+        task = bar.add_task("queued", total=None)
+        for status in client.follow(endpoint_id, request_id):
+            if status["status"] == "IN_QUEUE":
+                bar.update(task, description=f"queued, {status['queue_position']} ahead")
+            elif lines := status["logs"]:
+                bar.update(task, description=lines[-1]["message"], **_share(lines[-1]["message"]))
+    return client.result(endpoint_id, request_id)
+
+
+def _share(line: str) -> dict[str, int]:
+    """How far a line like "step 2/4" is."""
+    match = re.fullmatch(r"step (\d+)/(\d+)", line)
+    return {"completed": int(match[1]), "total": int(match[2])} if match else {}
+
+
+def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -> None:
+    console.print_json(data=output)
+    if out is not None:
+        out.write_bytes(client.download(output["video"]["url"]))
+        _print(out)
+
+
+def _bar() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+
+
+def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
+    from deployments.jobs.postgres import database_url
+    from deployments.jobs.store import JobStore
+
+    async def run() -> T:
+        store = await JobStore.open(database_url(load_settings(config)))
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the user can mend is told in a line, without a traceback."""
+    try:
+        yield
+    except ValidationError as exc:
+        raise typer.Exit(_fail(validation_failure(exc).error.replace("; ", "\n"))) from exc
+    except ReelrayError as exc:
+        where = f"{'.'.join(map(str, exc.loc))}: " if exc.loc else ""
+        raise typer.Exit(_fail(f"{where}{exc.message}")) from exc
+
+
+def _fail(message: str) -> int:
+    errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    return 1
+
+
+def _print(line: object) -> None:
+    """A bare line, for a script to read."""
+    console.print(str(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _exit_on_sigterm() -> None:
+    """Let `with` blocks stop what they started, as on Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

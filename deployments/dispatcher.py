@@ -1,0 +1,143 @@
+"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here.
+
+A claimed job is held by a lease that a keeper renews. Whatever happens to this process, the lease runs out and the job is
+swept back into the queue; whatever this process does late, the attempt's token refuses.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
+
+from deployments.jobs.job import Claim, LeaseLost
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.schemas import ENDPOINTS, error_failure
+from deployments.settings import QueueSettings
+from deployments.stages import Note, Stages
+from deployments.storage import FileStore
+from engines.errors import ReelrayError, RunnerFailed
+
+logger = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 1.0
+IDLE_WAIT_S = 5.0
+"""How long to wait for the store's word of new work before looking anyway."""
+
+OUTAGE_PAUSE_S = 1.0
+
+
+class Dispatcher:
+    """stages: endpoint id -> its stages. Any number of dispatchers may share a store."""
+
+    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], queue: QueueSettings):
+        self.store = store
+        self.files = files
+        self.stages = stages
+        self.queue = queue
+        self._room = asyncio.Semaphore(queue.max_in_flight)
+
+    async def run(self) -> None:
+        """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep_forever())
+            while True:
+                await self._room.acquire()
+                claim = await self._next_claim()
+                group.create_task(self._work(claim)).add_done_callback(lambda _: self._room.release())
+
+    async def _next_claim(self) -> Claim:
+        while True:
+            try:
+                if claim := await self.store.claim(list(self.stages), self.queue.lease_s):
+                    return claim
+                await self.store.wait_for_work(IDLE_WAIT_S)
+            except StoreAway:
+                logger.exception("no claim", extra={"action": "claim_failed"})
+                await asyncio.sleep(OUTAGE_PAUSE_S)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                if swept := await self.store.sweep():
+                    logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
+            except StoreAway:
+                logger.exception("no sweep", extra={"action": "sweep_failed"})
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _work(self, claim: Claim) -> None:
+        """One attempt at a job, from claim to close."""
+        started = time.monotonic()
+        render = asyncio.create_task(self._render(claim))
+        keeper = asyncio.create_task(self._keep(claim, render))
+        store = self.store
+        try:
+            result = await render
+        except asyncio.CancelledError:
+            if not keeper.done():
+                await self._close(claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False))
+                raise
+            if keeper.result() == "cancelled":
+                await self._close(claim, lambda: store.cancel(claim))
+        except LeaseLost:
+            logger.warning("lease lost", extra=_fields(claim, "lease_lost"))
+        except Exception as exc:
+            error = exc if isinstance(exc, ReelrayError) else RunnerFailed()
+            logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
+            if error.retryable:
+                await self._close(claim, lambda: store.requeue(claim, error.message, counted=True))
+            else:
+                await self._close(claim, lambda: store.fail(claim, error_failure(error), _metrics(started)))
+        else:
+            await self._close(claim, lambda: store.succeed(claim, result, _metrics(started)))
+        finally:
+            keeper.cancel()
+
+    async def _render(self, claim: Claim) -> dict[str, Any]:
+        """The job's output, its file kept."""
+
+        async def on_note(note: Note) -> None:
+            await self.store.log(claim, note.message, note.level)
+
+        stages = self.stages[claim.endpoint]
+        conditioning = await stages.preprocess(claim.input, on_note)
+        latents = await stages.denoise(conditioning, on_note)
+        clip = await stages.decode(latents)
+        file = await self.files.put("video", clip.mp4, "video/mp4")
+        video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
+        output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
+        return output.model_dump(mode="json")
+
+    async def _keep(self, claim: Claim, render: asyncio.Task[Any]) -> Literal["cancelled", "lost"]:
+        """Renews the lease until the caller cancels or the lease is lost, then stops the work."""
+        reason: Literal["cancelled", "lost"] | None = None
+        async with self.store.watch(claim.job_id) as changes:
+            while reason is None:
+                try:
+                    if await self.store.heartbeat(claim, self.queue.lease_s):
+                        reason = "cancelled"
+                    else:
+                        await changes.changed(self.queue.lease_s / 3)
+                except LeaseLost:
+                    reason = "lost"
+                except StoreAway:
+                    logger.exception("no heartbeat", extra=_fields(claim, "heartbeat_failed"))
+        render.cancel()
+        return reason
+
+    async def _close(self, claim: Claim, write: Callable[[], Awaitable[None]]) -> None:
+        """The attempt's last word. If it cannot be said, the lease runs out and the job is done again."""
+        try:
+            await write()
+        except LeaseLost:
+            logger.warning("lease lost at the end", extra=_fields(claim, "lease_lost"))
+        except StoreAway:
+            logger.exception("job not closed", extra=_fields(claim, "close_failed"))
+
+
+def _metrics(started: float) -> dict[str, float]:
+    return {"inference_time": round(time.monotonic() - started, 6)}
+
+
+def _fields(claim: Claim, action: str) -> dict[str, Any]:
+    return {"action": action, "job_id": str(claim.job_id), "attempt": claim.attempt}

@@ -1,0 +1,21 @@
+"""The ingress under uvicorn, beside the cluster: it accepts and answers while Ray is down or being upgraded."""
+
+import os
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from deployments.ingress import create_app
+from deployments.settings import CONFIG_VARIABLE, configured_settings
+
+
+def run(config: Path, host: str, port: int, workers: int) -> None:
+    """Serves until interrupted. Workers are processes of their own and find `config` in the environment."""
+    os.environ[CONFIG_VARIABLE] = str(config.absolute())
+    uvicorn.run("deployments.gateway:app", factory=True, host=host, port=port, workers=workers, access_log=False)
+
+
+def app() -> FastAPI:
+    """What every worker hosts."""
+    return create_app(configured_settings())

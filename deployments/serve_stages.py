@@ -1,0 +1,70 @@
+"""The three stages behind Ray Serve's handles, and Ray's errors in our words."""
+
+import asyncio
+from typing import Any
+
+from ray import ObjectRef
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from deployments.stages import OnNote
+from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
+from engines.spec import Clip
+
+
+class ServeStages:
+    """Stages as deployments. Serve retries nothing that a replica has accepted; whether to try again is the dispatcher's to say."""
+
+    def __init__(self, preprocess: DeploymentHandle, denoise: DeploymentHandle, decode: DeploymentHandle):
+        self._preprocess = preprocess.options(stream=True)
+        self._denoise = denoise.options(stream=True)
+        self._decode = decode
+
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> ObjectRef:
+        """See `Stages`."""
+        return await _product(self._preprocess.run.remote(job_input), on_note)
+
+    async def denoise(self, conditioning: ObjectRef, on_note: OnNote) -> ObjectRef:
+        """See `Stages`."""
+        return await _product(self._denoise.run.remote(conditioning), on_note)
+
+    async def decode(self, latents: ObjectRef) -> Clip:
+        """See `Stages`."""
+        response = self._decode.run.remote(latents)
+        try:
+            clip: Clip = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except (RayError, RayServeException) as exc:
+            raise translated(exc) from exc
+        return clip
+
+
+async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> ObjectRef:
+    """Passes the stream's notes on and returns its product unread."""
+    try:
+        refs = await response._to_object_ref_gen()
+        async for ref in refs:
+            note = await ref
+            if note is None:
+                return await anext(refs)
+            await on_note(note)
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    except (RayError, RayServeException) as exc:
+        raise translated(exc) from exc
+    raise RunnerDisconnected
+
+
+def translated(exc: Exception) -> ReelrayError:
+    """Our error that crossed Ray, if it is one; else `RunnerFailed` for a bug in a stage and `RunnerDisconnected` for Ray's troubles."""
+    if isinstance(exc, RayTaskError):
+        cause = exc.cause
+        if isinstance(cause, ReelrayError):
+            return cause
+        if not isinstance(cause, RayError):
+            return RunnerFailed()
+    return RunnerDisconnected()

@@ -1,0 +1,102 @@
+"""The whole service on this machine, for as long as a `with` block lasts: a Ray of its own, Serve from the YAML, PostgreSQL.
+
+On a cluster this file has no part: there `serve deploy` takes the same YAML and an operator's PostgreSQL is running.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import ray
+import yaml
+from ray import serve
+from ray.serve._private.api import serve_start
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from deployments.jobs.postgres import database_url, stop_embedded
+from deployments.settings import Settings, load_settings
+from engines.errors import ReelrayError
+
+READY_TIMEOUT_S = 180.0
+SUPERVISION_INTERVAL_S = 2.0
+OBJECT_STORE_BYTES = 1_000_000_000
+"""Conditioning and latents of the few jobs in flight; Ray's own default is a third of the memory."""
+
+
+class ServiceFailed(ReelrayError):
+    """The service did not come up."""
+
+
+@contextmanager
+def running(config: Path, *, host: str | None = None, port: int | None = None, dashboard: bool = False) -> Iterator[str]:
+    """Starts everything in `config`, yields the service's URL once it answers, and stops everything.
+
+    Jobs in hand at the end go back to the queue. Raises `ServiceFailed` with what the deployment that failed had to say.
+    """
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(config.read_text()))
+    schema.http_options.host = host or schema.http_options.host
+    schema.http_options.port = schema.http_options.port if port is None else port
+    settings = load_settings(config)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
+    database_url(settings)
+    try:
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
+        client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
+        client.deploy_apps(schema, _blocking=False)
+        url = f"http://{schema.http_options.host}:{schema.http_options.port}"
+        _wait_until_ready([app.name for app in schema.applications], url)
+        yield url
+    finally:
+        _shut_down([app.name for app in schema.applications])
+        stop_embedded(settings)
+
+
+def stay_up(settings: Settings) -> NoReturn:
+    """Watches over what Ray does not: the embedded PostgreSQL is started again when it has died."""
+    while True:
+        time.sleep(SUPERVISION_INTERVAL_S)
+        database_url(settings)
+
+
+def _wait_until_ready(names: list[str], url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        applications = serve.status().applications
+        for name in names:
+            application = applications.get(name)
+            if application and application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise ServiceFailed(f"{name}: {application.message}")
+        if all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names):
+            if _answers(url):
+                return
+        time.sleep(0.2)
+    raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
+
+
+def _shut_down(names: list[str]) -> None:
+    """Ends the applications, so that dispatchers give their jobs back, and then Ray with all that is left of Serve."""
+    if ray.is_initialized():
+        with suppress(RayServeException):  # Serve had not started
+            for name in names:
+                serve.delete(name)
+        ray.shutdown()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2.0).is_success
+    except httpx.HTTPError:
+        return False
