@@ -5,8 +5,6 @@ import base64
 import json
 import mimetypes
 import re
-import signal
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -58,7 +56,6 @@ def serve_command(
     """Run the whole service on this machine until interrupted."""
     from deployments.service import running, stay_up
 
-    _exit_on_sigterm()
     with _clear_errors(), running(config, host=host, port=port, dashboard=dashboard) as url:
         console.print(f"Reelray answers at {url}; its API is described at {url}/docs. Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
@@ -155,7 +152,6 @@ def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Opti
     from deployments.demo import demo_inputs
     from deployments.service import running
 
-    _exit_on_sigterm()
     folder = load_settings(config).home / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     with _clear_errors(), ExitStack() as stack:
@@ -271,8 +267,3 @@ def _fail(message: str) -> int:
 def _print(line: object) -> None:
     """A bare line, for a script to read."""
     console.print(str(line), markup=False, highlight=False, soft_wrap=True)
-
-
-def _exit_on_sigterm() -> None:
-    """Let `with` blocks stop what they started, as on Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

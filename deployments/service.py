@@ -4,6 +4,7 @@ On a cluster this file has no part: there `serve deploy` takes the same YAML and
 """
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     schema.http_options.port = schema.http_options.port if port is None else port
     settings = load_settings(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
+    signal.signal(signal.SIGTERM, _exit)
     database_url(settings)
     try:
         ray.init(
@@ -53,6 +55,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
+        signal.signal(signal.SIGTERM, _exit)  # again: Ray has put a handler in its place that aborts
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
@@ -84,6 +87,11 @@ def _wait_until_ready(names: list[str], url: str) -> None:
                 return
         time.sleep(0.2)
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
+
+
+def _exit(*_: object) -> NoReturn:
+    """Unwinds the `with` blocks, as Ctrl-C does."""
+    raise SystemExit(0)
 
 
 def _shut_down(names: list[str]) -> None:

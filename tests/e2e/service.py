@@ -1,0 +1,80 @@
+"""The whole service in processes of its own: what `reelray serve` starts, and what a power cut leaves of it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+READY_S = 120.0
+REELRAY = Path(sys.executable).with_name("reelray")
+
+
+@dataclass
+class Service:
+    """`reelray serve` on the demo weights. home: its database, files and weights, which outlive it."""
+
+    home: Path
+    queue: dict[str, Any] = field(default_factory=dict)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns once it answers."""
+        self.port = self.port or free_port()
+        config = yaml.safe_load(Path("serve_config.yaml").read_text())
+        config["applications"][0]["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue}
+        path = self.home / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]
+        with (self.home / "serve.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + READY_S
+        while not self._answers():
+            assert self.process.poll() is None, (self.home / "serve.log").read_text()
+            assert time.monotonic() < deadline, f"not ready after {READY_S} s"
+            time.sleep(0.2)
+
+    def stop(self) -> int:
+        """As an operator stops it. Returns the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to every process: the command, Ray's, Serve's and PostgreSQL's."""
+        assert self.process is not None
+        victims = {self.process.pid: psutil.Process(self.process.pid)}
+        victims |= {child.pid: child for child in victims[self.process.pid].children(recursive=True)}
+        postmaster = int((self.home / "postgres" / "data" / "postmaster.pid").read_text().split()[0])
+        for process in (psutil.Process(postmaster), *psutil.Process(postmaster).children(recursive=True)):
+            victims[process.pid] = process
+        for victim in victims.values():
+            os.kill(victim.pid, signal.SIGKILL)
+        psutil.wait_procs(victims.values(), timeout=20)
+        self.process.wait(20)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).is_success
+        except httpx.HTTPError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

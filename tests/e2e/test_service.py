@@ -1,0 +1,231 @@
+"""The whole service on a real Ray, asked by real clients."""
+
+import base64
+import http.server
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import httpx
+import pytest
+from PIL import Image
+
+from deployments.client import CallFailed, QueueClient
+from deployments.demo import demo_inputs
+from deployments.settings import Settings
+from engines.pipeline import Pipeline
+from engines.animatediff.spec import AnimateDiffSpec
+from tests.e2e.service import Service
+from tests.wire.page import PageClient
+
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+LONG = {"prompt": "a red ball", "num_inference_steps": 40, "guidance_scale": 2}
+"""Some seconds of work."""
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[QueueClient]:
+    with QueueClient(service.url) as client:
+        yield client
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Iterator[str]:
+    """The URL of a loopback file server."""
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "huge.png").write_bytes(b"")
+    with (tmp_path / "huge.png").open("wb") as huge:
+        huge.truncate(200_000_000)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object, **options: object):
+            super().__init__(*args, directory=str(tmp_path), **options)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def finished(client: QueueClient, request_id: str) -> dict:
+    *_, last = client.follow(ENDPOINT, request_id)
+    return last
+
+
+def wait_for_step(client: QueueClient, request_id: str) -> None:
+    for status in client.follow(ENDPOINT, request_id):
+        if any(line["message"].startswith("step") for line in status["logs"] or ()):
+            return
+
+
+async def test_the_page_code_renders_a_playable_video(service: Service, page_client: Callable[[str], PageClient]):
+    page = page_client(service.url)
+    done = await page("subscribe", ENDPOINT, input=demo_inputs()[ENDPOINT])
+    assert done.error is None
+    assert done.value["data"]["seed"] == 42
+    assert [line["message"] for line in done.updates[-1]["logs"]] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    assert done.updates[-1]["metrics"]["inference_time"] > 0
+    video = done.value["data"]["video"]
+    mp4 = httpx.get(video["url"]).content
+    assert (video["content_type"], video["file_name"], video["file_size"]) == ("video/mp4", "video.mp4", len(mp4))
+    with av.open(io.BytesIO(mp4)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(64, 64, 3)] * 16
+
+
+async def test_the_page_submits_follows_and_fetches(service: Service, page_client: Callable[[str], PageClient]):
+    page = page_client(service.url)
+    submitted = await page("submit", ENDPOINT, input={"prompt": "a red ball"}, webhookUrl="https://optional.webhook.url/for/results")
+    request_id = submitted.value["request_id"]
+    while (await page("status", ENDPOINT, requestId=request_id, logs=True)).value["status"] != "COMPLETED":
+        pass
+    result = await page("result", ENDPOINT, requestId=request_id)
+    assert result.value["requestId"] == request_id
+    assert result.value["data"]["video"]["url"].startswith(service.url)
+
+
+def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Service, client: QueueClient):
+    request_id = client.submit(ENDPOINT, {"prompt": "a red ball", "seed": 7})
+    finished(client, request_id)
+    mp4 = client.download(client.result(ENDPOINT, request_id)["video"]["url"])
+    pipeline = Pipeline("animatediff-sparsectrl-lcm", Settings(home=service.home).model_configs()["animatediff-sparsectrl-lcm"])
+    assert pipeline.render(AnimateDiffSpec(7, 4, 1.0, "a red ball")).mp4 == mp4
+
+
+def test_a_seed_is_drawn_and_returned(client: QueueClient):
+    seeds = set()
+    for _ in range(2):
+        request_id = client.submit(ENDPOINT, {"prompt": "a red ball", "num_inference_steps": 1})
+        finished(client, request_id)
+        seeds.add(client.result(ENDPOINT, request_id)["seed"])
+    assert len(seeds) == 2
+
+
+def test_a_cut_prompt_is_reported_in_the_log(client: QueueClient):
+    request_id = client.submit(ENDPOINT, {"prompt": "ball" * 30, "num_inference_steps": 1})
+    lines = finished(client, request_id)["logs"]
+    assert [(line["level"], line["message"]) for line in lines][0] == ("WARN", "prompt cut to its first 75 of 120 tokens")
+
+
+def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30), "red").save(buffer, "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    files = []
+    for source in (f"{media}/red.png", uri):
+        job = {"prompt": "a", "seed": 1, "keyframe_1_image_url": source, "keyframe_1_index": 3, "controlnet_type": "rgb"}
+        request_id = client.submit(ENDPOINT, job)
+        finished(client, request_id)
+        files.append(client.download(client.result(ENDPOINT, request_id)["video"]["url"]))
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "error_type"),
+    [
+        ("{media}/missing.png", "file_download_error"),
+        ("{media}/huge.png", "file_too_large"),
+        ("{media}/text.png", "unsupported_image_format"),
+        ("http://127.0.0.1:1/x.png", "file_download_error"),
+        ("data:image/png;base64,iVBORw0KGgo=", "unsupported_image_format"),
+        ("data:image/png,plain", "file_download_error"),
+    ],
+)
+def test_a_bad_keyframe_ends_as_a_422_that_names_it(client: QueueClient, service: Service, media: str, source: str, error_type: str):
+    good = f"{media}/red.png"
+    job = {"prompt": "a", "keyframe_0_image_url": good, "keyframe_0_index": 0, "keyframe_2_image_url": source.format(media=media)}
+    request_id = client.submit(ENDPOINT, job | {"keyframe_2_index": 9})
+    status = finished(client, request_id)
+    assert status["error_type"] == error_type
+    response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+    assert response.status_code == 422
+    (detail,) = response.json()["detail"]
+    assert (detail["loc"], detail["type"]) == (["body", "keyframe_2_image_url"], error_type)
+    after = client.submit(ENDPOINT, {"prompt": "the worker lives", "num_inference_steps": 1})
+    assert "error" not in finished(client, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_inference_steps": "four"}, "num_inference_steps"),
+        ({"num_inference_steps": 51}, "num_inference_steps"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": " "}, "prompt"),
+        ({"keyframe_0_image_url": "https://a.example/x.png"}, "keyframe_0_index"),
+        ({"keyframe_0_index": 4}, "keyframe_0_image_url"),
+        ({"steps": 4}, "steps"),
+    ],
+)
+def test_bad_values_are_refused_at_once(client: QueueClient, change: dict, field: str):
+    with pytest.raises(CallFailed, match=f"^body.{field}: "):
+        client.submit(ENDPOINT, {"prompt": "a"} | change)
+
+
+def test_a_running_job_is_cancelled_within_one_call_of_the_unet(client: QueueClient):
+    request_id = client.submit(ENDPOINT, LONG)
+    wait_for_step(client, request_id)
+    assert client.cancel(ENDPOINT, request_id) == "CANCELLATION_REQUESTED"
+    status = finished(client, request_id)
+    assert status["error_type"] == "client_cancelled"
+    steps = [line["message"] for line in status["logs"]]
+    assert len(steps) < 40
+    with pytest.raises(CallFailed, match="cancelled"):
+        client.result(ENDPOINT, request_id)
+    with pytest.raises(CallFailed, match="ALREADY_COMPLETED"):
+        client.cancel(ENDPOINT, request_id)
+    after = client.submit(ENDPOINT, {"prompt": "the worker is free", "num_inference_steps": 1})
+    assert "error" not in finished(client, after)
+
+
+def test_unknown_things_are_404(client: QueueClient, service: Service):
+    assert httpx.post(f"{service.url}/queue/fal-ai/unknown", json={}).status_code == 404
+    with pytest.raises(CallFailed, match="NOT_FOUND"):
+        client.status(ENDPOINT, "00000000-0000-4000-8000-000000000000")
+
+
+def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, service: Service):
+    import psutil
+
+    request_id = client.submit(ENDPOINT, LONG | {"seed": 5})
+    wait_for_step(client, request_id)
+    assert service.process is not None
+    (replica,) = [
+        child
+        for child in psutil.Process(service.process.pid).children(recursive=True)
+        if "animatediff-denoise" in " ".join(child.cmdline())
+    ]
+    replica.kill()
+    status = finished(client, request_id)
+    assert "error" not in status
+    assert client.result(ENDPOINT, request_id)["seed"] == 5
+
+
+def test_after_sigkill_of_everything_each_job_completes_once(tmp_path: Path):
+    from tests.conftest import embedded
+
+    with embedded() as settings:
+        service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1})
+        settings.home.mkdir(parents=True, exist_ok=True)
+        service.start()
+        with QueueClient(service.url) as client:
+            ids = [client.submit(ENDPOINT, LONG | {"seed": 0})]
+            ids += [client.submit(ENDPOINT, {"prompt": "a", "seed": seed}) for seed in range(1, 6)]
+            wait_for_step(client, ids[0])
+            states = [client.status(ENDPOINT, request_id)["status"] for request_id in ids]
+            assert states == ["IN_PROGRESS"] + ["IN_QUEUE"] * 5
+        service.kill()
+        service.start()
+        with QueueClient(service.url) as client:
+            for seed, request_id in enumerate(ids):
+                assert "error" not in finished(client, request_id)
+                assert client.result(ENDPOINT, request_id)["seed"] == seed
+                assert client.download(client.result(ENDPOINT, request_id)["video"]["url"])
+        assert service.stop() == 0
