@@ -22,6 +22,7 @@ from deployments.serve_stages import ServeStages
 from deployments.settings import Settings
 from deployments.storage import FileStore
 
+
 class DispatcherReplica:
     """Runs a dispatcher for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles."""
 

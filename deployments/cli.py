@@ -147,7 +147,9 @@ def demo_weights(folder: Annotated[Path, typer.Argument(file_okay=False)]) -> No
 
 
 @app.command()
-def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None) -> None:
+def demo(
+    config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None
+) -> None:
     """Start the service, render one video per endpoint through the queue, and stop."""
     from deployments.demo import demo_inputs
     from deployments.service import running
@@ -175,7 +177,9 @@ def keys_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
     table = Table("id", "name", "created", "revoked")
     for key in _in_store(config, lambda store: store.list_keys()):
-        table.add_row(key.id, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else "")
+        table.add_row(
+            key.id, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
+        )
     console.print(table)
 
 
@@ -212,14 +216,15 @@ def _follow(client: QueueClient, endpoint_id: str, request_id: str) -> dict[str,
             if status["status"] == "IN_QUEUE":
                 bar.update(task, description=f"queued, {status['queue_position']} ahead")
             elif lines := status["logs"]:
-                bar.update(task, description=lines[-1]["message"], **_share(lines[-1]["message"]))
+                done, total = _steps(lines[-1]["message"])
+                bar.update(task, description=lines[-1]["message"], completed=done, total=total)
     return client.result(endpoint_id, request_id)
 
 
-def _share(line: str) -> dict[str, int]:
+def _steps(line: str) -> tuple[int, int | None]:
     """How far a line like "step 2/4" is."""
     match = re.fullmatch(r"step (\d+)/(\d+)", line)
-    return {"completed": int(match[1]), "total": int(match[2])} if match else {}
+    return (int(match[1]), int(match[2])) if match else (0, None)
 
 
 def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -> None:

@@ -25,12 +25,11 @@ class Denoise:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Checkpoint | None] = asyncio.Queue()
         stop = threading.Event()
-        sample = partial(
-            self.stage.sample,
-            conditioning,
-            on_step=lambda checkpoint: loop.call_soon_threadsafe(steps.put_nowait, checkpoint),
-            should_stop=stop.is_set,
-        )
+
+        def on_step(checkpoint: Checkpoint) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, checkpoint)
+
+        sample = partial(self.stage.sample, conditioning, on_step=on_step, should_stop=stop.is_set)
         async with self.turn:
             work = loop.run_in_executor(None, sample)
             work.add_done_callback(lambda _: steps.put_nowait(None))

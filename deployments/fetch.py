@@ -58,7 +58,7 @@ async def fetch(url: str, settings: FetchSettings, field: str) -> bytes:
 
 
 async def fetch_all(urls: Mapping[str, str], settings: FetchSettings) -> dict[str, bytes]:
-    """Field -> bytes for field -> URL, all at once. Raises what `fetch` raises for the first that fails; the others are dropped."""
+    """Field -> bytes for field -> URL, all at once. Raises what `fetch` raises for the first that fails."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = {field: group.create_task(fetch(url, settings, field)) for field, url in urls.items()}

@@ -140,7 +140,9 @@ class AnimateDiffInput(EndpointInput):
     def spec(self, media: Mapping[str, bytes]) -> AnimateDiffSpec:
         """The clip to render. Call it on a resolved input."""
         assert self.seed is not None
-        fields = ((index, f"keyframe_{k}_image_url") for k, url, index in self._keyframes() if url is not None and index is not None)
+        fields = (
+            (index, f"keyframe_{k}_image_url") for k, url, index in self._keyframes() if url is not None and index is not None
+        )
         return AnimateDiffSpec(
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
@@ -184,7 +186,7 @@ def validation_failure(exc: ValidationError) -> Failure:
     """Pydantic's findings in fal's shape: 422, one entry a fault, loc beginning with "body"."""
     details = []
     for fault in exc.errors(include_url=False, include_context=True):
-        detail = {
+        detail: dict[str, Any] = {
             "loc": ["body", *fault["loc"]],
             "msg": fault["msg"],
             "type": fault["type"],

@@ -14,7 +14,7 @@ from engines.spec import Clip
 
 
 class ServeStages:
-    """Stages as deployments. Serve retries nothing that a replica has accepted; whether to try again is the dispatcher's to say."""
+    """Stages as deployments. Serve retries nothing that a replica has accepted; the dispatcher decides."""
 
     def __init__(self, preprocess: DeploymentHandle, denoise: DeploymentHandle, decode: DeploymentHandle):
         self._preprocess = preprocess.options(stream=True)
@@ -60,7 +60,7 @@ async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> Ob
 
 
 def translated(exc: Exception) -> ReelrayError:
-    """Our error that crossed Ray, if it is one; else `RunnerFailed` for a bug in a stage and `RunnerDisconnected` for Ray's troubles."""
+    """Our own error, where one crossed Ray; `RunnerFailed` for a bug in a stage, `RunnerDisconnected` for Ray's troubles."""
     if isinstance(exc, RayTaskError):
         cause = exc.cause
         if isinstance(cause, ReelrayError):

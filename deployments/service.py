@@ -82,9 +82,9 @@ def _wait_until_ready(names: list[str], url: str) -> None:
             application = applications.get(name)
             if application and application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise ServiceFailed(f"{name}: {application.message}")
-        if all(name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names):
-            if _answers(url):
-                return
+        running = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
+        if all(running) and _answers(url):
+            return
         time.sleep(0.2)
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
 

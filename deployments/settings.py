@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 
-
 CONFIG_VARIABLE = "REELRAY_CONFIG"
 """Environment variable with the path of the YAML, for processes that are started without a command line of ours."""
 

@@ -116,7 +116,9 @@ def load_strict(module: nn.Module, tensors: Tensors, where: str, dtype: torch.dt
         for key in wanted.keys() & tensors.keys()
         if tensors[key].shape != wanted[key].shape
     ]
-    faults = [_some(kind, keys) for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if keys]
+    faults = [
+        _some(kind, keys) for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if keys
+    ]
     if faults:
         raise WeightsError(f"{where}: {'; '.join(faults)}")
     module.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, strict=False, assign=True)

@@ -22,7 +22,18 @@ from engines.animatediff.unet import MotionUNet
 from engines.errors import WeightsError
 from engines.sampling import NoiseSchedule, linear_schedule
 from engines.source import Source
-from engines.weights import Tensors, build, file_patterns, fold_lora, load_strict, locate, read_file, read_json, read_tensors, union
+from engines.weights import (
+    Tensors,
+    build,
+    file_patterns,
+    fold_lora,
+    load_strict,
+    locate,
+    read_file,
+    read_json,
+    read_tensors,
+    union,
+)
 
 _STEM = "diffusion_pytorch_model"
 
@@ -108,7 +119,7 @@ def load_vae(weights: AnimateDiffWeights, dtype: torch.dtype) -> AutoencoderKL:
     stored = read_tensors(folder, _STEM, source.variant)
     model = build(lambda: AutoencoderKL.from_config(_vae_config(weights)))
     load_strict(model, {_current_vae_name(key): value for key, value in stored.items()}, str(folder), dtype)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def load_unet(config: AnimateDiffConfig) -> MotionUNet:

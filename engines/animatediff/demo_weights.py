@@ -66,7 +66,7 @@ def write_demo_weights(folder: Path) -> AnimateDiffWeights:
 def _write_all(weights: AnimateDiffWeights) -> None:
     base, vae, adapter = weights.base.folder, weights.vae and weights.vae.folder, weights.motion_adapter.folder
     scribble, rgb = weights.sparsectrl_scribble.folder, weights.sparsectrl_rgb.folder
-    assert base and vae and adapter and scribble and rgb and weights.lora.file
+    assert base and vae and adapter and scribble and rgb and weights.lora.file  # noqa: PT018  (for the type checker)
     _write_json(base / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     _write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_tokenizer(base / "tokenizer")
@@ -85,7 +85,10 @@ def kohya_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA on every attention projection and one 3x3 convolution, in kohya's key style, with alphas."""
     lora: dict[str, Tensor] = {}
     for key, weight in weights.items():
-        if any(part in key for part in ("attn1.to_", "attn2.to_", "proj_in.weight", "resnets.0.conv1.weight")) and weight.ndim > 1:
+        if (
+            any(part in key for part in ("attn1.to_", "attn2.to_", "proj_in.weight", "resnets.0.conv1.weight"))
+            and weight.ndim > 1
+        ):
             name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
             lora[f"{name}.lora_down.weight"] = torch.randn(_RANK, *weight.shape[1:]) * 0.1
             lora[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], _RANK, *(1,) * (weight.ndim - 2)) * 0.1
@@ -186,7 +189,12 @@ def _write_text_encoder(folder: Path) -> None:
 
 def _write_tokenizer(folder: Path) -> None:
     """CLIP's byte-level tokenizer without merges: one character, one token."""
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     _write_json(folder / "vocab.json", {token: i for i, token in enumerate(_vocabulary())})
     (folder / "merges.txt").write_text("#version: 0.2\n")
     _write_json(folder / "special_tokens_map.json", special)

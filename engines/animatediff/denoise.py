@@ -97,7 +97,10 @@ class _Run:
         self._check_stop()
         halves = x.to(self.stage.dtype).expand(len(self.text), -1, -1, -1, -1)
         output = self.stage.unet(halves, self.time[i : i + 1], self.context, residuals).to(x.dtype)
-        return guide(*output.chunk(2), self.guidance_scale) if len(output) == 2 else output
+        if len(output) == 1:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return guide(unconditional, conditional, self.guidance_scale)
 
     def _residuals(self, control: SparseControlInput, i: int) -> Residuals:
         """SparseCtrl's part of step i. A chunk of steps is computed at once, and only one chunk is held."""

@@ -29,7 +29,7 @@ class SparseControl(nn.Module):
         self.down = nn.ModuleList(DownBlock(block, slots.take(block)) for block in source.down_blocks)
         self.mid = MidBlock(source.mid_block, slots.take(source.mid_block))
         self.skip_convs, self.mid_conv = source.controlnet_down_blocks, source.controlnet_mid_block
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def text_context(self, text: Tensor) -> TextContext:
         """What `forward` needs of the text (G, 77, D): once a request (5n)."""
@@ -47,7 +47,9 @@ class SparseControl(nn.Module):
         embedded: Tensor = self.condition_embedding(condition.contiguous(memory_format=torch.channels_last))
         return embedded + self.conv_in.bias[:, None, None]
 
-    def forward(self, columns: Tensor, frames: Sequence[int], num_frames: int, timesteps: Sequence[int], context: TextContext) -> list[Residuals]:
+    def forward(
+        self, columns: Tensor, frames: Sequence[int], num_frames: int, timesteps: Sequence[int], context: TextContext
+    ) -> list[Residuals]:
         """The residuals of S timesteps in one batch.
 
         columns: from `columns`. frames: the keyframes' K indices. context: from `text_context`, for G halves.

@@ -39,7 +39,7 @@ class MotionUNet(nn.Module):
         self.mid = MidBlock(source.mid_block, slots.take(source.mid_block))
         self.up = nn.ModuleList(UpBlock(block, slots.take(block)) for block in source.up_blocks)
         self.norm_out, self.conv_out = source.conv_norm_out, source.conv_out
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def text_context(self, text: Tensor) -> TextContext:
         """What `forward` needs of the text (G, 77, D): once a request (5n)."""
@@ -65,4 +65,3 @@ class MotionUNet(nn.Module):
             x = block(x, skips, time, context, num_frames)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
-

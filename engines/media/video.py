@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 Frames = Iterator[NDArray[np.uint8]]
@@ -26,7 +26,8 @@ _BT709 = 1
 def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[bytes, int]:
     """An mp4 with its index in front (faststart), yuv420p, BT.709; and the number of frames. height, width: even.
 
-    Frames are converted to yuv420p here, so that the encoder does not convert them its own way. The file passes through a temporary folder: moving the index needs to read back.
+    Frames are converted to yuv420p here, so that the encoder does not convert them its own way. The file passes through
+    a temporary folder: moving the index needs to read back.
     """
     count = 0
     with tempfile.TemporaryDirectory(prefix="reelray-") as folder:

@@ -1,5 +1,6 @@
 """The whole service on a real Ray, asked by real clients."""
 
+import asyncio
 import base64
 import http.server
 import io
@@ -15,8 +16,8 @@ from PIL import Image
 from deployments.client import CallFailed, QueueClient
 from deployments.demo import demo_inputs
 from deployments.settings import Settings
-from engines.pipeline import Pipeline
 from engines.animatediff.spec import AnimateDiffSpec
+from engines.pipeline import Pipeline
 from tests.e2e.service import Service
 from tests.wire.page import PageClient
 
@@ -72,7 +73,7 @@ async def test_the_page_code_renders_a_playable_video(service: Service, page_cli
     assert [line["message"] for line in done.updates[-1]["logs"]] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
     assert done.updates[-1]["metrics"]["inference_time"] > 0
     video = done.value["data"]["video"]
-    mp4 = httpx.get(video["url"]).content
+    mp4 = await asyncio.to_thread(lambda: httpx.get(video["url"]).content)
     assert (video["content_type"], video["file_name"], video["file_size"]) == ("video/mp4", "video.mp4", len(mp4))
     with av.open(io.BytesIO(mp4)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -81,7 +82,9 @@ async def test_the_page_code_renders_a_playable_video(service: Service, page_cli
 
 async def test_the_page_submits_follows_and_fetches(service: Service, page_client: Callable[[str], PageClient]):
     page = page_client(service.url)
-    submitted = await page("submit", ENDPOINT, input={"prompt": "a red ball"}, webhookUrl="https://optional.webhook.url/for/results")
+    submitted = await page(
+        "submit", ENDPOINT, input={"prompt": "a red ball"}, webhookUrl="https://optional.webhook.url/for/results"
+    )
     request_id = submitted.value["request_id"]
     while (await page("status", ENDPOINT, requestId=request_id, logs=True)).value["status"] != "COMPLETED":
         pass
@@ -109,8 +112,8 @@ def test_a_seed_is_drawn_and_returned(client: QueueClient):
 
 def test_a_cut_prompt_is_reported_in_the_log(client: QueueClient):
     request_id = client.submit(ENDPOINT, {"prompt": "ball" * 30, "num_inference_steps": 1})
-    lines = finished(client, request_id)["logs"]
-    assert [(line["level"], line["message"]) for line in lines][0] == ("WARN", "prompt cut to its first 75 of 120 tokens")
+    first, *_ = finished(client, request_id)["logs"]
+    assert (first["level"], first["message"]) == ("WARN", "prompt cut to its first 75 of 120 tokens")
 
 
 def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
@@ -137,7 +140,9 @@ def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
         ("data:image/png,plain", "file_download_error"),
     ],
 )
-def test_a_bad_keyframe_ends_as_a_422_that_names_it(client: QueueClient, service: Service, media: str, source: str, error_type: str):
+def test_a_bad_keyframe_ends_as_a_422_that_names_it(
+    client: QueueClient, service: Service, media: str, source: str, error_type: str
+):
     good = f"{media}/red.png"
     job = {"prompt": "a", "keyframe_0_image_url": good, "keyframe_0_index": 0, "keyframe_2_image_url": source.format(media=media)}
     request_id = client.submit(ENDPOINT, job | {"keyframe_2_index": 9})

@@ -1,10 +1,13 @@
-from pathlib import Path
-
 import pytest
+import torch
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import write_demo_weights
 from engines.pipeline import Pipeline
+
+
+torch.set_num_threads(1)
+"""Beside other work on the machine, two threads of a tiny model wait for each other most of the time."""
 
 
 @pytest.fixture(scope="session")
@@ -14,4 +17,4 @@ def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> AnimateDiffWeights
 
 @pytest.fixture(scope="session")
 def pipeline(demo_weights: AnimateDiffWeights) -> Pipeline:
-    return Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights))
+    return Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1))

@@ -41,7 +41,7 @@ def test_a_long_list_of_faults_is_cut():
 def test_a_pickle_is_never_opened(tmp_path: Path):
     trap = tmp_path / "diffusion_pytorch_model.bin"
     trap.write_bytes(pickle.dumps(print))
-    with pytest.raises(WeightsError, match="only .safetensors"):
+    with pytest.raises(WeightsError, match=r"only \.safetensors"):
         read_file(trap)
     with pytest.raises(WeightsError, match="holds no"):
         read_tensors(tmp_path, "diffusion_pytorch_model")
@@ -109,7 +109,7 @@ def test_a_unet_with_a_key_too_few_or_too_many_is_refused(weights: AnimateDiffWe
     with pytest.raises(WeightsError, match=f"1 missing: {key}"):
         load_diffusers_unet(config(weights))
     save_file({**tensors, "conv_in.weight": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match="stored twice: conv_in.weight"):
+    with pytest.raises(WeightsError, match=r"stored twice: conv_in\.weight"):
         load_diffusers_unet(config(weights))
 
 
@@ -170,7 +170,10 @@ PAIR = {"down": torch.full((2, 3), 0.5), "up": torch.ones(4, 2)}
 LORA_STYLES = {
     "kohya": ("lora_unet_mid_attn_to_q.lora_down.weight", "lora_unet_mid_attn_to_q.lora_up.weight"),
     "peft": ("unet.mid.attn.to_q.lora_A.weight", "unet.mid.attn.to_q.lora_B.weight"),
-    "peft default": ("base_model.model.mid.attn.to_q.lora_A.default.weight", "base_model.model.mid.attn.to_q.lora_B.default.weight"),
+    "peft default": (
+        "base_model.model.mid.attn.to_q.lora_A.default.weight",
+        "base_model.model.mid.attn.to_q.lora_B.default.weight",
+    ),
     "diffusers": ("unet.mid.attn.to_q.lora.down.weight", "unet.mid.attn.to_q.lora.up.weight"),
     "diffusers processors": ("mid.attn.processor.to_q_lora.down.weight", "mid.attn.processor.to_q_lora.up.weight"),
 }
@@ -194,7 +197,11 @@ def test_the_output_projections_old_name_finds_its_layer():
 
 def test_alpha_scales_by_the_rank():
     weights = {"a.weight": torch.zeros(4, 3)}
-    lora = {"lora_unet_a.lora_down.weight": PAIR["down"], "lora_unet_a.lora_up.weight": PAIR["up"], "lora_unet_a.alpha": torch.tensor(1.0)}
+    lora = {
+        "lora_unet_a.lora_down.weight": PAIR["down"],
+        "lora_unet_a.lora_up.weight": PAIR["up"],
+        "lora_unet_a.alpha": torch.tensor(1.0),
+    }
     fold_lora(weights, lora, 1.0, "lora")
     assert weights["a.weight"][0, 0].item() == pytest.approx(0.5)
 

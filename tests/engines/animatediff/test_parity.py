@@ -47,7 +47,9 @@ def test_final_latents_equal_those_of_diffusers(
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
-def test_every_prediction_type_equals_diffusers(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, prediction_type: PredictionType):
+def test_every_prediction_type_equals_diffusers(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, prediction_type: PredictionType
+):
     stage = pipeline.denoise
     monkeypatch.setattr(stage, "schedule", replace(stage.schedule, prediction_type=prediction_type))
     pipe = diffusers_pipeline(stage.config, "scribble", prediction_type)

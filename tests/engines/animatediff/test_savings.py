@@ -80,15 +80,17 @@ def test_5k_all_steps_in_one_batch_equal_one_by_one(config: AnimateDiffConfig, k
             assert_rounding(a, b)
 
 
-def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(pipeline: Pipeline, demo_weights: AnimateDiffWeights):
+def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
+    pipeline: Pipeline, demo_weights: AnimateDiffWeights
+):
     spec = AnimateDiffSpec(1, 4, 2.0, "a red ball", keyframes=keyframes(0, 8))
-    fresh = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights))
+    fresh = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1))
     calls: list[int] = []
     fresh.denoise.controls["scribble"].register_forward_pre_hook(lambda *_: calls.append(1))
     fresh.latents(spec)
     shared = fresh.latents(replace(spec, seed=2))
     assert len(calls) == 1
-    lone = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights)).latents(replace(spec, seed=2))
+    lone = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1)).latents(replace(spec, seed=2))
     assert torch.equal(shared.values, lone.values)
     fresh.latents(replace(spec, seed=2, prompt="a blue ball"))
     fresh.latents(replace(spec, seed=2, keyframes=keyframes(0, 9)))
@@ -116,7 +118,9 @@ def test_5m_few_columns_before_the_first_motion_module_equal_all_frames(
     residuals = ours(ours.columns(values), frames, FRAMES, TIMESTEPS, ours.text_context(text))
     for t, computed in zip(TIMESTEPS, residuals, strict=True):
         latents = torch.zeros(2, 4, FRAMES, 8, 8, dtype=torch.float64)
-        for a, b in zip((*computed.skips, computed.mid), reference_residuals(theirs, values, frames, t, text, latents), strict=True):
+        for a, b in zip(
+            (*computed.skips, computed.mid), reference_residuals(theirs, values, frames, t, text, latents), strict=True
+        ):
             assert_rounding(a, b)
 
 

@@ -1,4 +1,5 @@
 import io
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from engines.errors import ImageLoadError, ImageTooLarge, UnsupportedImageFormat
 from engines.media.image import load_image
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -26,8 +27,8 @@ def test_an_image_is_stretched_to_the_size_in_unit_range():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_colour_mode_becomes_rgb(mode: str):
-    format = "TIFF" if mode == "CMYK" else "PNG"
-    assert load(encoded(Image.new(mode, (5, 5)), format)).shape == (3, 8, 16)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert load(encoded(Image.new(mode, (5, 5)), kind)).shape == (3, 8, 16)
 
 
 def test_a_photo_is_turned_upright():
@@ -52,12 +53,10 @@ def test_what_is_no_image_is_refused(data: bytes):
         load(data)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
-def test_a_damaged_image_is_an_image_error_and_nothing_else(format: str, keep: float):
+def test_a_damaged_image_is_an_image_error_and_nothing_else(kind: str, keep: float):
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
-    data = encoded(noise, format)
-    try:
-        load(data[: int(len(data) * keep)])
-    except (ImageLoadError, UnsupportedImageFormat):
-        pass
+    data = encoded(noise, kind)
+    with suppress(ImageLoadError, UnsupportedImageFormat):
+        assert load(data[: int(len(data) * keep)]).isfinite().all()

@@ -1,0 +1,227 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from deployments.dispatcher import Dispatcher
+from deployments.jobs.job import Job, JobState, NewJob
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.settings import QueueSettings, Settings
+from deployments.stages import Stages
+from deployments.storage import FileStore
+from engines.errors import FileDownloadError, RunnerDisconnected
+from tests.fakes import ENDPOINT, LocalStages, ScriptedStages, for_ever
+
+QUICK = QueueSettings(lease_s=0.6, max_attempts=3, max_in_flight=2)
+INPUT = {"prompt": "a red ball", "seed": 42}
+
+
+async def nothing(_: dict[str, Any]) -> None:
+    pass
+
+
+@asynccontextmanager
+async def dispatching(store: JobStore, files: FileStore, stages: Stages, queue: QueueSettings = QUICK) -> AsyncIterator[None]:
+    task = asyncio.create_task(Dispatcher(store, files, {ENDPOINT: stages}, queue).run())
+    try:
+        yield
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def submit(store: JobStore, **job: Any) -> UUID:
+    return (await store.submit(NewJob(endpoint=ENDPOINT, input={**INPUT, **job}, max_attempts=QUICK.max_attempts))).id
+
+
+async def until(store: JobStore, job_id: UUID, met: Callable[[Job], bool]) -> Job:
+    async with asyncio.timeout(20), store.watch(job_id) as changes:
+        while True:
+            job = await store.get(job_id)
+            assert job is not None
+            if met(job):
+                return job
+            await changes.changed(0.2)
+
+
+async def ended(store: JobStore, job_id: UUID) -> Job:
+    return await until(store, job_id, lambda job: job.state.ended)
+
+
+async def started(store: JobStore, job_id: UUID) -> None:
+    async with asyncio.timeout(20), store.watch(job_id) as changes:
+        while not await store.logs(job_id):
+            await changes.changed(0.2)
+
+
+@pytest.fixture(scope="module")
+def local_stages(demo_settings: Settings) -> LocalStages:
+    return LocalStages(demo_settings)
+
+
+async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileStore, local_stages: LocalStages):
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, prompt="ball" * 30)
+        job = await ended(store, job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert job.result["seed"] == 42
+    name = job.result["video"]["url"].removeprefix("/files/")
+    assert await files.size(name) == job.result["video"]["file_size"] > 1000
+    assert job.metrics["inference_time"] > 0
+    lines = [(line.level, line.message) for line in await store.logs(job_id)]
+    assert lines == [("WARN", "prompt cut to its first 75 of 120 tokens"), *(("INFO", f"step {i}/4") for i in range(1, 5))]
+
+
+async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore, local_stages: LocalStages):
+    calls: list[int] = []
+    hook = local_stages.denoise_replica.stage.unet.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, num_inference_steps=50)
+        await started(store, job_id)
+        assert await store.request_cancel(job_id) is JobState.RUNNING
+        at_cancel = len(calls)
+        job = await ended(store, job_id)
+        async with asyncio.timeout(5), local_stages.denoise_replica.turn:  # the next job's turn has come
+            assert len(calls) <= at_cancel + 2  # the call that ran, and one that began while the word travelled
+    hook.remove()
+    assert job.state is JobState.CANCELLED
+
+
+async def test_a_bad_file_fails_the_job_with_its_field(store: JobStore, files: FileStore, local_stages: LocalStages):
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, keyframe_0_image_url="data:image/png;base64,AAAA", keyframe_0_index=0)
+        job = await ended(store, job_id)
+    assert job.failure is not None
+    assert (job.failure.status, job.attempt) == (422, 1)
+    assert job.failure.body["detail"][0]["loc"] == ["body", "keyframe_0_image_url"]
+
+
+async def test_a_runner_that_dies_is_tried_again(store: JobStore, files: FileStore):
+    deaths = iter([RunnerDisconnected(), RunnerDisconnected()])
+
+    async def die_twice(_: dict[str, Any]) -> None:
+        if death := next(deaths, None):
+            raise death
+
+    async with dispatching(store, files, ScriptedStages(die_twice)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 3)
+
+
+async def test_a_runner_that_always_dies_fails_the_job_in_the_end(store: JobStore, files: FileStore):
+    async def die(_: dict[str, Any]) -> None:
+        raise RunnerDisconnected
+
+    async with dispatching(store, files, ScriptedStages(die)):
+        job = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (3, 503, "runner_disconnected")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "error_type"),
+    [(RuntimeError("secret at 10.0.0.7"), 500, "runner_server_error"), (FileDownloadError("gone"), 422, "file_download_error")],
+)
+async def test_other_errors_fail_the_job_at_once(
+    store: JobStore, files: FileStore, error: Exception, status: int, error_type: str
+):
+    async def fail(_: dict[str, Any]) -> None:
+        raise error
+
+    async with dispatching(store, files, ScriptedStages(fail)):
+        job = await ended(store, await submit(store))
+        after = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (1, status, error_type)
+    assert "10.0.0.7" not in str(job.failure)
+    assert after.state is JobState.FAILED, "the dispatcher lives on"
+
+
+async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
+    async def outlast_three_leases(_: dict[str, Any]) -> None:
+        await asyncio.sleep(3 * QUICK.lease_s)
+
+    async with dispatching(store, files, ScriptedStages(outlast_three_leases)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+
+
+async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore, files: FileStore):
+    async def pause(_: dict[str, Any]) -> None:
+        await asyncio.sleep(0.05)
+
+    stages = ScriptedStages(pause)
+    async with dispatching(store, files, stages):
+        for job in [await submit(store) for _ in range(8)]:
+            assert (await ended(store, job)).state is JobState.SUCCEEDED
+    assert stages.peak == QUICK.max_in_flight
+
+
+async def test_a_dispatcher_that_shuts_down_gives_its_jobs_back_at_no_cost(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(for_ever)):
+        job_id = await submit(store)
+        await started(store, job_id)
+    job = await store.get(job_id)
+    assert job is not None
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
+
+
+async def test_a_dead_dispatchers_job_is_swept_up_by_another(store: JobStore, files: FileStore):
+    job_id = await submit(store)
+    assert await store.claim([ENDPOINT], lease_s=0.3)  # and never heard of again
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: JobStore, files: FileStore, monkeypatch):
+    stages = ScriptedStages(for_ever)
+    async with dispatching(store, files, stages):
+        job_id = await submit(store)
+        await started(store, job_id)
+        monkeypatch.setattr(store, "heartbeat", _away)  # the network between the dispatcher and the store is cut
+        await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
+        monkeypatch.undo()
+        stages.act = nothing
+        job = await ended(store, job_id)
+        await asyncio.sleep(0.1)
+        assert not stages.running, "the lost attempt has stopped"
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt > 1
+
+
+async def _away(*_: object) -> bool:
+    await asyncio.sleep(0.05)
+    raise StoreAway
+
+
+async def test_a_store_that_is_away_for_a_while_stops_nothing(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr("deployments.dispatcher.OUTAGE_PAUSE_S", 0.05)
+    monkeypatch.setattr(store, "claim", _away)
+    monkeypatch.setattr(store, "sweep", _away)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job_id = await submit(store)
+        await asyncio.sleep(0.3)
+        monkeypatch.undo()
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
+
+
+async def test_two_dispatchers_share_the_work_and_do_each_job_once(store: JobStore, files: FileStore):
+    done: list[int] = []
+
+    async def count(job_input: dict[str, Any]) -> None:
+        done.append(job_input["seed"])
+        await asyncio.sleep(0.01)
+
+    async with dispatching(store, files, ScriptedStages(count)), dispatching(store, files, ScriptedStages(count)):
+        for job in [await submit(store, seed=seed) for seed in range(30)]:
+            assert (await ended(store, job)).state is JobState.SUCCEEDED
+    assert sorted(done) == list(range(30))

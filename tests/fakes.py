@@ -1,0 +1,76 @@
+"""Stages without Ray: Serve's wrappers called in this process, and stages that do as a test says."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from deployments.decode import Decode
+from deployments.denoise import Denoise
+from deployments.preprocess import Preprocess
+from deployments.schemas import ENDPOINTS
+from deployments.settings import Settings
+from deployments.stages import Note, OnNote, Stream
+from engines.spec import Clip
+
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+CLIP = Clip(b"an mp4", 16, 64, 64, 8, 42)
+
+
+class LocalStages:
+    """The real wrappers and the real model, all in one process."""
+
+    def __init__(self, settings: Settings):
+        endpoint = ENDPOINTS[ENDPOINT]
+        config = settings.model_configs()[endpoint.model]
+        self.preprocess_replica = Preprocess(endpoint, config, settings.fetch)
+        self.denoise_replica = Denoise(endpoint.model, config)
+        self.decode_replica = Decode(endpoint.model, config)
+
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Any:
+        return await _product(self.preprocess_replica.run(job_input), on_note)
+
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> Any:
+        return await _product(self.denoise_replica.run(conditioning), on_note)
+
+    async def decode(self, latents: Any) -> Clip:
+        return await self.decode_replica.run(latents)
+
+
+async def _product(stream: Stream, on_note: OnNote) -> Any:
+    try:
+        async for note in stream:
+            if note is None:
+                return await anext(stream)
+            await on_note(note)
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]  # as Serve does when the caller cancels
+    raise AssertionError("a stream without a product")
+
+
+class ScriptedStages:
+    """Denoising does what `act` says; the other stages do nothing. running, peak: calls of `act` now, and at most at once."""
+
+    def __init__(self, act: Callable[[dict[str, Any]], Awaitable[None]]):
+        self.act = act
+        self.running = self.peak = self.calls = 0
+
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Any:
+        return job_input
+
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> Any:
+        self.calls += 1
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        try:
+            await on_note(Note("step 1/1"))
+            await self.act(conditioning)
+        finally:
+            self.running -= 1
+        return conditioning
+
+    async def decode(self, latents: Any) -> Clip:
+        return CLIP
+
+
+async def for_ever(_: dict[str, Any]) -> None:
+    await asyncio.Event().wait()
