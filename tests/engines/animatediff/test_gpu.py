@@ -1,0 +1,42 @@
+"""What only a GPU can show: the demo checkpoints through every stage on CUDA, against the same on the CPU."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engines.animatediff.spec import AnimateDiffSpec
+from engines.pipeline import Pipeline
+from tests.engines.animatediff.media import keyframes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU: not verified that CUDA in fp32 and fp16 agrees with the CPU, run after run"
+    ),
+]
+
+SPEC = AnimateDiffSpec(7, 4, 2.0, "a red ball", "blur", "rgb", keyframes(0, 8, 15))
+
+
+@pytest.fixture(scope="module")
+def on_cuda(pipeline: Pipeline) -> Pipeline:
+    return Pipeline("animatediff-sparsectrl-lcm", replace(pipeline.denoise.config, device="cuda"))
+
+
+def test_cuda_in_fp32_gives_the_latents_of_the_cpu(pipeline: Pipeline, on_cuda: Pipeline):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert (on_cuda.latents(SPEC).values - pipeline.latents(SPEC).values).abs().max() <= 1e-3
+
+
+def test_cuda_gives_the_same_bits_twice(on_cuda: Pipeline):
+    assert torch.equal(on_cuda.latents(SPEC).values, on_cuda.latents(SPEC).values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_on_cuda_is_near_and_finite(pipeline: Pipeline, dtype: str):
+    half = Pipeline("animatediff-sparsectrl-lcm", replace(pipeline.denoise.config, device="cuda", dtype=dtype))
+    expected = np.concatenate(list(pipeline.decode.frames(pipeline.latents(SPEC)))).astype(float)
+    seen = np.concatenate(list(half.decode.frames(half.latents(SPEC)))).astype(float)
+    assert np.abs(seen - expected).mean() <= 8  # levels of 255
