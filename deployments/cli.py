@@ -192,7 +192,10 @@ def keys_revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
 
 def read_input(path: Path) -> Any:
     """The JSON in a file. Values of `*_url` fields that name a file beside it become data URIs: the service cannot read it."""
-    job_input = json.loads(path.read_text())
+    try:
+        job_input = json.loads(path.read_text())
+    except ValueError as exc:
+        raise typer.Exit(_fail(f"{path} is not JSON: {exc}")) from exc
     if isinstance(job_input, dict):
         for field, value in job_input.items():
             if field.endswith("_url") and isinstance(value, str) and (local := path.parent / value[:4096]).is_file():
@@ -239,17 +242,18 @@ def _bar() -> Progress:
 
 
 def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
-    from deployments.jobs.postgres import database_url
+    from deployments.jobs.postgres import visited
     from deployments.jobs.store import JobStore
 
-    async def run() -> T:
-        store = await JobStore.open(database_url(load_settings(config)))
+    async def run(url: str) -> T:
+        store = await JobStore.open(url)
         try:
             return await work(store)
         finally:
             await store.close()
 
-    return asyncio.run(run())
+    with visited(load_settings(config)) as url:
+        return asyncio.run(run(url))
 
 
 @contextmanager

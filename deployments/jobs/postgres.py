@@ -68,6 +68,18 @@ def stop_embedded(settings: Settings) -> None:
             shutil.rmtree(_socket_folder(folder), ignore_errors=True)
 
 
+@contextmanager
+def visited(settings: Settings) -> Iterator[str]:
+    """`database_url` for a short errand: an embedded server that was down before is down again afterwards."""
+    embedded = settings.database == "embedded"
+    was_down = embedded and not (_folder(settings).exists() and _readiness(_folder(settings)) == 0)
+    try:
+        yield database_url(settings)
+    finally:
+        if was_down:
+            stop_embedded(settings)
+
+
 def _folder(settings: Settings) -> Path:
     return (settings.home / "postgres").resolve()
 

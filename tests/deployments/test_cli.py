@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import av
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from deployments.cli import app, read_input
+from deployments.settings import Settings
+from tests.conftest import embedded
+from tests.engines.animatediff.media import png, scribble
+
+runner = CliRunner()
+
+
+def config(tmp_path: Path, **args: object) -> Path:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [{"args": args}]}))
+    return path
+
+
+def run(*words: object) -> Result:
+    return runner.invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def job_file(tmp_path: Path, **job: object) -> Path:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    return path
+
+
+def test_render_writes_a_video_without_a_service(tmp_path: Path, demo_settings: Settings):
+    (tmp_path / "ball.png").write_bytes(png(scribble()))
+    job = job_file(tmp_path, prompt="a red ball", seed=5, keyframe_0_image_url="ball.png", keyframe_0_index=4)
+    out = tmp_path / "video.mp4"
+    args = {"home": str(demo_settings.home), "animatediff": {"threads": 1}}
+    done = run("render", "animatediff-sparsectrl-lcm", "--input", job, "--out", out, "--config", config(tmp_path, **args))
+    assert done.exit_code == 0, done.output
+    assert "16 frames, 64x64, seed 5" in done.output
+    with av.open(str(out)) as container:
+        assert len(list(container.decode(video=0))) == 16
+
+
+def test_render_names_what_is_wrong_with_the_input(tmp_path: Path):
+    job = job_file(tmp_path, prompt="a", num_inference_steps=0, keyframe_0_index=3)
+    done = run("render", "animatediff-sparsectrl-lcm", "--input", job, "--out", tmp_path / "v.mp4", "--config", config(tmp_path))
+    assert done.exit_code == 1
+    assert done.stderr == "body.num_inference_steps: Input should be greater than or equal to 1\n"
+
+
+def test_an_input_that_is_no_json_is_said_to_be_none(tmp_path: Path):
+    job = tmp_path / "job.json"
+    job.write_text("{prompt: a}")
+    done = run("submit", "animatediff-sparsectrl-lcm", "--input", job)
+    assert done.exit_code == 1
+    assert "job.json is not JSON: Expecting property name" in done.stderr
+
+
+def test_a_service_that_is_not_there_is_said_to_be_away(tmp_path: Path):
+    done = run("submit", "animatediff-sparsectrl-lcm", "--input", job_file(tmp_path, prompt="a"), "--url", "http://127.0.0.1:1")
+    assert done.exit_code == 1
+    assert "http://127.0.0.1:1 does not answer" in done.stderr
+
+
+def test_an_endpoint_that_is_not_served_is_refused_with_those_that_are():
+    done = run("status", "stable-video", "x")
+    assert done.exit_code == 2
+    assert "fal-ai/animatediff-sparsectrl-lcm" in done.stderr
+
+
+def test_files_beside_the_input_become_data_uris_and_other_strings_stay(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    (tmp_path / "prompt").write_bytes(b"a file of that name")
+    job = job_file(tmp_path, prompt="prompt", keyframe_0_image_url="a.png", keyframe_1_image_url="https://a.example/x.png")
+    assert read_input(job) == {
+        "prompt": "prompt",
+        "keyframe_0_image_url": "data:image/png;base64,cG5n",
+        "keyframe_1_image_url": "https://a.example/x.png",
+    }
+
+
+def test_demo_weights_are_written(tmp_path: Path):
+    done = run("demo-weights", tmp_path / "demo")
+    assert done.stdout.strip() == str(tmp_path / "demo")
+    assert (tmp_path / "demo" / "stable-diffusion-v1-5" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):
+    with embedded() as settings:
+        options = ("--config", config(tmp_path, home=str(settings.home)))
+        secret = run("keys", "create", "studio", *options).stdout.strip()
+        key_id, _, _ = secret.partition(":")
+        listed = run("keys", "list", *options).stdout
+        assert key_id in listed
+        assert "studio" in listed
+        assert secret not in listed
+        assert run("keys", "revoke", key_id, *options).exit_code == 0
+        again = run("keys", "revoke", key_id, *options)
+        assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
+        assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "gateway", "render", "submit", "status", "result", "cancel"])
+def test_every_command_explains_itself(command: str):
+    assert run(command, "--help").exit_code == 0

@@ -1,0 +1,70 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import build
+from deployments.settings import Settings, load_settings
+from engines.source import Source
+
+CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"databse": "embedded"},
+        {"queue": {"lease": 3}},
+        {"animatediff": {"weight": "demo"}},
+        {"animatediff": {"weights": {"base": {"folder": "/x", "branch": "main"}}}},
+        {"queue": {"lease_s": 0}},
+        {"auth": "none"},
+    ],
+)
+def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        Settings.model_validate(args)
+
+
+def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("REELRAY_HOME", str(tmp_path))
+    assert Settings().files_url == str(tmp_path / "files")
+    assert Settings(home=Path("/elsewhere")).files_url == "/elsewhere/files"
+
+
+def test_a_model_that_is_left_out_is_not_served():
+    assert Settings(animatediff=None).model_configs() == {}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_the_yaml_files_are_valid_and_name_the_deployments_that_are_built(path: str, tmp_path: Path):
+    document = yaml.safe_load(Path(path).read_text())
+    schema = ServeDeploySchema.model_validate(document)
+    (application,) = schema.applications
+    settings = load_settings(Path(path)).model_copy(update={"home": tmp_path})
+    settings.demo_weights.mkdir(parents=True)  # as if written
+    built = deployments_of(build(settings))
+    assert {deployment.name for deployment in application.deployments} == built
+
+
+def deployments_of(application: Any) -> set[str]:
+    """The names of an application's deployments, those it takes as arguments included."""
+    names = {application._bound_deployment.name}
+    waiting = [*application._bound_deployment.init_args, *application._bound_deployment.init_kwargs.values()]
+    while waiting:
+        value = waiting.pop()
+        if hasattr(value, "_bound_deployment"):
+            names |= deployments_of(value)
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+    return names
+
+
+def test_real_weights_are_read_from_the_gpu_configuration():
+    weights = load_settings(Path("cluster/serve_config.gpu.yaml")).model_configs()["animatediff-sparsectrl-lcm"].weights
+    assert weights.vae == Source(repo="stabilityai/sd-vae-ft-mse", revision="main")
