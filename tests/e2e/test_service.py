@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.server
 import io
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from deployments.demo import demo_inputs
 from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
-from tests.e2e.service import Service
+from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -91,6 +92,24 @@ async def test_the_page_submits_follows_and_fetches(service: Service, page_clien
     result = await page("result", ENDPOINT, requestId=request_id)
     assert result.value["requestId"] == request_id
     assert result.value["data"]["video"]["url"].startswith(service.url)
+
+
+async def test_the_status_stream_passes_through_serve_as_it_happens(service: Service, page_client: Callable[[str], PageClient]):
+    done = await page_client(service.url)("subscribe", ENDPOINT, input=LONG, mode="streaming")
+    assert done.error is None
+    assert len([update for update in done.updates if update["status"] == "IN_PROGRESS"]) > 3
+    assert [line["message"] for line in done.updates[-1]["logs"]] == [f"step {i}/40" for i in range(1, 41)]
+
+
+def test_the_command_line_submits_watches_and_keeps_the_video(service: Service, tmp_path: Path):
+    (tmp_path / "job.json").write_text('{"prompt": "a red ball", "seed": 9}')
+    out = tmp_path / "video.mp4"
+    words = ["submit", "animatediff-sparsectrl-lcm", "--input", tmp_path / "job.json", "--watch", "--out", out, "--url", service.url]
+    done = subprocess.run([REELRAY, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"seed": 9' in done.stdout
+    with av.open(str(out)) as container:
+        assert len(list(container.decode(video=0))) == 16
 
 
 def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Service, client: QueueClient):
