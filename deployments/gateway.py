@@ -9,11 +9,22 @@ from fastapi import FastAPI
 from deployments.ingress import create_app
 from deployments.settings import CONFIG_VARIABLE, configured_settings
 
+GRACE_S = 5
+"""How long open status streams may hold a worker that was told to stop."""
+
 
 def run(config: Path, host: str, port: int, workers: int) -> None:
     """Serves until interrupted. Workers are processes of their own and find `config` in the environment."""
     os.environ[CONFIG_VARIABLE] = str(config.absolute())
-    uvicorn.run("deployments.gateway:app", factory=True, host=host, port=port, workers=workers, access_log=False)
+    uvicorn.run(
+        "deployments.gateway:app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
 
 
 def app() -> FastAPI:

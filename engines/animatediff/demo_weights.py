@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from engines.animatediff.checkpoint import _OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
 
 SEED = 0
-_CHANNELS = (32, 64)
 _WIDTH = 32  # of the text
 _HEADS = 4
 _GROUPS = 8  # SD's 32 would force channels in multiples of 32
@@ -44,7 +44,19 @@ _SCHEDULER = {  # SD 1.5's own, scaled-linear betas included, which the loader m
 }
 
 
-def write_demo_weights(folder: Path) -> AnimateDiffWeights:
+@dataclass(frozen=True)
+class DemoSize:
+    """channels: of the UNet's two levels. latent: height and width in latents, of 8 pixels. vae_channels: of its four levels."""
+
+    channels: tuple[int, int] = (32, 64)
+    latent: int = 8
+    vae_channels: tuple[int, int, int, int] = (8, 8, 16, 16)
+
+
+TINY = DemoSize()
+
+
+def write_demo_weights(folder: Path, size: DemoSize = TINY) -> AnimateDiffWeights:
     """Write all parts below `folder`, at once or not at all, unless they are there. Returns where they lie."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +64,7 @@ def write_demo_weights(folder: Path) -> AnimateDiffWeights:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
-                _write_all(AnimateDiffWeights.demo(draft))
+                _write_all(AnimateDiffWeights.demo(draft), size)
             draft.chmod(0o755)
             os.rename(draft, folder)
         except OSError:
@@ -63,7 +75,7 @@ def write_demo_weights(folder: Path) -> AnimateDiffWeights:
     return AnimateDiffWeights.demo(folder)
 
 
-def _write_all(weights: AnimateDiffWeights) -> None:
+def _write_all(weights: AnimateDiffWeights, size: DemoSize) -> None:
     base, vae, adapter = weights.base.folder, weights.vae and weights.vae.folder, weights.motion_adapter.folder
     scribble, rgb = weights.sparsectrl_scribble.folder, weights.sparsectrl_rgb.folder
     assert base and vae and adapter and scribble and rgb and weights.lora.file  # noqa: PT018  (for the type checker)
@@ -71,14 +83,14 @@ def _write_all(weights: AnimateDiffWeights) -> None:
     _write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_tokenizer(base / "tokenizer")
     _write_text_encoder(base / "text_encoder")
-    unet = _live(_unet())
+    unet = _live(_unet(size))
     unet.save_pretrained(base / "unet")
-    _write_old_vae(base / "vae")
-    _live(_vae()).save_pretrained(vae)
-    _live(_motion_adapter()).save_pretrained(adapter)
+    _write_old_vae(base / "vae", size)
+    _live(_vae(size)).save_pretrained(vae)
+    _live(_motion_adapter(size)).save_pretrained(adapter)
     save_file(kohya_lora(unet.state_dict()), adapter / weights.lora.file)
-    _live(_sparse_control(simplified=False)).save_pretrained(scribble)
-    _live(_sparse_control(simplified=True)).save_pretrained(rgb)
+    _live(_sparse_control(size, simplified=False)).save_pretrained(scribble)
+    _live(_sparse_control(size, simplified=True)).save_pretrained(rgb)
 
 
 def kohya_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,10 +116,10 @@ def _live(module: Any) -> Any:
     return module
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(size: DemoSize) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=_CHANNELS,
+        sample_size=size.latent,
+        block_out_channels=size.channels,
         layers_per_block=2,
         cross_attention_dim=_WIDTH,
         attention_head_dim=_HEADS,
@@ -117,9 +129,9 @@ def _unet() -> UNet2DConditionModel:
     )
 
 
-def _motion_adapter() -> MotionAdapter:
+def _motion_adapter(size: DemoSize) -> MotionAdapter:
     return MotionAdapter(
-        block_out_channels=_CHANNELS,
+        block_out_channels=size.channels,
         motion_layers_per_block=2,
         motion_num_attention_heads=_HEADS,
         motion_norm_num_groups=_GROUPS,
@@ -128,12 +140,12 @@ def _motion_adapter() -> MotionAdapter:
     )
 
 
-def _sparse_control(simplified: bool) -> SparseControlNetModel:
+def _sparse_control(size: DemoSize, simplified: bool) -> SparseControlNetModel:
     return SparseControlNetModel(
         conditioning_channels=4 if simplified else 3,
         use_simplified_condition_embedding=simplified,
         conditioning_embedding_out_channels=(4, 8, 8, 16),  # three stride-2 stages: 64 pixels become 8
-        block_out_channels=_CHANNELS,
+        block_out_channels=size.channels,
         down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
         cross_attention_dim=_WIDTH,
         attention_head_dim=_HEADS,
@@ -142,21 +154,21 @@ def _sparse_control(simplified: bool) -> SparseControlNetModel:
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(size: DemoSize) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=size.vae_channels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
-        sample_size=64,
+        sample_size=8 * size.latent,
     )
 
 
-def _write_old_vae(folder: Path) -> None:
+def _write_old_vae(folder: Path, size: DemoSize) -> None:
     """The base's own VAE, with its attention under the names that SD 1.5's file still has."""
-    vae = _live(_vae())
+    vae = _live(_vae(size))
     vae.save_config(folder)
     new_to_old = {new: old for old, new in _OLD_VAE_NAMES.items()}
     tensors = {}
