@@ -1,0 +1,80 @@
+"""`deployments.app` with a stopwatch in the dispatcher: a job's `metrics` then tell where its time went.
+
+`claimed` is when its attempt began, in seconds since 1970; the others are the durations of the dispatcher's own calls in
+seconds. Named as `import_path` in a YAML; a replica that unpickles `TracedReplica` imports this file, and so is traced.
+"""
+
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from ray import serve
+
+from deployments import app
+from deployments.dispatcher import Dispatcher
+from deployments.jobs.job import Claim
+from deployments.jobs.store import JobStore
+from deployments.settings import QueueSettings, Settings
+from deployments.stages import Stages
+from deployments.storage import FileStore
+
+CALLS = {"preprocess": "preprocess", "denoise": "denoise", "decode": "decode", "put": "file"}
+"""Method -> its name in the metrics."""
+
+_laps: ContextVar[dict[str, float]] = ContextVar("laps")
+
+
+class Timed:
+    """Stands before `target` and times those of its methods that `CALLS` names."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.target, name)
+        if name not in CALLS:
+            return method
+
+        async def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return await method(*args)
+            finally:
+                _laps.get()[CALLS[name]] = time.perf_counter() - started
+
+        return timed
+
+
+class TracedStore(Timed):
+    """Adds the laps to the metrics of a job that succeeds."""
+
+    async def succeed(self, claim: Claim, result: dict[str, Any], metrics: dict[str, Any]) -> None:
+        await self.target.succeed(claim, result, metrics | _laps.get())
+
+
+class TracedDispatcher(Dispatcher):
+    """A dispatcher whose store, files and stages are timed. Each job has its own task, so its own laps."""
+
+    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], queue: QueueSettings):
+        timed: Any = {endpoint: Timed(each) for endpoint, each in stages.items()}
+        traced_store: Any = TracedStore(store)
+        timed_files: Any = Timed(files)
+        super().__init__(traced_store, timed_files, timed, queue)
+
+    async def _work(self, claim: Claim) -> None:
+        _laps.set({"claimed": time.time()})
+        await super()._work(claim)
+
+
+class TracedReplica(app.DispatcherReplica):
+    """Runs a traced dispatcher."""
+
+
+app.Dispatcher = TracedDispatcher  # type: ignore[misc]  # in whichever process imports this file
+app.DispatcherReplica = TracedReplica  # type: ignore[misc]
+
+
+def build(args: Settings) -> serve.Application:
+    """The application, traced."""
+    return app.build(args)
