@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from deployments import ingress
 from deployments.ingress import create_app
 from deployments.jobs.job import Claim, Job, NewJob
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings, Settings
 from deployments.storage import FileStore
@@ -381,7 +381,7 @@ async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobSt
     async def away_then_back(job_id: UUID) -> Job | None:
         reads.append(job_id)
         if len(reads) == 2:
-            raise ConnectionResetError
+            raise StoreAway
         return await get(job_id)
 
     monkeypatch.setattr(store, "get", away_then_back)
@@ -517,7 +517,7 @@ async def test_our_own_mistakes_say_nothing(client: httpx.AsyncClient, store: Jo
 
 async def test_an_outage_is_told_as_one(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async def away(*args: object, **kwargs: object) -> None:
-        raise ConnectionRefusedError("10.0.0.5:5432")
+        raise StoreAway("10.0.0.5:5432")
 
     monkeypatch.setattr(store, "get", away)
     for path in (f"{SUBMIT}/requests/{uuid4()}/status", "/health"):
