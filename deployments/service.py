@@ -5,6 +5,7 @@ On a cluster this file has no part: there `serve deploy` takes the same YAML and
 
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     schema.http_options.host = host or schema.http_options.host
     schema.http_options.port = schema.http_options.port if port is None else port
     settings = load_settings(config)
+    _check_free(schema.http_options.host, schema.http_options.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
     signal.signal(signal.SIGTERM, _exit)
     database_url(settings)
@@ -72,6 +74,16 @@ def stay_up(settings: Settings) -> NoReturn:
     while True:
         time.sleep(SUPERVISION_INTERVAL_S)
         database_url(settings)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Serve would wait for a taken port until the end of its patience."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as exc:
+            raise ServiceFailed(f"{host}:{port} cannot be listened on: {exc.strerror}. Give another --port.") from exc
 
 
 def _wait_until_ready(names: list[str], url: str) -> None:

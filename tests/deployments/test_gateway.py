@@ -20,7 +20,16 @@ def test_the_gateway_accepts_and_answers_while_nothing_else_runs():
         config = settings.home / "serve_config.yaml"
         config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(settings.home)}}]}))
         port = free_port()
-        command = [Path(sys.executable).with_name("reelray"), "gateway", "--config", config, "--port", str(port), "--workers", "2"]
+        command = [
+            Path(sys.executable).with_name("reelray"),
+            "gateway",
+            "--config",
+            config,
+            "--port",
+            str(port),
+            "--workers",
+            "2",
+        ]
         gateway = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         try:
             with QueueClient(f"http://127.0.0.1:{port}") as client:

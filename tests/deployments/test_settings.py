@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
@@ -27,6 +28,11 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
 def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):
     with pytest.raises(ValidationError):
         Settings.model_validate(args)
+
+
+def test_serve_refuses_args_that_the_settings_do_not_know():
+    with pytest.raises(ValidationError, match="databse"):
+        call_user_app_builder_with_args_if_necessary(build, {"databse": "embedded"})
 
 
 def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

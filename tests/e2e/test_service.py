@@ -104,7 +104,17 @@ async def test_the_status_stream_passes_through_serve_as_it_happens(service: Ser
 def test_the_command_line_submits_watches_and_keeps_the_video(service: Service, tmp_path: Path):
     (tmp_path / "job.json").write_text('{"prompt": "a red ball", "seed": 9}')
     out = tmp_path / "video.mp4"
-    words = ["submit", "animatediff-sparsectrl-lcm", "--input", tmp_path / "job.json", "--watch", "--out", out, "--url", service.url]
+    words = [
+        "submit",
+        "animatediff-sparsectrl-lcm",
+        "--input",
+        tmp_path / "job.json",
+        "--watch",
+        "--out",
+        out,
+        "--url",
+        service.url,
+    ]
     done = subprocess.run([REELRAY, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert '"seed": 9' in done.stdout
@@ -232,6 +242,7 @@ def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, serv
     assert client.result(ENDPOINT, request_id)["seed"] == 5
 
 
+@pytest.mark.timeout(400)  # the service starts twice
 def test_after_sigkill_of_everything_each_job_completes_once(tmp_path: Path):
     from tests.conftest import embedded
 

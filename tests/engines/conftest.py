@@ -5,7 +5,6 @@ from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import write_demo_weights
 from engines.pipeline import Pipeline
 
-
 torch.set_num_threads(1)
 """Beside other work on the machine, two threads of a tiny model wait for each other most of the time."""
 

@@ -90,7 +90,9 @@ def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     fresh.latents(spec)
     shared = fresh.latents(replace(spec, seed=2))
     assert len(calls) == 1
-    lone = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1)).latents(replace(spec, seed=2))
+    lone = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1)).latents(
+        replace(spec, seed=2)
+    )
     assert torch.equal(shared.values, lone.values)
     fresh.latents(replace(spec, seed=2, prompt="a blue ball"))
     fresh.latents(replace(spec, seed=2, keyframes=keyframes(0, 9)))
