@@ -8,7 +8,9 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
+import asyncpg
 import av
 import httpx
 import pytest
@@ -16,9 +18,11 @@ from PIL import Image
 
 from deployments.client import CallFailed, QueueClient
 from deployments.demo import demo_inputs
+from deployments.jobs.postgres import database_url
 from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
+from tests.conftest import embedded
 from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient
 
@@ -243,9 +247,7 @@ def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, serv
 
 
 @pytest.mark.timeout(400)  # the service starts twice
-def test_after_sigkill_of_everything_each_job_completes_once(tmp_path: Path):
-    from tests.conftest import embedded
-
+def test_after_sigkill_of_everything_each_job_completes_once():
     with embedded() as settings:
         service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1})
         settings.home.mkdir(parents=True, exist_ok=True)
@@ -263,4 +265,16 @@ def test_after_sigkill_of_everything_each_job_completes_once(tmp_path: Path):
                 assert "error" not in finished(client, request_id)
                 assert client.result(ENDPOINT, request_id)["seed"] == seed
                 assert client.download(client.result(ENDPOINT, request_id)["video"]["url"])
+        histories = [asyncio.run(history(database_url(settings), request_id)) for request_id in ids]
         assert service.stop() == 0
+    assert histories == [["queued", "running", "queued", "running", "succeeded"], *[["queued", "running", "succeeded"]] * 5]
+
+
+async def history(url: str, request_id: str) -> list[str]:
+    """The states that a job went through, in order."""
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch("SELECT state FROM job_events WHERE job_id = $1 ORDER BY id", UUID(request_id))
+    finally:
+        await connection.close()
+    return [row["state"] for row in rows]
