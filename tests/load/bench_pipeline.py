@@ -2,7 +2,7 @@
 
 Both go from prompt and keyframe files to 16 uint8 RGB frames. They take turns, so that a busy machine slows both; the ratio
 is the median over the rounds, each round's own. Every round has another prompt, so that ours finds no SparseCtrl results
-of an earlier one; the rows "seed" repeat it with another seed, which finds them (scribbles only: an rgb keyframe's latents
+of an earlier one; the rows "another seed" repeat it, which finds them (scribbles only: an rgb keyframe's latents
 are drawn with the seed).
 """
 
