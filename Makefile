@@ -48,5 +48,5 @@ bench: install ## measure the pipeline against diffusers and the service against
 	$(BIN)/python -m tests.load.bench_service
 
 .PHONY: clean
-clean: ## remove the environment and what the demo kept
-	rm -rf $(VENV) $(REELRAY_HOME)
+clean: ## remove the environment
+	rm -rf $(VENV)

@@ -16,6 +16,7 @@ from deployments.dispatcher import Dispatcher
 from deployments.ingress import create_app
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore
+from deployments.logs import configure_logging
 from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.serve_stages import ServeStages
@@ -27,6 +28,7 @@ class DispatcherReplica:
     """Runs a dispatcher for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles."""
 
     def __init__(self, settings: Settings, handles: dict[str, tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]]):
+        configure_logging()
         self.settings = settings
         self.stages = {endpoint: ServeStages(*stages) for endpoint, stages in handles.items()}
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -52,6 +54,7 @@ class IngressReplica:
     """Hosts the ingress app in Serve. dispatcher: bound here so that it is deployed; the two meet in the store only."""
 
     def __init__(self, dispatcher: DeploymentHandle):
+        configure_logging()
         self.dispatcher = dispatcher
 
 

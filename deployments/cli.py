@@ -54,12 +54,13 @@ def serve_command(
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard as well.")] = False,
 ) -> None:
     """Run the whole service on this machine until interrupted."""
-    from deployments.service import running, stay_up
+    from deployments.jobs.postgres import keep_running
+    from deployments.service import running
 
     with _clear_errors(), running(config, host=host, port=port, dashboard=dashboard) as url:
         console.print(f"Reelray answers at {url}; its API is described at {url}/docs. Ctrl-C stops it.")
         with suppress(KeyboardInterrupt):
-            stay_up(load_settings(config))
+            keep_running(load_settings(config))
 
 
 @app.command()
@@ -252,8 +253,11 @@ def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
         finally:
             await store.close()
 
-    with visited(load_settings(config)) as url:
-        return asyncio.run(run(url))
+    try:
+        with visited(load_settings(config)) as url:
+            return asyncio.run(run(url))
+    except (OSError, RuntimeError) as exc:
+        raise typer.Exit(_fail(f"the database cannot be reached: {exc}")) from exc
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Serve's wrapper of a model's decoding."""
 
 import asyncio
+import time
 from typing import Any
 
 from engines.registry import build_stage
@@ -13,6 +14,8 @@ class Decode:
     def __init__(self, model: str, config: Any):
         self.stage = build_stage(model, "decode", config)
 
-    async def run(self, latents: Latents) -> Clip:
-        """The encoded clip; raw frames stay in this process."""
-        return await asyncio.to_thread(self.stage.decode, latents)
+    async def run(self, latents: Latents) -> tuple[Clip, float]:
+        """The encoded clip, and the seconds it took; raw frames stay in this process."""
+        started = time.monotonic()
+        clip = await asyncio.to_thread(self.stage.decode, latents)
+        return clip, time.monotonic() - started

@@ -5,10 +5,11 @@ A replica takes two calls and works on one, so that the next one's conditioning 
 
 import asyncio
 import threading
+import time
 from functools import partial
 from typing import Any
 
-from deployments.stages import Note, Stream
+from deployments.stages import Done, Note, Stream
 from engines.registry import build_stage
 from engines.spec import Checkpoint, Conditioning
 
@@ -31,6 +32,7 @@ class Denoise:
 
         sample = partial(self.stage.sample, conditioning, on_step=on_step, should_stop=stop.is_set)
         async with self.turn:
+            started = time.monotonic()
             work = loop.run_in_executor(None, sample)
             work.add_done_callback(lambda _: steps.put_nowait(None))
             try:
@@ -40,7 +42,8 @@ class Denoise:
                 stop.set()
                 await asyncio.wait([work])  # the turn ends when the GPU is free, not before
                 error = work.exception()
+                seconds = time.monotonic() - started
         if error is not None:
             raise error
-        yield None
+        yield Done(seconds)
         yield work.result()

@@ -6,7 +6,6 @@ swept back into the queue; whatever this process does late, the attempt's token 
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
@@ -15,8 +14,9 @@ from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings
 from deployments.stages import Note, Stages
-from deployments.storage import FileStore
-from engines.errors import ReelrayError, RunnerFailed
+from deployments.storage import FileStore, StoredFile
+from engines.errors import ReelrayError, RunnerFailed, StorageFailed
+from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Dispatcher:
 
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
-        started = time.monotonic()
-        render = asyncio.create_task(self._render(claim))
+        seconds: list[float] = []  # of work, stage by stage
+        render = asyncio.create_task(self._render(claim, seconds))
         keeper = asyncio.create_task(self._keep(claim, render))
         store = self.store
         try:
@@ -79,34 +79,43 @@ class Dispatcher:
                 raise
             if keeper.result() == "cancelled":
                 await self._close(claim, lambda: store.cancel(claim))
-        except LeaseLost:
-            logger.warning("lease lost", extra=_fields(claim, "lease_lost"))
+        except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
+            logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
             error = exc if isinstance(exc, ReelrayError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
             if error.retryable:
                 await self._close(claim, lambda: store.requeue(claim, error.message, counted=True))
             else:
-                await self._close(claim, lambda: store.fail(claim, error_failure(error), _metrics(started)))
+                await self._close(claim, lambda: store.fail(claim, error_failure(error), _metrics(seconds)))
         else:
-            await self._close(claim, lambda: store.succeed(claim, result, _metrics(started)))
+            await self._close(claim, lambda: store.succeed(claim, result, _metrics(seconds)))
         finally:
             keeper.cancel()
 
-    async def _render(self, claim: Claim) -> dict[str, Any]:
-        """The job's output, its file kept."""
+    async def _render(self, claim: Claim, seconds: list[float]) -> dict[str, Any]:
+        """The job's output, its file kept. Adds each stage's time to `seconds`."""
 
         async def on_note(note: Note) -> None:
             await self.store.log(claim, note.message, note.level)
 
         stages = self.stages[claim.endpoint]
-        conditioning = await stages.preprocess(claim.input, on_note)
-        latents = await stages.denoise(conditioning, on_note)
-        clip = await stages.decode(latents)
-        file = await self.files.put("video", clip.mp4, "video/mp4")
+        conditioning, took = await stages.preprocess(claim.input, on_note)
+        seconds.append(took)
+        latents, took = await stages.denoise(conditioning, on_note)
+        seconds.append(took)
+        clip, took = await stages.decode(latents)
+        seconds.append(took)
+        file = await self._keep_file(clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
         return output.model_dump(mode="json")
+
+    async def _keep_file(self, clip: Clip) -> StoredFile:
+        try:
+            return await self.files.put("video", clip.mp4, "video/mp4")
+        except OSError as exc:  # a full disk, a bucket that is away: worth another try
+            raise StorageFailed from exc
 
     async def _keep(self, claim: Claim, render: asyncio.Task[Any]) -> Literal["cancelled", "lost"]:
         """Renews the lease until the caller cancels or the lease is lost, then stops the work."""
@@ -135,8 +144,8 @@ class Dispatcher:
             logger.exception("job not closed", extra=_fields(claim, "close_failed"))
 
 
-def _metrics(started: float) -> dict[str, float]:
-    return {"inference_time": round(time.monotonic() - started, 6)}
+def _metrics(seconds: list[float]) -> dict[str, float]:
+    return {"inference_time": round(sum(seconds), 6)}
 
 
 def _fields(claim: Claim, action: str) -> dict[str, Any]:

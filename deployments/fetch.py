@@ -53,7 +53,8 @@ async def fetch(url: str, settings: FetchSettings, field: str) -> bytes:
     except TimeoutError as exc:
         message = f"The file could not be downloaded: it took longer than {settings.timeout_s:g} s."
         raise FileDownloadError(message, loc) from exc
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as exc:  # their texts may name addresses
+    # Their texts may name addresses. ValueError: a host that IDNA refuses; a port beyond 65535 overflows or fails in a group
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup) as exc:
         raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
 
 

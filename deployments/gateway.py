@@ -1,13 +1,16 @@
 """The ingress under uvicorn, beside the cluster: it accepts and answers while Ray is down or being upgraded."""
 
 import os
+import threading
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from deployments.ingress import create_app
-from deployments.settings import CONFIG_VARIABLE, configured_settings
+from deployments.jobs.postgres import keep_running
+from deployments.logs import configure_logging
+from deployments.settings import CONFIG_VARIABLE, configured_settings, load_settings
 
 GRACE_S = 5
 """How long open status streams may hold a worker that was told to stop."""
@@ -15,6 +18,7 @@ GRACE_S = 5
 
 def run(config: Path, host: str, port: int, workers: int) -> None:
     """Serves until interrupted. Workers are processes of their own and find `config` in the environment."""
+    threading.Thread(target=keep_running, args=(load_settings(config),), daemon=True).start()
     os.environ[CONFIG_VARIABLE] = str(config.absolute())
     uvicorn.run(
         "deployments.gateway:app",
@@ -29,4 +33,5 @@ def run(config: Path, host: str, port: int, workers: int) -> None:
 
 def app() -> FastAPI:
     """What every worker hosts."""
+    configure_logging()
     return create_app(configured_settings())

@@ -40,6 +40,7 @@ STREAM_INTERVAL_S = 3.0
 """A status stream looks this often for what does not wake it, the queue moving up, and says something to stay open."""
 
 HEALTH_TIMEOUT_S = 2.0
+BODY_TIMEOUT_S = 60.0
 
 OUTAGES = (StoreAway, TimeoutError)
 
@@ -262,16 +263,20 @@ async def _owner(request: Request) -> str | None:
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, given up as soon as it is longer than `max_bytes`. Raises `BodyTooLarge`."""
+    """The body, given up as soon as it is longer than `max_bytes` or too slow. Raises `BodyTooLarge`, `BadRequest`."""
     declared = request.headers.get("content-length", "0")
     body = bytearray()
     if not declared.isdecimal() or int(declared) <= max_bytes:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                break
-        else:
-            return bytes(body)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        break
+                else:
+                    return bytes(body)
+        except TimeoutError:
+            raise BadRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
     raise BodyTooLarge(f"The request body is larger than {max_bytes} bytes.")
 
 

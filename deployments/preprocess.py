@@ -1,12 +1,13 @@
 """Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage."""
 
 import asyncio
+import time
 from typing import Any
 
 from deployments.fetch import fetch_all
 from deployments.schemas import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages import Note, Stream
+from deployments.stages import Done, Note, Stream
 from engines.registry import build_stage
 
 
@@ -20,10 +21,11 @@ class Preprocess:
 
     async def run(self, job_input: dict[str, Any]) -> Stream:
         """The conditioning for a validated input. Raises `ModelError` for files that cannot be had or used."""
+        started = time.monotonic()
         parsed = self.endpoint.input.model_validate(job_input)
         media = await fetch_all(parsed.media(), self.fetch_settings)
         conditioning = await asyncio.to_thread(self.stage.encode, parsed.spec(media))
         for note in conditioning.notes:
             yield Note(note, "WARN")
-        yield None
+        yield Done(time.monotonic() - started)
         yield conditioning

@@ -4,6 +4,7 @@ Facts: `fal-queue-protocol.md` sections 0 and 6, `video-models.md` section 3A. F
 where pydantic has one, fal's otherwise; both clients pass them through.
 """
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from deployments.jobs.job import Failure
+from engines.animatediff.config import API_FRAMES
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
 from engines.errors import ModelError, ReelrayError, StartTimeout
 from engines.spec import RenderSpec
 
-NUM_FRAMES = 16
 MAX_PROMPT_CHARS = 2000
 MAX_ECHO_CHARS = 200
 """A wrong value is shown in its error up to this length: a data URI of megabytes is nobody's hint."""
@@ -101,11 +102,11 @@ class AnimateDiffInput(EndpointInput):
     guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
     seed: Int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed and input, same video.", examples=[42])
     keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_0_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[0])
+    keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[0])
     keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_1_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[8])
+    keyframe_1_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[8])
     keyframe_2_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_2_index: Int | None = Field(None, ge=0, lt=NUM_FRAMES, description="The frame that follows it.", examples=[15])
+    keyframe_2_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[15])
 
     def _keyframes(self) -> list[tuple[int, str | None, int | None]]:
         return [(k, getattr(self, f"keyframe_{k}_image_url"), getattr(self, f"keyframe_{k}_index")) for k in range(3)]
@@ -195,7 +196,8 @@ def validation_failure(exc: ValidationError) -> Failure:
         if ctx := fault.get("ctx"):
             detail["ctx"] = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in ctx.items()}
         if isinstance(fault["input"], (int, float, str)) and len(str(fault["input"])) <= MAX_ECHO_CHARS:
-            detail["input"] = fault["input"] if fault["input"] == fault["input"] else str(fault["input"])  # NaN is not JSON
+            is_json = not isinstance(fault["input"], float) or math.isfinite(fault["input"])  # NaN and Infinity are not
+            detail["input"] = fault["input"] if is_json else str(fault["input"])
         details.append(detail)
     text = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details)
     return Failure(422, {"detail": details}, text, details[0]["type"], {"X-Fal-Needs-Retry": "0"})

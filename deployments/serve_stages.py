@@ -8,7 +8,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.stages import OnNote
+from deployments.stages import Done, OnNote
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
 
@@ -21,36 +21,37 @@ class ServeStages:
         self._denoise = denoise.options(stream=True)
         self._decode = decode
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> ObjectRef:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[ObjectRef, float]:
         """See `Stages`."""
         return await _product(self._preprocess.run.remote(job_input), on_note)
 
-    async def denoise(self, conditioning: ObjectRef, on_note: OnNote) -> ObjectRef:
+    async def denoise(self, conditioning: ObjectRef, on_note: OnNote) -> tuple[ObjectRef, float]:
         """See `Stages`."""
         return await _product(self._denoise.run.remote(conditioning), on_note)
 
-    async def decode(self, latents: ObjectRef) -> Clip:
+    async def decode(self, latents: ObjectRef) -> tuple[Clip, float]:
         """See `Stages`."""
         response = self._decode.run.remote(latents)
         try:
-            clip: Clip = await response
+            decoded: tuple[Clip, float] = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
         except (RayError, RayServeException) as exc:
             raise translated(exc) from exc
-        return clip
+        return decoded
 
 
-async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> ObjectRef:
-    """Passes the stream's notes on and returns its product unread."""
+async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef, float]:
+    """Passes the stream's notes on and returns its product unread, with the seconds it took."""
     try:
+        # Serve's one way to an item's reference instead of its value; marked as for developers, hence the underscore
         refs = await response._to_object_ref_gen()
         async for ref in refs:
-            note = await ref
-            if note is None:
-                return await anext(refs)
-            await on_note(note)
+            item = await ref
+            if isinstance(item, Done):
+                return await anext(refs), item.seconds
+            await on_note(item)
     except asyncio.CancelledError:
         response.cancel()
         raise

@@ -21,11 +21,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deployments.jobs.postgres import database_url, stop_embedded
-from deployments.settings import Settings, load_settings
+from deployments.settings import load_settings
 from engines.errors import ReelrayError
 
 READY_TIMEOUT_S = 180.0
-SUPERVISION_INTERVAL_S = 2.0
+PORT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 1_000_000_000
 """Conditioning and latents of the few jobs in flight; Ray's own default is a third of the memory."""
 
@@ -69,21 +69,19 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         stop_embedded(settings)
 
 
-def stay_up(settings: Settings) -> NoReturn:
-    """Watches over what Ray does not: the embedded PostgreSQL is started again when it has died."""
-    while True:
-        time.sleep(SUPERVISION_INTERVAL_S)
-        database_url(settings)
-
-
 def _check_free(host: str, port: int) -> None:
-    """Serve would wait for a taken port until the end of its patience."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as exc:
-            raise ServiceFailed(f"{host}:{port} cannot be listened on: {exc.strerror}. Give another --port.") from exc
+    """Serve would wait for a taken port until the end of its patience. What a killed service leaves is gone after a moment."""
+    deadline = time.monotonic() + PORT_TIMEOUT_S
+    while True:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                return
+            except OSError as exc:
+                if time.monotonic() > deadline:
+                    raise ServiceFailed(f"{host}:{port} cannot be listened on: {exc.strerror}. Give another --port.") from exc
+        time.sleep(0.2)
 
 
 def _wait_until_ready(names: list[str], url: str) -> None:

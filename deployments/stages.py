@@ -1,6 +1,6 @@
 """How a dispatcher reaches the three stages of an endpoint.
 
-A stage that has something to tell answers with a stream: notes for the caller's log, then None, then its product. The
+A stage that has something to tell answers with a stream: notes for the caller's log, then `Done`, then its product. The
 product stays where it was made and goes on as a reference: its bytes never visit the dispatcher.
 """
 
@@ -19,9 +19,16 @@ class Note:
     level: str = "INFO"
 
 
+@dataclass(frozen=True)
+class Done:
+    """The product follows. seconds: of work, without waiting for a turn."""
+
+    seconds: float
+
+
 OnNote = Callable[[Note], Awaitable[None]]
 Stream = AsyncIterator[Any]
-"""Notes, then None, then the product."""
+"""Notes, then `Done`, then the product."""
 
 
 class Stages(Protocol):
@@ -30,14 +37,14 @@ class Stages(Protocol):
     Every call raises `ReelrayError`, retryable if the runner and not the request was at fault.
     """
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Any:
-        """The conditioning for a validated input."""
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
+        """The conditioning for a validated input, and the seconds of work in it."""
         ...
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> Any:
-        """The latents; a note for every step."""
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+        """The latents, and the seconds; a note for every step."""
         ...
 
-    async def decode(self, latents: Any) -> Clip:
-        """The encoded clip."""
+    async def decode(self, latents: Any) -> tuple[Clip, float]:
+        """The encoded clip, and the seconds."""
         ...

@@ -18,6 +18,7 @@
     │   ├── InternalError               500  internal_error
     │   ├── RunnerFailed                500  runner_server_error
     │   ├── RunnerDisconnected          503  runner_disconnected
+    │   ├── StorageFailed               500  internal_error
     │   └── StartTimeout                504  request_timeout
     └── WeightsError                the operator's: a checkpoint that does not fit
 
@@ -154,10 +155,17 @@ class RunnerFailed(RequestError):
 
 
 class RunnerDisconnected(RequestError):
-    """The runner died while it worked on this request."""
+    """The runner died or could not be reached while it worked on this request."""
 
     type = "runner_disconnected"
     status = 503
+    retryable = True
+
+
+class StorageFailed(RequestError):
+    """The result could not be stored."""
+
+    type = "internal_error"
     retryable = True
 
 

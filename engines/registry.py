@@ -41,9 +41,9 @@ def build_stage(model: str, stage: str, config: Any) -> Any:
     """
     cores = os.cpu_count() or 1
     if config.device == "cpu":
-        # Threads that spin while they wait take the cores from each other's work: two processes of two threads on two cores
-        # took 1.8 s a job, up to 22; waiting passively 0.27. Alone, passive costs 0.22 instead of 0.19. Read when torch loads.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # OpenMP's threads spin while they wait, and take the cores from each other's work: two processes of two threads on two
+        # cores took 0.8 to 1.8 s a job, at times 22; with a short spin 0.3 s, and no longer alone (0.19). Read when torch loads.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
 
     # Ray gives a process with less than two CPUs one thread, which on a CPU halves the speed

@@ -9,7 +9,7 @@ from deployments.denoise import Denoise
 from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Note, OnNote, Stream
+from deployments.stages import Done, Note, OnNote, Stream
 from engines.spec import Clip
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -26,22 +26,22 @@ class LocalStages:
         self.denoise_replica = Denoise(endpoint.model, config)
         self.decode_replica = Decode(endpoint.model, config)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Any:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await _product(self.preprocess_replica.run(job_input), on_note)
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> Any:
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
         return await _product(self.denoise_replica.run(conditioning), on_note)
 
-    async def decode(self, latents: Any) -> Clip:
+    async def decode(self, latents: Any) -> tuple[Clip, float]:
         return await self.decode_replica.run(latents)
 
 
-async def _product(stream: Stream, on_note: OnNote) -> Any:
+async def _product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
     try:
-        async for note in stream:
-            if note is None:
-                return await anext(stream)
-            await on_note(note)
+        async for item in stream:
+            if isinstance(item, Done):
+                return await anext(stream), item.seconds
+            await on_note(item)
     finally:
         await stream.aclose()  # type: ignore[attr-defined]  # as Serve does when the caller cancels
     raise AssertionError("a stream without a product")
@@ -54,10 +54,10 @@ class ScriptedStages:
         self.act = act
         self.running = self.peak = self.calls = 0
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Any:
-        return job_input
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
+        return job_input, 0.25
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> Any:
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
         self.calls += 1
         self.running += 1
         self.peak = max(self.peak, self.running)
@@ -66,10 +66,10 @@ class ScriptedStages:
             await self.act(conditioning)
         finally:
             self.running -= 1
-        return conditioning
+        return conditioning, 0.5
 
-    async def decode(self, latents: Any) -> Clip:
-        return CLIP
+    async def decode(self, latents: Any) -> tuple[Clip, float]:
+        return CLIP, 0.125
 
 
 async def for_ever(_: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
 from deployments.settings import Settings
@@ -30,6 +31,7 @@ SERVICE_USER = "pgserver"
 MAX_CONNECTIONS = 200
 """Enough for twenty processes with a pool of eight and a listener each."""
 START_TIMEOUT_S = 120.0
+SUPERVISION_INTERVAL_S = 2.0
 RECYCLED_AFTER_S = 3.0
 """How long a refusal to start is taken for a server that is just coming or going, before the pid file is doubted."""
 NO_PID = 2**31 - 1
@@ -54,6 +56,16 @@ def database_url(settings: Settings) -> str:
             _create(folder)
         _ensure_running(folder)
     return f"postgresql://postgres@/postgres?host={quote(str(_socket_folder(folder)))}&port=5432"
+
+
+def keep_running(settings: Settings) -> NoReturn:
+    """Starts the embedded server again whenever it has died or was stopped under us."""
+    while True:
+        time.sleep(SUPERVISION_INTERVAL_S)
+        try:
+            database_url(settings)
+        except RuntimeError:
+            logger.exception("embedded PostgreSQL does not start", extra={"action": "postgres_down"})
 
 
 def stop_embedded(settings: Settings) -> None:

@@ -59,7 +59,7 @@ _CONTROL_NEEDS: dict[str, Any] = {
 }
 _SCHEDULER_NEEDS: dict[str, Any] = {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
 
-_OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the VAE's attention layers in checkpoints from before diffusers 0.18, SD 1.5's own among them."""
 
 
@@ -206,7 +206,7 @@ def _lora(source: Source) -> Tensors:
 
 def _current_vae_name(key: str) -> str:
     old = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
-    return f"{old[1]}.{_OLD_VAE_NAMES[old[2]]}.{old[3]}" if old else key
+    return f"{old[1]}.{OLD_VAE_NAMES[old[2]]}.{old[3]}" if old else key
 
 
 def _require(config: Mapping[str, Any], needs: Mapping[str, Any], where: str) -> None:

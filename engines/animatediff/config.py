@@ -9,6 +9,10 @@ from engines.source import Source
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 
 
+API_FRAMES = 16
+"""Frames of a clip as the API knows it; keyframe indices are below it."""
+
+
 @dataclass(frozen=True)
 class AnimateDiffWeights:
     """Where each part lies (video-models.md, section 1A). vae: replaces the base's own. lora_scale: 0.8 in AnimateLCM's card."""
@@ -52,7 +56,7 @@ class AnimateDiffConfig:
     weights: AnimateDiffWeights | Literal["demo"] = "demo"
     device: str = "cpu"
     dtype: DType = "float32"
-    num_frames: int = 16
+    num_frames: int = API_FRAMES
     height: int | None = None
     width: int | None = None
     fps: int = 8
@@ -63,3 +67,12 @@ class AnimateDiffConfig:
     threads: int | None = None
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers that cannot be."""
+        if self.num_frames < API_FRAMES:
+            raise ValueError(f"num_frames is {self.num_frames}; keyframes may be asked for at {API_FRAMES} frames")
+        if min(self.fps, self.decode_chunk, self.control_steps, self.max_image_pixels) < 1 or self.control_cache_bytes < 0:
+            raise ValueError(
+                "fps, decode_chunk, control_steps and max_image_pixels are at least 1, control_cache_bytes at least 0"
+            )

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engines.animatediff.checkpoint import _OLD_VAE_NAMES
+from engines.animatediff.checkpoint import OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
 
 SEED = 0
@@ -170,7 +170,7 @@ def _write_old_vae(folder: Path, size: DemoSize) -> None:
     """The base's own VAE, with its attention under the names that SD 1.5's file still has."""
     vae = _live(_vae(size))
     vae.save_config(folder)
-    new_to_old = {new: old for old, new in _OLD_VAE_NAMES.items()}
+    new_to_old = {new: old for old, new in OLD_VAE_NAMES.items()}
     tensors = {}
     for key, value in vae.state_dict().items():
         for new, old in new_to_old.items():

@@ -46,11 +46,13 @@ class Preprocess:
 
     def _text(self, prompt: str) -> tuple[Tensor, str]:
         """(1, 77, D) fp32: the last hidden state after the final norm; and what was cut off, if anything."""
-        limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-        given = len(self.tokenizer(prompt, verbose=False).input_ids)
-        note = f"prompt cut to its first {limit - 2} of {given - 2} tokens" if given > limit else ""
-        return self.text_encoder(ids.to(self.config.device)).last_hidden_state.float().cpu(), note
+        # Cut and padded by hand: the tokenizer keeps both settings in itself, where another thread's call would change them
+        limit, end, pad = self.tokenizer.model_max_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        given: list[int] = self.tokenizer(prompt, verbose=False).input_ids  # start, tokens, end
+        kept = given if len(given) <= limit else [*given[: limit - 1], end]
+        note = f"prompt cut to its first {limit - 2} of {len(given) - 2} tokens" if len(given) > limit else ""
+        ids = torch.tensor([kept + [pad] * (limit - len(kept))], device=self.config.device)
+        return self.text_encoder(ids).last_hidden_state.float().cpu(), note
 
     def _control(self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator) -> SparseControlInput:
         keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # their order must not matter to the draws

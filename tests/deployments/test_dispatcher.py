@@ -143,6 +143,41 @@ async def test_other_errors_fail_the_job_at_once(
     assert after.state is JobState.FAILED, "the dispatcher lives on"
 
 
+async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, files: FileStore):
+    async def wait(_: dict[str, Any]) -> None:
+        await asyncio.sleep(0.1)
+
+    async with dispatching(store, files, ScriptedStages(wait)):
+        job = await ended(store, await submit(store))
+    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125}  # what the stages said, whatever the waiting
+
+
+async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(store: JobStore, files: FileStore, monkeypatch):
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        monkeypatch.setattr(store, "log", _away)
+        job_id = await submit(store)
+        await until(store, job_id, lambda job: job.attempt == 1)
+        await asyncio.sleep(0.2)
+        monkeypatch.undo()
+        job = await ended(store, job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt > 1, "the lease ran out and the job was done again"
+
+
+async def test_a_file_store_that_is_away_costs_an_attempt_and_not_the_job(store: JobStore, files: FileStore, monkeypatch):
+    put, failures = files.put, iter([OSError("No space left on device")])
+
+    async def full_once(*args: Any) -> Any:
+        if failure := next(failures, None):
+            raise failure
+        return await put(*args)
+
+    monkeypatch.setattr(files, "put", full_once)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
     async def outlast_three_leases(_: dict[str, Any]) -> None:
         await asyncio.sleep(3 * QUICK.lease_s)

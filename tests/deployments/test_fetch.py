@@ -4,12 +4,17 @@ import gzip
 import ipaddress
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from deployments import fetch as fetch_module
 from deployments.fetch import fetch, is_public
@@ -212,7 +217,17 @@ async def test_environment_proxy_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://example.com/x", "file:///etc/passwd", "http://", "http:///x", "http://[::1", "http://a b/"]
+    "url",
+    [
+        "ftp://example.com/x",
+        "file:///etc/passwd",
+        "http://",
+        "http:///x",
+        "http://[::1",
+        "http://a b/",
+        "http://xn--a/",
+        "http://127.0.0.1:99999/",
+    ],
 )
 async def test_other_urls_are_refused(url: str) -> None:
     await refusal(url, OPEN)
@@ -225,10 +240,14 @@ async def test_other_urls_are_refused(url: str) -> None:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate, with its key, for cdn.example."""
     path = tmp_path_factory.mktemp("tls") / "cdn.pem"
-    subject = ["-subj", "/CN=cdn.example", "-addext", "subjectAltName=DNS:cdn.example"]
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    subprocess.run([*command, *subject, "-keyout", path, "-out", f"{path}.crt"], check=True, capture_output=True)
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cdn.example")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=2))
+    names = x509.SubjectAlternativeName([x509.DNSName("cdn.example")])
+    signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(private + signed.public_bytes(Encoding.PEM))
     return path
 
 

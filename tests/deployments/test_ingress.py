@@ -171,6 +171,9 @@ async def test_bad_options_are_bad_requests(headers: dict[str, str], query: dict
         (b'{"prompt": 1}', ["body", "prompt"], "string_type"),
         (b'{"prompt": "x", "colour": "red"}', ["body", "colour"], "extra_forbidden"),
         (b'{"prompt": "x", "guidance_scale": NaN}', ["body", "guidance_scale"], "less_than_equal"),
+        (b'{"prompt": "x", "guidance_scale": Infinity}', ["body", "guidance_scale"], "less_than_equal"),
+        (b'{"prompt": "x", "num_inference_steps": 1e999}', ["body", "num_inference_steps"], "finite_number"),
+        (b'{"prompt": "x", "colour": -Infinity}', ["body", "colour"], "extra_forbidden"),
         (b"[]", ["body"], "model_type"),
         (b'"prompt"', ["body"], "model_type"),
         (b"{", ["body"], "json_invalid"),
@@ -230,6 +233,17 @@ async def test_a_body_that_hides_its_size_is_not_read_to_its_end(client: httpx.A
 
     assert (await client.post(SUBMIT, content=endless())).status_code == 413
     assert sent <= 12_000
+
+
+async def test_a_body_that_never_ends_is_given_up(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.ingress.BODY_TIMEOUT_S", 0.1)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    response = await client.post(SUBMIT, content=stalling())
+    assert (response.status_code, response.json()["error_type"]) == (400, "bad_request")
 
 
 async def test_an_endpoint_that_is_left_out_is_not_served(settings: Settings, store: JobStore) -> None:

@@ -23,6 +23,8 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
         {"animatediff": {"weights": {"base": {"folder": "/x", "branch": "main"}}}},
         {"queue": {"lease_s": 0}},
         {"auth": "none"},
+        {"animatediff": {"num_frames": 8}},
+        {"animatediff": {"decode_chunk": 0}},
     ],
 )
 def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):

@@ -134,6 +134,15 @@ def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Servic
     assert pipeline.render(AnimateDiffSpec(7, 4, 1.0, "a red ball")).mp4 == mp4
 
 
+def test_jobs_side_by_side_do_not_disturb_each_other(client: QueueClient):
+    jobs = [{"prompt": "ball" * (n % 6 + 1), "negative_prompt": "x" * (n % 6), "guidance_scale": 2, "seed": 1} for n in range(12)]
+    ids = [client.submit(ENDPOINT, job) for job in jobs]
+    assert all("error" not in finished(client, request_id) for request_id in ids)
+    files = [client.download(client.result(ENDPOINT, request_id)["video"]["url"]) for request_id in ids]
+    assert files[:6] == files[6:]
+    assert len(set(files)) == 6
+
+
 def test_a_seed_is_drawn_and_returned(client: QueueClient):
     seeds = set()
     for _ in range(2):
@@ -171,6 +180,7 @@ def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
         ("http://127.0.0.1:1/x.png", "file_download_error"),
         ("data:image/png;base64,iVBORw0KGgo=", "unsupported_image_format"),
         ("data:image/png,plain", "file_download_error"),
+        ("http://xn--a/", "file_download_error"),
     ],
 )
 def test_a_bad_keyframe_ends_as_a_422_that_names_it(

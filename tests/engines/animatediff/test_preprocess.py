@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,30 @@ def test_a_long_prompt_is_cut_with_a_note(pipeline: Pipeline):
     assert conditioning.text.shape == (1, 77, 32)
     assert conditioning.notes == ("prompt cut to its first 75 of 120 tokens",)
     assert pipeline.preprocess.encode(SPEC).notes == ()
+
+
+def test_prompts_encoded_side_by_side_do_not_disturb_each_other(pipeline: Pipeline):
+    specs = [
+        replace(SPEC, prompt="ball" * n, negative_prompt="x" * (80 - n), guidance_scale=2.0, keyframes=()) for n in range(1, 41)
+    ]
+    alone = [pipeline.preprocess.encode(spec) for spec in specs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for one, other in zip(alone, pool.map(pipeline.preprocess.encode, specs), strict=True):
+                assert one.text.shape == (2, 77, 32)
+                assert torch.equal(one.text, other.text)
+                assert one.notes == other.notes
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "a" * 75, "a" * 76, "a" * 77, "a red ball é 火"])
+def test_prompts_are_cut_and_padded_as_the_tokenizer_itself_does(pipeline: Pipeline, prompt: str):
+    stage = pipeline.preprocess
+    ids = stage.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    stage.tokenizer.backend_tokenizer.no_truncation()
+    stage.tokenizer.backend_tokenizer.no_padding()
+    with torch.inference_mode():
+        expected = stage.text_encoder(ids).last_hidden_state
+    assert torch.equal(stage.encode(replace(SPEC, prompt=prompt, keyframes=())).text, expected)
 
 
 def test_without_keyframes_there_is_no_control(pipeline: Pipeline):

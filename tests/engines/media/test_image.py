@@ -1,4 +1,5 @@
 import io
+import zlib
 from contextlib import suppress
 
 import pytest
@@ -25,10 +26,35 @@ def test_an_image_is_stretched_to_the_size_in_unit_range():
     assert pixels[:, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_every_colour_mode_becomes_rgb(mode: str):
-    kind = "TIFF" if mode == "CMYK" else "PNG"
-    assert load(encoded(Image.new(mode, (5, 5)), kind)).shape == (3, 8, 16)
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 1, (1.0, 1.0, 1.0)),
+        ("L", 51, (0.2, 0.2, 0.2)),
+        ("LA", (51, 0), (0.2, 0.2, 0.2)),
+        ("RGBA", (255, 51, 0, 0), (1.0, 0.2, 0.0)),
+        ("CMYK", (0, 255, 255, 0), (1.0, 0.0, 0.0)),
+        ("I;16", 13107, (0.2, 0.2, 0.2)),
+        ("I", 13107, (0.2, 0.2, 0.2)),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(mode: str, colour: int | tuple[int, ...], expected: tuple[float, ...]):
+    pixels = load(encoded(Image.new(mode, (5, 5), colour), "TIFF"))
+    assert pixels.shape == (3, 8, 16)
+    assert pixels[:, 4, 8].tolist() == pytest.approx(expected, abs=0.01)
+
+
+def test_floating_point_images_have_no_range_and_are_refused():
+    with pytest.raises(UnsupportedImageFormat, match="Floating-point"):
+        load(encoded(Image.new("F", (5, 5), 0.5), "TIFF"))
+
+
+def test_what_pil_takes_for_a_bomb_is_too_large():
+    header = encoded(Image.new("1", (1, 1)), "PNG")
+    bomb = header.replace((1).to_bytes(4) * 2, (20_000).to_bytes(4) * 2)
+    bomb = bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4) + bomb[33:]
+    with pytest.raises(ImageTooLarge):
+        load(bomb)
 
 
 def test_a_photo_is_turned_upright():
