@@ -52,11 +52,11 @@ async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> tu
             if isinstance(item, Done):
                 return await anext(refs), item.seconds
             await on_note(item)
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
     except (RayError, RayServeException) as exc:
         raise translated(exc) from exc
+    except BaseException:  # we were cancelled, or could not pass a note on: nobody waits for the rest
+        response.cancel()
+        raise
     raise RunnerDisconnected
 
 
