@@ -1,11 +1,12 @@
 """The whole service in processes of its own: what `reelray serve` starts, and what a power cut leaves of it."""
 
-import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class Service:
         for process in (psutil.Process(postmaster), *psutil.Process(postmaster).children(recursive=True)):
             victims[process.pid] = process
         for victim in victims.values():
-            os.kill(victim.pid, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # some end by themselves when the one above them is gone
+                victim.kill()
         psutil.wait_procs(victims.values(), timeout=20)
         self.process.wait(20)
 
@@ -74,7 +76,9 @@ class Service:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A free port below those that the system hands out, of which Ray takes dozens while the service starts."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a hundred ports were taken")
