@@ -199,7 +199,9 @@ def read_input(path: Path) -> Any:
         raise typer.Exit(_fail(f"{path} is not JSON: {exc}")) from exc
     if isinstance(job_input, dict):
         for field, value in job_input.items():
-            if field.endswith("_url") and isinstance(value, str) and (local := path.parent / value[:4096]).is_file():
+            # a URL is not looked up as a path: a data URI is longer than a file's name may be
+            is_path = field.endswith("_url") and isinstance(value, str) and not re.match(r"(https?|data):", value, re.IGNORECASE)
+            if is_path and (local := path.parent / value).is_file():
                 kind = mimetypes.guess_type(local.name)[0] or "application/octet-stream"
                 job_input[field] = f"data:{kind};base64,{base64.b64encode(local.read_bytes()).decode()}"
     return job_input

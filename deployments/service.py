@@ -65,8 +65,10 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         _wait_until_ready([app.name for app in schema.applications], url)
         yield url
     finally:
-        _shut_down([app.name for app in schema.applications])
-        stop_embedded(settings)
+        try:
+            _shut_down([app.name for app in schema.applications])
+        finally:  # also when Ray is beyond being asked
+            stop_embedded(settings)
 
 
 def _check_free(host: str, port: int) -> None:
@@ -92,8 +94,8 @@ def _wait_until_ready(names: list[str], url: str) -> None:
             application = applications.get(name)
             if application and application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise ServiceFailed(f"{name}: {application.message}")
-        running = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
-        if all(running) and _answers(url):
+        up = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
+        if all(up) and _answers(url):
             return
         time.sleep(0.2)
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")

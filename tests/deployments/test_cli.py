@@ -72,11 +72,14 @@ def test_an_endpoint_that_is_not_served_is_refused_with_those_that_are():
 def test_files_beside_the_input_become_data_uris_and_other_strings_stay(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"png")
     (tmp_path / "prompt").write_bytes(b"a file of that name")
-    job = job_file(tmp_path, prompt="prompt", keyframe_0_image_url="a.png", keyframe_1_image_url="https://a.example/x.png")
+    long_uri = "data:image/png;base64," + "A" * 5000
+    urls = {"keyframe_0_image_url": "a.png", "keyframe_1_image_url": "https://a.example/x.png", "keyframe_2_image_url": long_uri}
+    job = job_file(tmp_path, prompt="prompt", **urls)
     assert read_input(job) == {
         "prompt": "prompt",
         "keyframe_0_image_url": "data:image/png;base64,cG5n",
         "keyframe_1_image_url": "https://a.example/x.png",
+        "keyframe_2_image_url": long_uri,
     }
 
 
