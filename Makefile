@@ -43,8 +43,9 @@ fix: install ## format and mend what ruff can
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: install ## measure the pipeline against diffusers and the service against the pipeline
+bench: install ## measure both models against diffusers and the service against the pipeline
 	$(BIN)/python -m tests.load.bench_pipeline
+	$(BIN)/python -m tests.load.bench_controlnext
 	$(BIN)/python -m tests.load.bench_service
 
 .PHONY: clean

@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -89,11 +89,16 @@ def render(
     endpoint = _endpoint(model)
     with _clear_errors(), _bar() as bar:
         task = bar.add_task("loading the model", total=None)
+
+        def show(unit: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{unit} {done}/{total}", completed=done, total=total)
+
         clip = render_locally(
             endpoint,
             json.dumps(read_input(input_file)).encode(),
             load_settings(config),
-            on_step=lambda c: bar.update(task, description=f"step {c.step}/{c.steps}", completed=c.step, total=c.steps),
+            on_step=lambda checkpoint: show("step", checkpoint.step, checkpoint.steps),
+            on_progress=lambda progress: show(progress.unit, progress.done, progress.total),
         )
         out.write_bytes(clip.mp4)
     console.print(f"{out}: {clip.num_frames} frames, {clip.width}x{clip.height}, seed {clip.seed}")
@@ -140,11 +145,28 @@ def cancel(endpoint: EndpointId, request_id: RequestId, url: Url = DEFAULT_URL, 
 
 @app.command("demo-weights")
 def demo_weights(folder: Annotated[Path, typer.Argument(file_okay=False)]) -> None:
-    """Write the tiny demo checkpoints, in the layouts of the real ones."""
-    from engines.animatediff.demo_weights import write_demo_weights
+    """Write the tiny demo checkpoints of every model, in the layouts of the real ones, and inputs to try them on."""
+    from deployments.demo import write_demo
 
-    write_demo_weights(folder)
+    write_demo(folder)
     _print(folder)
+
+
+@app.command("convert-weights")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A pickle of tensors: .bin, .pth, .ckpt.")],
+    target: Annotated[Path, typer.Argument(dir_okay=False, help="The .safetensors file to write.")],
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="To store them in; their own by default.")
+    ] = None,
+) -> None:
+    """Turn a published pickle into safetensors, by a reader that executes nothing in it."""
+    from engines.convert import convert_weights
+
+    with _clear_errors():
+        tensors = convert_weights(source, target, dtype)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    console.print(f"{target}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -207,6 +229,12 @@ def read_input(path: Path) -> Any:
     return job_input
 
 
+def how_far(line: str) -> tuple[int, int | None]:
+    """(done, total) of a line like "step 2/4" or "pose 31/240"; (0, None) of any other."""
+    match = re.fullmatch(r"\S+ (\d+)/(\d+)", line)
+    return (int(match[1]), int(match[2])) if match else (0, None)
+
+
 def _endpoint(name: str) -> Endpoint:
     for endpoint in ENDPOINTS.values():
         if name in (endpoint.id, endpoint.model):
@@ -222,15 +250,9 @@ def _follow(client: QueueClient, endpoint_id: str, request_id: str) -> dict[str,
             if status["status"] == "IN_QUEUE":
                 bar.update(task, description=f"queued, {status['queue_position']} ahead")
             elif lines := status["logs"]:
-                done, total = _steps(lines[-1]["message"])
+                done, total = how_far(lines[-1]["message"])
                 bar.update(task, description=lines[-1]["message"], completed=done, total=total)
     return client.result(endpoint_id, request_id)
-
-
-def _steps(line: str) -> tuple[int, int | None]:
-    """How far a line like "step 2/4" is."""
-    match = re.fullmatch(r"step (\d+)/(\d+)", line)
-    return (int(match[1]), int(match[2])) if match else (0, None)
 
 
 def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -> None:

@@ -104,7 +104,7 @@ class Dispatcher:
         seconds.append(took)
         latents, took = await stages.denoise(conditioning, on_note)
         seconds.append(took)
-        clip, took = await stages.decode(latents)
+        clip, took = await stages.decode(latents, on_note)
         seconds.append(took)
         file = await self._keep_file(clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}

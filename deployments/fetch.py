@@ -1,8 +1,10 @@
-"""URL to bytes, when the URL is a stranger's: size, time and, above all, where it leads.
+"""URL to file, when the URL is a stranger's: size, time and, above all, where it leads.
 
 A caller's URL is fetched from inside the operator's network. So every hop's host is resolved here, all its addresses must be
 public, and the connection goes to an address that was checked, not to the name: a name that is resolved again may by then point
 elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
+
+A download goes to disk as it comes: several large videos at once are more than a replica's memory is for.
 """
 
 import asyncio
@@ -12,13 +14,17 @@ import functools
 import ipaddress
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
 import httpx
 
 from deployments.settings import FetchSettings
-from engines.errors import FileDownloadError, FileTooLarge
+from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -33,18 +39,80 @@ NOT_PUBLIC = "The host does not resolve to a public address."  # also where it d
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-async def fetch(url: str, settings: FetchSettings, field: str) -> bytes:
-    """The bytes behind an http(s) URL or in a base64 data URI.
+@contextmanager
+def download_folder() -> Iterator[Path]:
+    """A temporary folder, which goes at the end with all that is in it. Raises `StorageFailed`."""
+    with _storing():
+        folder = TemporaryDirectory(prefix="reelray-")
+    with folder as name:
+        yield Path(name)
+
+
+async def fetch(url: str, settings: FetchSettings, field: str, into: Path) -> None:
+    """Writes what is behind an http(s) URL or in a base64 data URI to the file `into`. After a failure there is no such file.
 
     field: the input field that held `url`, for the error's loc. Raises `FileDownloadError`, and `FileTooLarge` as soon as
-    the size is known to be above `settings.max_bytes`. Both messages are for the caller.
+    the size is known to be above `settings.max_bytes`: both are the caller's, as are their messages. Raises `StorageFailed`
+    where it is our disk that does not take it.
     """
-    loc = ("body", field)
+    with _new_file(into) as file:
+        await _fetch(url, settings, ("body", field), file)
+
+
+async def fetch_all(urls: Mapping[str, str], settings: FetchSettings, folder: Path) -> dict[str, Path]:
+    """Field -> file in `folder` for field -> URL, all at once. Raises what `fetch` raises for the first that fails."""
+    files = {field: folder / field for field in urls}
+    try:
+        async with asyncio.TaskGroup() as group:
+            for field, url in urls.items():
+                group.create_task(fetch(url, settings, field, files[field]))
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return files
+
+
+class _Refused(Exception):
+    """The file will not be had; the text is for the caller."""
+
+
+class _TooLarge(Exception):
+    """The file is larger than allowed."""
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """What the disk refuses within is told as what it is: our trouble, and worth another try."""
+    try:
+        yield
+    except OSError as exc:
+        raise StorageFailed from exc
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; gone again if what is done within fails."""
+    with _storing():
+        try:
+            with path.open("wb") as file:
+                yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+async def _write(file: BinaryIO, data: bytes) -> None:
+    with _storing():
+        await asyncio.to_thread(file.write, data)
+
+
+async def _fetch(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
+    """Raises errors with this `loc`."""
     try:
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes)
-        async with asyncio.timeout(settings.timeout_s):
-            return await _download(url, settings)
+            await _write(file, await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes))
+        else:
+            async with asyncio.timeout(settings.timeout_s):
+                await _download(url, settings, file)
     except _TooLarge as exc:
         message = f"The file is larger than {settings.max_bytes} bytes."
         raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
@@ -56,24 +124,6 @@ async def fetch(url: str, settings: FetchSettings, field: str) -> bytes:
     # Their texts may name addresses. ValueError: a host that IDNA refuses; a port beyond 65535 overflows or fails in a group
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup) as exc:
         raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
-
-
-async def fetch_all(urls: Mapping[str, str], settings: FetchSettings) -> dict[str, bytes]:
-    """Field -> bytes for field -> URL, all at once. Raises what `fetch` raises for the first that fails."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = {field: group.create_task(fetch(url, settings, field)) for field, url in urls.items()}
-    except ExceptionGroup as group_error:
-        raise group_error.exceptions[0] from None
-    return {field: task.result() for field, task in tasks.items()}
-
-
-class _Refused(Exception):
-    """The file will not be had; the text is for the caller."""
-
-
-class _TooLarge(Exception):
-    """The file is larger than allowed."""
 
 
 def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
@@ -94,7 +144,7 @@ def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
         raise _Refused("the data URI is not valid base64.") from exc
 
 
-async def _download(url: str, settings: FetchSettings) -> bytes:
+async def _download(url: str, settings: FetchSettings, file: BinaryIO) -> None:
     """Follows redirects by hand, so that each hop is checked like the first."""
     hop = httpx.URL(url)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # the whole is timed by our caller
@@ -108,7 +158,7 @@ async def _download(url: str, settings: FetchSettings) -> bytes:
                     continue
                 if response.status_code != 200:
                     raise _Refused(f"the server answered with status {response.status_code}.")
-                return await _read(response, settings.max_bytes)
+                return await _read(response, settings.max_bytes, file)
             finally:
                 await response.aclose()
     raise _Refused(f"more than {settings.max_redirects} redirects.")
@@ -165,19 +215,19 @@ def is_public(address: IPAddress) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
-async def _read(response: httpx.Response, max_bytes: int) -> bytes:
-    """The decoded body."""
+async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> None:
+    """Writes the decoded body."""
     if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
         raise _Refused("its content encoding is not supported.")
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _TooLarge
-    body = bytearray()
+    size = 0
     async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > max_bytes:
+        size += len(chunk)
+        if size > max_bytes:
             raise _TooLarge
-    return bytes(body)
+        await _write(file, chunk)
 
 
 @functools.cache

@@ -1,18 +1,19 @@
 """Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage."""
 
-import asyncio
 import time
 from typing import Any
 
-from deployments.fetch import fetch_all
+from deployments.fetch import download_folder, fetch_all
 from deployments.schemas import Endpoint
 from deployments.settings import FetchSettings
 from deployments.stages import Done, Note, Stream
+from deployments.threaded import InThread, paced
 from engines.registry import build_stage
+from engines.spec import Conditioning, OnProgress, ShouldStop
 
 
 class Preprocess:
-    """One replica. config: of the endpoint's model."""
+    """One replica, which works on as many calls at once as it is given. config: of the endpoint's model."""
 
     def __init__(self, endpoint: Endpoint, config: Any, fetch_settings: FetchSettings):
         self.endpoint = endpoint
@@ -20,12 +21,24 @@ class Preprocess:
         self.stage = build_stage(endpoint.model, "preprocess", config)
 
     async def run(self, job_input: dict[str, Any]) -> Stream:
-        """The conditioning for a validated input. Raises `ModelError` for files that cannot be had or used."""
+        """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
+
+        Raises `ModelError` for files that cannot be had or used, `StorageFailed` where they cannot be kept. Cancelled, it
+        returns once the stage has stopped and the files are gone.
+        """
         started = time.monotonic()
         parsed = self.endpoint.input.model_validate(job_input)
-        media = await fetch_all(parsed.media(), self.fetch_settings)
-        conditioning = await asyncio.to_thread(self.stage.encode, parsed.spec(media))
-        for note in conditioning.notes:
-            yield Note(note, "WARN")
+        with download_folder() as folder:
+            media = await fetch_all(parsed.media(), self.fetch_settings, folder)
+
+            def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
+                spec = parsed.spec(media)  # here, because it may read the files
+                return self.stage.encode(spec, on_progress=paced(tell), should_stop=should_stop)
+
+            async with InThread(encode) as work:
+                async for note in work:
+                    yield note
+        for warning in work.product.notes:
+            yield Note(warning, "WARN")
         yield Done(time.monotonic() - started)
-        yield conditioning
+        yield work.product

@@ -1,6 +1,6 @@
 """The wire contract: the endpoints with their inputs and outputs, and fal's two error shapes.
 
-Facts: `fal-queue-protocol.md` sections 0 and 6, `video-models.md` section 3A. Field errors carry pydantic's own types
+Facts: `fal-queue-protocol.md` sections 0 and 6, `video-models.md` section 3. Field errors carry pydantic's own types
 where pydantic has one, fal's otherwise; both clients pass them through.
 """
 
@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -16,6 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownEr
 from deployments.jobs.job import Failure
 from engines.animatediff.config import API_FRAMES
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
+from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtSpec
 from engines.errors import ModelError, ReelrayError, StartTimeout
 from engines.spec import RenderSpec
 
@@ -42,7 +44,12 @@ def _fetchable(value: str) -> str:
     return value
 
 
+MAX_AREA = 1024 * 576
+"""Pixels of a ControlNeXt frame: what the model was trained on. Larger ones cost memory and look worse."""
+
+Seed = Annotated[int | None, BeforeValidator(_no_bool), Field(ge=0, le=2**63 - 1)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
+Bool = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 MediaUrl = Annotated[str, AfterValidator(_fetchable)]
 
@@ -51,6 +58,8 @@ class EndpointInput(BaseModel):
     """What every endpoint's input can do. Unknown fields are refused: a misspelt one must not pass for its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: Seed = Field(None, description="Same seed and input, same video.", examples=[42])
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -65,15 +74,18 @@ class EndpointInput(BaseModel):
         return []
 
     def resolved(self) -> Self:
-        """The input with everything drawn that the caller left open, so that a retry renders the same video."""
-        raise NotImplementedError
+        """The input with its seed drawn if the caller left it open, so that a retry renders the same video.
+
+        32 bits, because a JavaScript caller gets it back as a double.
+        """
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
 
     def media(self) -> dict[str, str]:
         """Field name -> URL or data URI of every file to fetch."""
         raise NotImplementedError
 
-    def spec(self, media: Mapping[str, bytes]) -> RenderSpec:
-        """What the model is asked for, given the bytes of every file that `media()` names."""
+    def spec(self, media: Mapping[str, Path]) -> RenderSpec:
+        """What the model is asked for, given every file that `media()` names. Reads them, or names them to the model."""
         raise NotImplementedError
 
 
@@ -100,7 +112,6 @@ class AnimateDiffInput(EndpointInput):
     )
     num_inference_steps: Int = Field(4, ge=1, le=50, description="LCM steps; 2 to 12 are useful.")
     guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
-    seed: Int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed and input, same video.", examples=[42])
     keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
     keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[0])
     keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
@@ -130,15 +141,11 @@ class AnimateDiffInput(EndpointInput):
                 found.append(InitErrorDetails(type=message, loc=(index_field,), input=index))
         return found
 
-    def resolved(self) -> Self:
-        """Draws the seed; 32 bits, because a JavaScript caller gets it back as a double."""
-        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
-
     def media(self) -> dict[str, str]:
         """The keyframes' images."""
         return {f"keyframe_{k}_image_url": url for k, url, _ in self._keyframes() if url is not None}
 
-    def spec(self, media: Mapping[str, bytes]) -> AnimateDiffSpec:
+    def spec(self, media: Mapping[str, Path]) -> AnimateDiffSpec:
         """The clip to render. Call it on a resolved input."""
         assert self.seed is not None
         fields = (
@@ -151,12 +158,73 @@ class AnimateDiffInput(EndpointInput):
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             controlnet_type=self.controlnet_type,
-            keyframes=tuple(Keyframe(index=index, image=media[field], field=field) for index, field in fields),
+            keyframes=tuple(Keyframe(index=index, image=media[field].read_bytes(), field=field) for index, field in fields),
         )
 
 
-class AnimateDiffOutput(BaseModel):
-    """The clip, and the seed that makes it again."""
+class ControlNeXtInput(EndpointInput):
+    """A reference image and a driving video to that person moving so."""
+
+    image_url: MediaUrl = Field(description="The reference image: URL or data URI. Parts beyond the output's aspect are cut off.")
+    video_url: MediaUrl = Field(description="The driving video: URL or data URI. Its poses are fitted to the reference's body.")
+    height: Int = Field(1024, ge=256, le=1024, multiple_of=64, description="Of the output, in pixels.")
+    width: Int = Field(576, ge=256, le=1024, multiple_of=64, description="Of the output, in pixels.")
+    guidance_scale: Number = Field(3, ge=1, le=10, description="At 1 each step costs half as much.")
+    num_inference_steps: Int = Field(25, ge=1, le=50, description="Denoising steps.")
+    max_frame_num: Int = Field(
+        240,
+        ge=2,
+        le=240,
+        description="Most frames of the output: the reference's own, which is frame 0, and up to 239 driven ones.",
+    )
+    batch_frames: Int = Field(24, ge=2, le=32, description="Frames that are denoised together.")
+    overlap: Int = Field(6, ge=1, description="Frames that neighbouring batches share; less than batch_frames.")
+    sample_stride: Int = Field(2, ge=1, le=8, description="Every so manieth frame of the driving video is used.")
+    decode_chunk_size: Int = Field(2, ge=1, le=32, description="Frames that the VAE decodes together; larger flickers less.")
+    motion_bucket_id: Number = Field(127, ge=0, le=255, description="How much motion the model is told to expect.")
+    fps: Int = Field(7, ge=1, le=60, description="Frame rate of the output, which the model is told as well.")
+    controlnext_cond_scale: Number = Field(1, ge=0, le=2, description="Strength of the poses; 0 leaves them out.")
+    video_is_pose: Bool = Field(False, description="The driving video shows drawn poses already; they are used as they are.")
+    strict_reference: Bool = Field(
+        False, description="The conditions of the published code (6, 128, 0.02) whatever fps and motion_bucket_id are."
+    )
+
+    def faults(self) -> list[InitErrorDetails]:
+        """Windows must overlap and move on; a frame must not be larger than the model's."""
+        found: list[InitErrorDetails] = []
+        if self.overlap >= self.batch_frames:
+            found.append(
+                InitErrorDetails(
+                    type=PydanticCustomError(
+                        "less_than", "Input should be less than batch_frames, {lt}", {"lt": self.batch_frames}
+                    ),
+                    loc=("overlap",),
+                    input=self.overlap,
+                )
+            )
+        if self.height * self.width > MAX_AREA:
+            message = PydanticCustomError(
+                "value_error",
+                "{width}x{height} are more pixels than the {area} of 1024x576",
+                {"width": self.width, "height": self.height, "area": MAX_AREA},
+            )
+            found.append(InitErrorDetails(type=message, loc=("height",), input=self.height))
+        return found
+
+    def media(self) -> dict[str, str]:
+        """The image and the video."""
+        return {IMAGE_FIELD: self.image_url, VIDEO_FIELD: self.video_url}
+
+    def spec(self, media: Mapping[str, Path]) -> ControlNeXtSpec:
+        """The video to render. Call it on a resolved input."""
+        assert self.seed is not None
+        return ControlNeXtSpec(
+            image=media[IMAGE_FIELD], video=media[VIDEO_FIELD], **self.model_dump(exclude={"image_url", "video_url"})
+        )
+
+
+class VideoOutput(BaseModel):
+    """The video, and the seed that makes it again."""
 
     video: File
     seed: int
@@ -176,9 +244,8 @@ class Endpoint:
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.id: endpoint
     for endpoint in (
-        Endpoint(
-            "fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", "animatediff", AnimateDiffInput, AnimateDiffOutput
-        ),
+        Endpoint("fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", "animatediff", AnimateDiffInput, VideoOutput),
+        Endpoint("fal-ai/controlnext", "controlnext", "controlnext", ControlNeXtInput, VideoOutput),
     )
 }
 

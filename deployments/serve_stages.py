@@ -1,6 +1,5 @@
 """The three stages behind Ray Serve's handles, and Ray's errors in our words."""
 
-import asyncio
 from typing import Any
 
 from ray import ObjectRef
@@ -19,7 +18,7 @@ class ServeStages:
     def __init__(self, preprocess: DeploymentHandle, denoise: DeploymentHandle, decode: DeploymentHandle):
         self._preprocess = preprocess.options(stream=True)
         self._denoise = denoise.options(stream=True)
-        self._decode = decode
+        self._decode = decode.options(stream=True)
 
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[ObjectRef, float]:
         """See `Stages`."""
@@ -29,17 +28,14 @@ class ServeStages:
         """See `Stages`."""
         return await _product(self._denoise.run.remote(conditioning), on_note)
 
-    async def decode(self, latents: ObjectRef) -> tuple[Clip, float]:
+    async def decode(self, latents: ObjectRef, on_note: OnNote) -> tuple[Clip, float]:
         """See `Stages`."""
-        response = self._decode.run.remote(latents)
+        product, seconds = await _product(self._decode.run.remote(latents), on_note)
         try:
-            decoded: tuple[Clip, float] = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except (RayError, RayServeException) as exc:
+            clip: Clip = await product
+        except RayError as exc:
             raise translated(exc) from exc
-        return decoded
+        return clip, seconds
 
 
 async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef, float]:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
 """Environment variable with the path of the YAML, for processes that are started without a command line of ours."""
@@ -52,7 +53,7 @@ class Settings(_Strict):
     public_url: scheme and host that callers use, where the Host header does not tell.
     auth: "open" serves everybody who can connect; "keys" asks for an API key made by `reelray keys create`.
     max_body_bytes: of a submission, data URIs included.
-    animatediff: the endpoint fal-ai/animatediff-sparsectrl-lcm; null leaves it out.
+    animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
     """
 
     home: Path = Field(default_factory=lambda: Path(os.environ.get("REELRAY_HOME", "~/.reelray")).expanduser().absolute())
@@ -64,6 +65,7 @@ class Settings(_Strict):
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
     animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
+    controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
 
     @property
     def files_url(self) -> str:
@@ -72,16 +74,20 @@ class Settings(_Strict):
 
     @property
     def demo_weights(self) -> Path:
-        """The folder of the demo checkpoints."""
+        """The folder of the demo checkpoints, one folder a model in it."""
         return self.home / "weights" / "demo"
 
-    def model_configs(self) -> dict[str, AnimateDiffConfig]:
+    def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
         """Model name -> its engine's config, with "demo" turned into folders. Models that are left out are absent."""
-        configs = {}
-        if self.animatediff is not None:
-            demo = self.animatediff.weights == "demo"
-            weights = AnimateDiffWeights.demo(self.demo_weights) if demo else self.animatediff.weights
-            configs["animatediff-sparsectrl-lcm"] = replace(self.animatediff, weights=weights)
+        configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
+        if (animatediff := self.animatediff) is not None:
+            if animatediff.weights == "demo":
+                animatediff = replace(animatediff, weights=AnimateDiffWeights.demo(self.demo_weights / "animatediff"))
+            configs["animatediff-sparsectrl-lcm"] = animatediff
+        if (controlnext := self.controlnext) is not None:
+            if controlnext.weights == "demo":
+                controlnext = replace(controlnext, weights=ControlNeXtWeights.demo(self.demo_weights / "controlnext"))
+            configs["controlnext"] = controlnext
         return configs
 
 

@@ -1,7 +1,7 @@
 """How a dispatcher reaches the three stages of an endpoint.
 
-A stage that has something to tell answers with a stream: notes for the caller's log, then `Done`, then its product. The
-product stays where it was made and goes on as a reference: its bytes never visit the dispatcher.
+Each answers with a stream: notes for the caller's log, then `Done`, then its product. Conditioning and latents stay where they
+were made and go on as references: their bytes never visit the dispatcher. The clip does, to be stored.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -45,6 +45,6 @@ class Stages(Protocol):
         """The latents, and the seconds; a note for every step."""
         ...
 
-    async def decode(self, latents: Any) -> tuple[Clip, float]:
-        """The encoded clip, and the seconds."""
+    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
+        """The encoded clip itself, and the seconds."""
         ...

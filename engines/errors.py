@@ -5,6 +5,11 @@
     │   ├── ImageLoadError              422  image_load_error
     │   ├── UnsupportedImageFormat      422  unsupported_image_format
     │   ├── ImageTooLarge               422  image_too_large
+    │   ├── ImageTooSmall               422  image_too_small
+    │   ├── VideoLoadError              422  video_load_error
+    │   ├── UnsupportedVideoFormat      422  unsupported_video_format
+    │   ├── VideoTooLong                422  video_duration_too_long
+    │   ├── PersonNotFound              422  pose_detection_error
     │   ├── FileDownloadError           422  file_download_error
     │   ├── FileTooLarge                422  file_too_large
     │   └── GenerationFailed            500  internal_server_error
@@ -26,7 +31,8 @@ Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. T
 argument goes positionally to `Exception.__init__`: pickle rebuilds an exception from its `args`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -73,6 +79,41 @@ class ImageTooLarge(ModelError):
     """The image has too many pixels."""
 
     type = "image_too_large"
+    status = 422
+
+
+class ImageTooSmall(ModelError):
+    """The image has too few pixels."""
+
+    type = "image_too_small"
+    status = 422
+
+
+class VideoLoadError(ModelError):
+    """The video could not be decoded."""
+
+    type = "video_load_error"
+    status = 422
+
+
+class UnsupportedVideoFormat(ModelError):
+    """The file is not a video in a format that is served."""
+
+    type = "unsupported_video_format"
+    status = 422
+
+
+class VideoTooLong(ModelError):
+    """The video is longer than allowed."""
+
+    type = "video_duration_too_long"
+    status = 422
+
+
+class PersonNotFound(ModelError):
+    """No person was found."""
+
+    type = "pose_detection_error"
     status = 422
 
 
@@ -163,7 +204,7 @@ class RunnerDisconnected(RequestError):
 
 
 class StorageFailed(RequestError):
-    """The result could not be stored."""
+    """A file could not be stored."""
 
     type = "internal_error"
     retryable = True
@@ -178,3 +219,12 @@ class StartTimeout(RequestError):
 
 class WeightsError(ReelrayError):
     """A checkpoint does not fit the model."""
+
+
+@contextmanager
+def blamed_on(field: str) -> Iterator[None]:
+    """Gives a `ModelError` raised within the loc ("body", field): media code does not know what the caller named a file."""
+    try:
+        yield
+    except ModelError as exc:
+        raise type(exc)(exc.message, ("body", field), exc.ctx) from exc

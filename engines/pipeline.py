@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engines.registry import build_stage
-from engines.spec import Checkpoint, Clip, Latents, RenderSpec
+from engines.spec import Checkpoint, Clip, Latents, OnProgress, RenderSpec
+
+OnStep = Callable[[Checkpoint], None]
 
 
 class Pipeline:
@@ -15,10 +17,10 @@ class Pipeline:
         self.denoise = build_stage(model, "denoise", config)
         self.decode = build_stage(model, "decode", config)
 
-    def latents(self, spec: RenderSpec, on_step: Callable[[Checkpoint], None] | None = None) -> Latents:
+    def latents(self, spec: RenderSpec, on_step: OnStep | None = None, on_progress: OnProgress | None = None) -> Latents:
         """The clip before decoding."""
-        return self.denoise.sample(self.preprocess.encode(spec), on_step=on_step)
+        return self.denoise.sample(self.preprocess.encode(spec, on_progress=on_progress), on_step=on_step)
 
-    def render(self, spec: RenderSpec, on_step: Callable[[Checkpoint], None] | None = None) -> Clip:
-        """The clip as a file. Raises `ModelError` for media that cannot be used."""
-        return self.decode.decode(self.latents(spec, on_step))
+    def render(self, spec: RenderSpec, on_step: OnStep | None = None, on_progress: OnProgress | None = None) -> Clip:
+        """The clip as a file. on_step: of denoising, on_progress: of what is before and after. Raises `ModelError`."""
+        return self.decode.decode(self.latents(spec, on_step, on_progress), on_progress=on_progress)

@@ -25,7 +25,15 @@ def _animatediff() -> Model:
     return Model(Preprocess, Denoise, Decode)
 
 
-_MODELS: dict[str, Callable[[], Model]] = {"animatediff-sparsectrl-lcm": _animatediff}
+def _controlnext() -> Model:
+    from engines.controlnext.decode import Decode
+    from engines.controlnext.denoise import Denoise
+    from engines.controlnext.preprocess import Preprocess
+
+    return Model(Preprocess, Denoise, Decode)
+
+
+_MODELS: dict[str, Callable[[], Model]] = {"animatediff-sparsectrl-lcm": _animatediff, "controlnext": _controlnext}
 
 
 @overload

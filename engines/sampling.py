@@ -11,6 +11,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 LCM_GRID = 50
 """Steps of the teacher whose grid an LCM was distilled on; requests ask for 1 to this many."""
 
+_RHO = 7.0
 _SIGMA_DATA = 0.5
 _TIMESTEP_SCALING = 10.0
 
@@ -69,6 +70,27 @@ def lcm_step(schedule: NoiseSchedule, x: Tensor, output: Tensor, t: int, t_next:
         return denoised
     assert noise is not None
     return abar[t_next].sqrt() * denoised + (1 - abar[t_next]).sqrt() * noise
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float) -> tuple[float, ...]:
+    """s_i = (smax^(1/7) + i / (n - 1) (smin^(1/7) - smax^(1/7)))^7 for i = 0..n-1, then 0; n = 1 is (smax, 0).
+
+    Karras et al., arXiv 2206.00364, eq. 5. Raises `ValueError` for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling takes at least one step, not {steps}")
+    high, low = sigma_max ** (1 / _RHO), sigma_min ** (1 / _RHO)
+    return (*((high + i / max(steps - 1, 1) * (low - high)) ** _RHO for i in range(steps)), 0.0)
+
+
+def euler_step(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One Euler step of a v-prediction: x0 = x / (s^2 + 1) - s v / sqrt(s^2 + 1); x' = x + (x - x0) / s (s' - s).
+
+    Computed as x0 + (x - x0) s' / s: towards small s' the other form takes the difference of two large numbers.
+    x, velocity: one shape; x fp32. arXiv 2206.00364, algorithm 1 without churn; v: arXiv 2202.00512, appendix D.
+    """
+    clean = x / (sigma**2 + 1) - velocity * (sigma / (sigma**2 + 1) ** 0.5)
+    return clean + (x - clean) * (sigma_next / sigma)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

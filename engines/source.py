@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+DType = Literal["float32", "float16", "bfloat16", "float64"]
+"""How weights and activations are held."""
 
 
 @dataclass(frozen=True)

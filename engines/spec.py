@@ -75,11 +75,25 @@ class Clip:
     seed: int
 
 
+@dataclass(frozen=True)
+class Progress:
+    """done of total: so many units of a stage's work are behind it. unit: one word for the caller's log, e.g. "pose"."""
+
+    unit: str
+    done: int
+    total: int
+
+
+OnProgress = Callable[[Progress], None]
+ShouldStop = Callable[[], bool]
+"""Asked between units of work; once true, the stage raises `Cancelled`."""
+
+
 class PreprocessStage(Protocol):
     """Media and text to tensors."""
 
-    def encode(self, spec: Any) -> Conditioning:
-        """Raises `ModelError` for media that cannot be used."""
+    def encode(self, spec: Any, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Conditioning:
+        """Raises `ModelError` for media that cannot be used, `Cancelled` within one frame after `should_stop` turns true."""
         ...
 
 
@@ -92,7 +106,7 @@ class DenoiseStage(Protocol):
         *,
         resume: Checkpoint | None = None,
         on_step: Callable[[Checkpoint], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Latents:
         """Raises `Cancelled` within one UNet call after `should_stop` turns true, `GenerationFailed` on non-finite values."""
         ...
@@ -101,10 +115,10 @@ class DenoiseStage(Protocol):
 class DecodeStage(Protocol):
     """Latents to an encoded clip."""
 
-    def frames(self, latents: Latents) -> Frames:
+    def frames(self, latents: Any) -> Frames:
         """The frames, decoded chunk by chunk as they are read."""
         ...
 
-    def decode(self, latents: Latents) -> Clip:
-        """The frames, encoded as they come."""
+    def decode(self, latents: Any, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Clip:
+        """The frames, encoded as they come. Raises `Cancelled` within one VAE call after `should_stop` turns true."""
         ...

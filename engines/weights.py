@@ -17,12 +17,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import WeightsError
-from engines.source import Source
+from engines.source import DType, Source
 
 Tensors = dict[str, Tensor]
 
 MAX_NAMES = 8
 """How many keys of a kind an error lists before it only counts."""
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    """The dtype of that name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def locate(source: Source, patterns: Iterable[str]) -> Path:
@@ -78,12 +85,26 @@ def read_tensors(folder: Path, stem: str, variant: str | None = None) -> Tensors
 def read_file(path: Path) -> Tensors:
     """The tensors of one .safetensors file."""
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: only .safetensors files are read")
+        raise WeightsError(f"{path}: only .safetensors files are read; `reelray convert-weights` makes one from a pickle")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (OSError, SafetensorError) as exc:
         raise WeightsError(f"{path} cannot be read: {exc}") from exc
+
+
+def read_source_file(source: Source) -> Tensors:
+    """The tensors of a source that is one file. Raises `WeightsError` if it names none."""
+    if source.file is None:
+        raise WeightsError(f"{source.folder or source.repo}: name the file")
+    return read_file(locate(source, [source.file]) / source.file)
+
+
+def require(config: Mapping[str, Any], needs: Mapping[str, Any], where: str) -> None:
+    """Raises `WeightsError` if a config asks for what our layers do not compute; an absent key is diffusers' default."""
+    for name, needed in needs.items():
+        if (value := config.get(name, needed)) != needed:
+            raise WeightsError(f"{where}: {name} is {value!r}; only {needed!r} is served")
 
 
 def union(where: str, *parts: Tensors) -> Tensors:

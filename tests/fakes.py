@@ -1,8 +1,9 @@
 """Stages without Ray: Serve's wrappers called in this process, and stages that do as a test says."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from deployments.decode import Decode
 from deployments.denoise import Denoise
@@ -10,7 +11,8 @@ from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
 from deployments.stages import Done, Note, OnNote, Stream
-from engines.spec import Clip
+from engines.errors import Cancelled
+from engines.spec import Clip, OnProgress, Progress, ShouldStop
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 CLIP = Clip(b"an mp4", 16, 64, 64, 8, 42)
@@ -32,8 +34,8 @@ class LocalStages:
     async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
         return await _product(self.denoise_replica.run(conditioning), on_note)
 
-    async def decode(self, latents: Any) -> tuple[Clip, float]:
-        return await self.decode_replica.run(latents)
+    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
+        return await _product(self.decode_replica.run(latents), on_note)
 
 
 async def _product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
@@ -68,8 +70,27 @@ class ScriptedStages:
             self.running -= 1
         return conditioning, 0.5
 
-    async def decode(self, latents: Any) -> tuple[Clip, float]:
+    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
         return CLIP, 0.125
+
+
+class EndlessStage:
+    """Preprocesses or decodes, a hundredth of a second a frame, until it is stopped. running: calls at work now."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    def _work(self, _: Any, *, on_progress: OnProgress, should_stop: ShouldStop) -> NoReturn:
+        self.running += 1
+        frames = 0
+        while not should_stop():
+            frames += 1
+            on_progress(Progress("frame", frames, 1_000_000))
+            time.sleep(0.01)
+        self.running -= 1
+        raise Cancelled
+
+    encode = decode = _work
 
 
 async def for_ever(_: dict[str, Any]) -> None:

@@ -29,9 +29,11 @@ from engines.weights import (
     fold_lora,
     load_strict,
     locate,
-    read_file,
     read_json,
+    read_source_file,
     read_tensors,
+    require,
+    torch_dtype,
     union,
 )
 
@@ -70,13 +72,6 @@ class ClipShape:
     height: int
     width: int
     scale: int
-
-
-def torch_dtype(config: AnimateDiffConfig) -> torch.dtype:
-    """The dtype of weights and activations."""
-    dtype = getattr(torch, config.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def weights_of(config: AnimateDiffConfig) -> AnimateDiffWeights:
@@ -137,16 +132,16 @@ def load_diffusers_unet(config: AnimateDiffConfig) -> UNetMotionModel:
     adapter_folder = locate(weights.motion_adapter, file_patterns(_STEM, weights.motion_adapter.variant))
     unet_config, adapter_config = read_json(folder / "config.json"), read_json(adapter_folder / "config.json")
     where = f"{folder} with {adapter_folder}"
-    _require(unet_config, _UNET_NEEDS, str(folder))
-    _require(adapter_config, {"conv_in_channels": None}, str(adapter_folder))
+    require(unet_config, _UNET_NEEDS, str(folder))
+    require(adapter_config, {"conv_in_channels": None}, str(adapter_folder))
     tensors = union(
         where,
         read_tensors(folder, _STEM, weights.base.variant),
         read_tensors(adapter_folder, _STEM, weights.motion_adapter.variant),
     )
-    fold_lora(tensors, _lora(weights.lora), weights.lora_scale, str(weights.lora.file))
+    fold_lora(tensors, read_source_file(weights.lora), weights.lora_scale, str(weights.lora.file))
     model = build(lambda: UNetMotionModel.from_config(_motion_config(unet_config, adapter_config)))
-    _load_with_positions(model, tensors, where, torch_dtype(config))
+    _load_with_positions(model, tensors, where, torch_dtype(config.dtype))
     return model
 
 
@@ -162,9 +157,9 @@ def load_diffusers_sparse_control(config: AnimateDiffConfig, kind: ControlType) 
     folder = locate(source, file_patterns(_STEM, source.variant))
     control_config = read_json(folder / "config.json")
     simplified = kind == "rgb"  # rgb keyframes come as latents, scribbles as pixels
-    _require(control_config, _UNET_NEEDS | _CONTROL_NEEDS | {"use_simplified_condition_embedding": simplified}, str(folder))
+    require(control_config, _UNET_NEEDS | _CONTROL_NEEDS | {"use_simplified_condition_embedding": simplified}, str(folder))
     model = build(lambda: SparseControlNetModel.from_config(control_config))
-    _load_with_positions(model, read_tensors(folder, _STEM, source.variant), str(folder), torch_dtype(config))
+    _load_with_positions(model, read_tensors(folder, _STEM, source.variant), str(folder), torch_dtype(config.dtype))
     return model
 
 
@@ -172,7 +167,7 @@ def load_schedule(weights: AnimateDiffWeights) -> NoiseSchedule:
     """The noise schedule: the base's ends and prediction type, betas always linear as AnimateLCM was trained."""
     path = _base(weights.base) / "scheduler" / "scheduler_config.json"
     config = read_json(path)
-    _require(config, _SCHEDULER_NEEDS, str(path))
+    require(config, _SCHEDULER_NEEDS, str(path))
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise WeightsError(f"{path}: prediction_type {prediction_type!r} is not known")
@@ -198,21 +193,9 @@ def _vae_config(weights: AnimateDiffWeights) -> dict[str, Any]:
     return read_json(_vae(weights)[1] / "config.json")
 
 
-def _lora(source: Source) -> Tensors:
-    if source.file is None:
-        raise WeightsError("lora: name the file")
-    return read_file(locate(source, [source.file]) / source.file)
-
-
 def _current_vae_name(key: str) -> str:
     old = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
     return f"{old[1]}.{OLD_VAE_NAMES[old[2]]}.{old[3]}" if old else key
-
-
-def _require(config: Mapping[str, Any], needs: Mapping[str, Any], where: str) -> None:
-    for name, needed in needs.items():
-        if (value := config.get(name, needed)) != needed:
-            raise WeightsError(f"{where}: {name} is {value!r}; only {needed!r} is served")
 
 
 def _motion_config(unet: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:

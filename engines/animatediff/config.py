@@ -4,10 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from engines.source import Source
-
-DType = Literal["float32", "float16", "bfloat16", "float64"]
-
+from engines.source import DType, Source
 
 API_FRAMES = 16
 """Frames of a clip as the API knows it; keyframe indices are below it."""

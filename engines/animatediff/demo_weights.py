@@ -4,25 +4,20 @@ They draw coloured noise, not videos; they exist to be loaded, moved and compare
 `video-models.md` section 8 (64x64 pixels, 16 frames, about 16 MB in all).
 """
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, SparseControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from engines.animatediff.checkpoint import OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
+from engines.demo import live, write_json, write_once
 
-SEED = 0
 _WIDTH = 32  # of the text
 _HEADS = 4
 _GROUPS = 8  # SD's 32 would force channels in multiples of 32
@@ -58,20 +53,7 @@ TINY = DemoSize()
 
 def write_demo_weights(folder: Path, size: DemoSize = TINY) -> AnimateDiffWeights:
     """Write all parts below `folder`, at once or not at all, unless they are there. Returns where they lie."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(SEED)
-                _write_all(AnimateDiffWeights.demo(draft), size)
-            draft.chmod(0o755)
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    write_once(folder, lambda draft: _write_all(AnimateDiffWeights.demo(draft), size))
     return AnimateDiffWeights.demo(folder)
 
 
@@ -79,18 +61,18 @@ def _write_all(weights: AnimateDiffWeights, size: DemoSize) -> None:
     base, vae, adapter = weights.base.folder, weights.vae and weights.vae.folder, weights.motion_adapter.folder
     scribble, rgb = weights.sparsectrl_scribble.folder, weights.sparsectrl_rgb.folder
     assert base and vae and adapter and scribble and rgb and weights.lora.file  # noqa: PT018  (for the type checker)
-    _write_json(base / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    _write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    write_json(base / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_tokenizer(base / "tokenizer")
     _write_text_encoder(base / "text_encoder")
-    unet = _live(_unet(size))
+    unet = live(_unet(size))
     unet.save_pretrained(base / "unet")
     _write_old_vae(base / "vae", size)
-    _live(_vae(size)).save_pretrained(vae)
-    _live(_motion_adapter(size)).save_pretrained(adapter)
+    live(_vae(size)).save_pretrained(vae)
+    live(_motion_adapter(size)).save_pretrained(adapter)
     save_file(kohya_lora(unet.state_dict()), adapter / weights.lora.file)
-    _live(_sparse_control(size, simplified=False)).save_pretrained(scribble)
-    _live(_sparse_control(size, simplified=True)).save_pretrained(rgb)
+    live(_sparse_control(size, simplified=False)).save_pretrained(scribble)
+    live(_sparse_control(size, simplified=True)).save_pretrained(rgb)
 
 
 def kohya_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,14 +88,6 @@ def kohya_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             lora[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], _RANK, *(1,) * (weight.ndim - 2)) * 0.1
             lora[f"{name}.alpha"] = torch.tensor(2.0)
     return lora
-
-
-def _live(module: Any) -> Any:
-    """Noise on every parameter that starts at zero: whole branches would be dead, and tests of them prove nothing."""
-    for parameter in module.parameters():
-        if not parameter.data.any():
-            nn.init.normal_(parameter, std=0.05)
-    return module
 
 
 def _unet(size: DemoSize) -> UNet2DConditionModel:
@@ -168,7 +142,7 @@ def _vae(size: DemoSize) -> AutoencoderKL:
 
 def _write_old_vae(folder: Path, size: DemoSize) -> None:
     """The base's own VAE, with its attention under the names that SD 1.5's file still has."""
-    vae = _live(_vae(size))
+    vae = live(_vae(size))
     vae.save_config(folder)
     new_to_old = {new: old for old, new in OLD_VAE_NAMES.items()}
     tensors = {}
@@ -192,8 +166,8 @@ def _write_text_encoder(folder: Path) -> None:
         eos_token_id=vocabulary - 1,
         pad_token_id=vocabulary - 1,
     )
-    _write_json(folder / "config.json", config.to_dict())
-    state = _live(CLIPTextModel(config)).state_dict()
+    write_json(folder / "config.json", config.to_dict())
+    state = live(CLIPTextModel(config)).state_dict()
     tensors = {f"text_model.{key}": value.contiguous() for key, value in state.items()}
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as in SD 1.5's file
     save_file(tensors, folder / "model.safetensors")
@@ -207,10 +181,10 @@ def _write_tokenizer(folder: Path) -> None:
         "unk_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
     }
-    _write_json(folder / "vocab.json", {token: i for i, token in enumerate(_vocabulary())})
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(_vocabulary())})
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
 
 
 def _vocabulary() -> list[str]:
@@ -219,8 +193,3 @@ def _vocabulary() -> list[str]:
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
     return [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -10,7 +10,6 @@ from engines.animatediff.checkpoint import (
     load_schedule,
     load_sparse_control,
     load_unet,
-    torch_dtype,
     weights_of,
 )
 from engines.animatediff.config import AnimateDiffConfig
@@ -21,6 +20,7 @@ from engines.animatediff.unet import Residuals
 from engines.errors import Cancelled, GenerationFailed
 from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
 from engines.spec import Checkpoint, Latents
+from engines.weights import torch_dtype
 
 
 class Denoise:
@@ -29,7 +29,7 @@ class Denoise:
     def __init__(self, config: AnimateDiffConfig):
         weights = weights_of(config)
         self.config = config
-        self.dtype = torch_dtype(config)
+        self.dtype = torch_dtype(config.dtype)
         self.shape = clip_shape(config)
         self.schedule = load_schedule(weights)
         self.unet = load_unet(config)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from engines.layers import Slots, fused_qkv, linear
 from kernels.attention import attention
 
 KeyValue = tuple[Tensor, Tensor]
@@ -31,10 +32,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads: int = source.heads
         self.out: nn.Module = source.to_out[0]
-        weight = torch.cat([source.to_q.weight, source.to_k.weight, source.to_v.weight])  # (3 C, C)
-        self.qkv = _linear(weight, None)
+        self.qkv = fused_qkv(source)
         # W (x + p) = W x + W p: the table becomes a bias per position, and adding it no pass of its own (5p)
-        self.register_buffer("position", None if position is None else F.linear(position, weight), persistent=False)
+        self.register_buffer("position", None if position is None else self.qkv(position), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, C) -> (B, N, C)."""
@@ -224,17 +224,9 @@ class UpBlock(nn.Module):
         return x
 
 
-class Slots:
-    """Numbers the cross-attentions of a net in the order of its blocks."""
-
-    def __init__(self) -> None:
-        self.used = 0
-
-    def take(self, block: Any) -> int:
-        """The number of the block's first cross-attention."""
-        first = self.used
-        self.used += sum(len(transformer.transformer_blocks) for transformer in getattr(block, "attentions", ()))
-        return first
+def take_slots(slots: Slots, block: Any) -> int:
+    """The number of the block's first cross-attention."""
+    return slots.take(sum(len(transformer.transformer_blocks) for transformer in getattr(block, "attentions", ())))
 
 
 def text_context(net: nn.Module, text: Tensor) -> list[KeyValue]:
@@ -257,17 +249,9 @@ def _transformers(source: Any, first_slot: int) -> nn.ModuleList:
     return modules
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
 def _as_linear(projection: nn.Module) -> nn.Linear:
     """A 1x1 convolution (SD 1.5) or a linear layer, as the latter."""
     if isinstance(projection, nn.Linear):
         return projection
     assert isinstance(projection, nn.Conv2d)
-    return _linear(projection.weight.flatten(1), projection.bias)
+    return linear(projection.weight.flatten(1), projection.bias)

@@ -5,12 +5,15 @@ import hashlib
 import torch
 from torch import Tensor
 
-from engines.animatediff.checkpoint import clip_shape, load_text_encoder, load_tokenizer, load_vae, torch_dtype, weights_of
+from engines.animatediff.checkpoint import clip_shape, load_text_encoder, load_tokenizer, load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
-from engines.errors import ModelError
+from engines.errors import blamed_on
 from engines.media.image import load_image
 from engines.sampling import seeded_generator
+from engines.spec import OnProgress, ShouldStop
+from engines.stopping import stoppable
+from engines.weights import torch_dtype
 
 
 class Preprocess:
@@ -21,19 +24,24 @@ class Preprocess:
         self.config = config
         self.shape = clip_shape(config)
         self.tokenizer = load_tokenizer(weights)
-        self.text_encoder = load_text_encoder(weights, torch_dtype(config)).to(config.device)
-        self.vae = load_vae(weights, torch_dtype(config)).to(config.device)
+        self.text_encoder = load_text_encoder(weights, torch_dtype(config.dtype)).to(config.device)
+        self.vae = load_vae(weights, torch_dtype(config.dtype)).to(config.device)
         del self.vae.decoder, self.vae.post_quant_conv  # the decode stage's
 
     @torch.inference_mode()
-    def encode(self, spec: AnimateDiffSpec) -> AnimateDiffConditioning:
-        """Raises `ModelError` with the keyframe's field in its loc for an image that cannot be used."""
+    def encode(
+        self, spec: AnimateDiffSpec, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None
+    ) -> AnimateDiffConditioning:
+        """on_progress: not called, for two prompts and three images at most. should_stop: asked before each of them.
+
+        Raises `ModelError` with the keyframe's field in its loc for an image that cannot be used, `Cancelled`.
+        """
         generator = seeded_generator(spec.seed)
         # at guidance 1 the negative prompt has no effect, so it is not even encoded (5q)
         prompts = (spec.negative_prompt, spec.prompt) if spec.guidance_scale > 1 else (spec.prompt,)
-        encoded = [self._text(prompt) for prompt in prompts]
+        encoded = [self._text(prompt) for prompt in stoppable(prompts, should_stop)]
         text = torch.cat([embedding for embedding, _ in encoded])
-        control = self._control(spec, text, generator) if spec.keyframes else None
+        control = self._control(spec, text, generator, should_stop) if spec.keyframes else None
         return AnimateDiffConditioning(
             seed=spec.seed,
             num_inference_steps=spec.num_inference_steps,
@@ -54,9 +62,11 @@ class Preprocess:
         ids = torch.tensor([kept + [pad] * (limit - len(kept))], device=self.config.device)
         return self.text_encoder(ids).last_hidden_state.float().cpu(), note
 
-    def _control(self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator) -> SparseControlInput:
+    def _control(
+        self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator, should_stop: ShouldStop | None
+    ) -> SparseControlInput:
         keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # their order must not matter to the draws
-        images = torch.stack([self._image(keyframe) for keyframe in keyframes])  # (K, 3, H, W)
+        images = torch.stack([self._image(keyframe) for keyframe in stoppable(keyframes, should_stop)])  # (K, 3, H, W)
         values = self._latents(images, generator) if spec.controlnet_type == "rgb" else images
         frames = tuple(keyframe.index for keyframe in keyframes)
         digest = hashlib.sha256(f"{spec.controlnet_type} {frames}".encode())
@@ -65,17 +75,15 @@ class Preprocess:
         return SparseControlInput(spec.controlnet_type, values, frames, digest.hexdigest())
 
     def _image(self, keyframe: Keyframe) -> Tensor:
-        try:
+        with blamed_on(keyframe.field):
             return load_image(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
-        except ModelError as exc:
-            raise type(exc)(exc.message, ("body", keyframe.field), exc.ctx) from exc
 
     def _latents(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A draw from the VAE's posterior, (K, 4, h, w) fp32: the first draw of a request, where there is one.
 
         diffusers draws here from the global generator, so that one seed does not give one video.
         """
-        pixels = (2 * images - 1).to(self.config.device, torch_dtype(self.config))
+        pixels = (2 * images - 1).to(self.config.device, torch_dtype(self.config.dtype))
         posterior = self.vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
         latents = (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import DownBlock, MidBlock, Slots, TextContext, text_context, time_embedding
+from engines.animatediff.layers import DownBlock, MidBlock, TextContext, take_slots, text_context, time_embedding
 from engines.animatediff.unet import Residuals
+from engines.layers import Slots
 
 
 class SparseControl(nn.Module):
@@ -26,8 +27,8 @@ class SparseControl(nn.Module):
         self.conv_in = source.conv_in
         self.condition_embedding = source.controlnet_cond_embedding
         slots = Slots()
-        self.down = nn.ModuleList(DownBlock(block, slots.take(block)) for block in source.down_blocks)
-        self.mid = MidBlock(source.mid_block, slots.take(source.mid_block))
+        self.down = nn.ModuleList(DownBlock(block, take_slots(slots, block)) for block in source.down_blocks)
+        self.mid = MidBlock(source.mid_block, take_slots(slots, source.mid_block))
         self.skip_convs, self.mid_conv = source.controlnet_down_blocks, source.controlnet_mid_block
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 

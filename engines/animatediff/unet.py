@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.animatediff.layers import DownBlock, MidBlock, Slots, TextContext, UpBlock, text_context, time_embedding
+from engines.animatediff.layers import DownBlock, MidBlock, TextContext, UpBlock, take_slots, text_context, time_embedding
+from engines.layers import Slots
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class MotionUNet(nn.Module):
         self.time_proj, self.time_mlp = source.time_proj, source.time_embedding
         self.conv_in = source.conv_in
         slots = Slots()
-        self.down = nn.ModuleList(DownBlock(block, slots.take(block)) for block in source.down_blocks)
-        self.mid = MidBlock(source.mid_block, slots.take(source.mid_block))
-        self.up = nn.ModuleList(UpBlock(block, slots.take(block)) for block in source.up_blocks)
+        self.down = nn.ModuleList(DownBlock(block, take_slots(slots, block)) for block in source.down_blocks)
+        self.mid = MidBlock(source.mid_block, take_slots(slots, source.mid_block))
+        self.up = nn.ModuleList(UpBlock(block, take_slots(slots, block)) for block in source.up_blocks)
         self.norm_out, self.conv_out = source.conv_norm_out, source.conv_out
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 

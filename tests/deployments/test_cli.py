@@ -1,12 +1,16 @@
 import json
+import pickle
 from pathlib import Path
 
 import av
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from deployments.cli import app, read_input
+from deployments.cli import app, how_far, read_input
+from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
 from tests.conftest import embedded
 from tests.engines.animatediff.media import png, scribble
@@ -83,10 +87,34 @@ def test_files_beside_the_input_become_data_uris_and_other_strings_stay(tmp_path
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [("step 2/4", (2, 4)), ("pose 31/240", (31, 240)), ("prompt cut to its first 75 of 120 tokens", (0, None)), ("", (0, None))],
+)
+def test_the_bar_follows_every_unit_of_work(line: str, shown: tuple[int, int | None]):
+    assert how_far(line) == shown
+
+
 def test_demo_weights_are_written(tmp_path: Path):
     done = run("demo-weights", tmp_path / "demo")
     assert done.stdout.strip() == str(tmp_path / "demo")
-    assert (tmp_path / "demo" / "stable-diffusion-v1-5" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    animatediff, controlnext = tmp_path / "demo" / "animatediff", tmp_path / "demo" / "controlnext"
+    assert (animatediff / "stable-diffusion-v1-5" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (controlnext / "DWPose" / "yolox_l.onnx").is_file()
+    for endpoint in ENDPOINTS.values():
+        endpoint.input.model_validate(read_input(tmp_path / "demo" / f"{endpoint.model}.json"))
+
+
+def test_a_published_pickle_becomes_safetensors(tmp_path: Path):
+    torch.save({"a.weight": torch.ones(2, 3), "b": torch.arange(3)}, tmp_path / "unet.bin")
+    done = run("convert-weights", tmp_path / "unet.bin", tmp_path / "unet.safetensors", "--dtype", "float16")
+    assert "2 tensors, 0.00 M parameters" in done.stdout
+    assert load_file(tmp_path / "unet.safetensors")["a.weight"].dtype == torch.float16
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps(print))
+    refused = run("convert-weights", tmp_path / "evil.bin", tmp_path / "evil.safetensors")
+    assert refused.exit_code == 1
+    assert "holds more than tensors" in refused.stderr
+    assert not (tmp_path / "evil.safetensors").exists()
 
 
 def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):

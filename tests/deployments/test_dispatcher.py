@@ -13,7 +13,7 @@ from deployments.settings import QueueSettings, Settings
 from deployments.stages import Stages
 from deployments.storage import FileStore
 from engines.errors import FileDownloadError, RunnerDisconnected
-from tests.fakes import ENDPOINT, LocalStages, ScriptedStages, for_ever
+from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
 
 QUICK = QueueSettings(lease_s=0.6, max_attempts=3, max_in_flight=2)
 INPUT = {"prompt": "a red ball", "seed": 42}
@@ -53,9 +53,9 @@ async def ended(store: JobStore, job_id: UUID) -> Job:
     return await until(store, job_id, lambda job: job.state.ended)
 
 
-async def started(store: JobStore, job_id: UUID) -> None:
+async def started(store: JobStore, job_id: UUID, line: str = "step 1/") -> None:
     async with asyncio.timeout(20), store.watch(job_id) as changes:
-        while not await store.logs(job_id):
+        while not any(logged.message.startswith(line) for logged in await store.logs(job_id)):
             await changes.changed(0.2)
 
 
@@ -90,6 +90,22 @@ async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore
         async with asyncio.timeout(5), local_stages.denoise_replica.turn:  # the next job's turn has come
             assert len(calls) <= at_cancel + 2  # the call that ran, and one that began while the word travelled
     hook.remove()
+    assert job.state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "decode"])
+async def test_a_job_is_cancelled_in_the_middle_of_a_long_stage(
+    store: JobStore, files: FileStore, local_stages: LocalStages, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    endless = EndlessStage()
+    monkeypatch.setattr(getattr(local_stages, f"{stage}_replica"), "stage", endless)
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, num_inference_steps=1)
+        await started(store, job_id, "frame 1/")
+        assert endless.running
+        assert await store.request_cancel(job_id) is JobState.RUNNING
+        job = await ended(store, job_id)
+        assert not endless.running
     assert job.state is JobState.CANCELLED
 
 

@@ -4,6 +4,8 @@ import gzip
 import ipaddress
 import socket
 import ssl
+import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from deployments import fetch as fetch_module
-from deployments.fetch import fetch, is_public
+from deployments.fetch import download_folder, fetch, fetch_all, is_public
 from deployments.settings import FetchSettings
-from engines.errors import FileDownloadError, FileTooLarge
+from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
 
 OPEN = FetchSettings(allow_private=True, max_bytes=1000, timeout_s=5)
 CLOSED = FetchSettings(max_bytes=1000, timeout_s=5)
@@ -76,9 +78,29 @@ def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
     return asked
 
 
+async def fetched(url: str, settings: FetchSettings) -> bytes:
+    """What `fetch` has written; makes sure that nothing is left of what it failed at."""
+    with download_folder() as folder:
+        file = folder / "image"
+        try:
+            await fetch(url, settings, "image_url", file)
+        except BaseException:
+            assert listing(folder) == []
+            raise
+        return read(file)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read(file: Path) -> bytes:
+    return file.read_bytes()
+
+
 async def refusal(url: str, settings: FetchSettings) -> str:
     with pytest.raises(FileDownloadError) as caught:
-        await fetch(url, settings, "image_url")
+        await fetched(url, settings)
     assert caught.value.loc == ("body", "image_url")
     assert "127.0.0.1" not in caught.value.message
     return caught.value.message
@@ -93,12 +115,12 @@ async def refusal(url: str, settings: FetchSettings) -> str:
     ids=["strict", "no padding", "wrapped", "percent-encoded"],
 )
 async def test_data_uri_is_decoded_as_browsers_do(payload: str) -> None:
-    assert await fetch(f"data:image/png;base64,{payload}", CLOSED, "image_url") == b"hello?>"
+    assert await fetched(f"data:image/png;base64,{payload}", CLOSED) == b"hello?>"
 
 
 @pytest.mark.parametrize("head", ["data:;base64", "DATA:image/png;BASE64", "data:text/plain;charset=utf-8;base64"])
 async def test_data_uri_type_does_not_matter(head: str) -> None:
-    assert await fetch(f"{head},aGk=", CLOSED, "image_url") == b"hi"
+    assert await fetched(f"{head},aGk=", CLOSED) == b"hi"
 
 
 @pytest.mark.parametrize(
@@ -112,9 +134,9 @@ async def test_data_uri_may_be_as_large_as_allowed_and_no_larger() -> None:
     def uri(size: int) -> str:
         return "data:;base64," + base64.b64encode(bytes(size)).decode()
 
-    assert len(await fetch(uri(1000), CLOSED, "image_url")) == 1000
+    assert len(await fetched(uri(1000), CLOSED)) == 1000
     with pytest.raises(FileTooLarge) as caught:
-        await fetch(uri(1001), CLOSED, "image_url")
+        await fetched(uri(1001), CLOSED)
     assert caught.value.ctx == {"max_size": 1000}
     assert caught.value.loc == ("body", "image_url")
 
@@ -194,7 +216,7 @@ async def test_connects_to_the_address_that_was_checked_under_the_name_that_was_
     async with serving({"/a?b=c%20d": http("200 OK", b"hello")}) as server:
         asked = resolving_to(monkeypatch, "127.0.0.1")
         url = f"http://cdn.example:{server.port}/a?b=c%20d"
-        assert await fetch(url, OPEN, "image_url") == b"hello"
+        assert await fetched(url, OPEN) == b"hello"
         assert f"host: cdn.example:{server.port}\r\n" in server.heads[0].lower()
     assert asked == ["cdn.example"]  # once: no second answer could differ from the one that was checked
 
@@ -206,14 +228,14 @@ async def test_second_address_is_tried_when_the_first_refuses(monkeypatch: pytes
             return [ipaddress.ip_address("127.0.0.2"), ipaddress.ip_address("127.0.0.1")]
 
         monkeypatch.setattr(fetch_module, "_resolve", two)
-        assert await fetch(server.url("/"), OPEN, "image_url") == b"hello"
+        assert await fetched(server.url("/"), OPEN) == b"hello"
 
 
 async def test_environment_proxy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     async with serving({"/": http("200 OK", b"hello")}) as server:
-        assert await fetch(server.url("/"), OPEN, "image_url") == b"hello"
+        assert await fetched(server.url("/"), OPEN) == b"hello"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +284,7 @@ async def test_certificate_is_checked_against_the_name(
         resolving_to(monkeypatch, "127.0.0.1")
         url = f"https://{host}:{server.port}/"
         if trusted:
-            assert await fetch(url, OPEN, "image_url") == b"hello"
+            assert await fetched(url, OPEN) == b"hello"
         else:
             assert "connection failed" in await refusal(url, OPEN)
 
@@ -272,7 +294,7 @@ async def test_certificate_is_checked_against_the_name(
 
 async def test_relative_redirects_are_followed() -> None:
     async with serving({"/a": http("301 Moved", location="b?x=1"), "/b?x=1": http("200 OK", b"hello")}) as server:
-        assert await fetch(server.url("/a"), OPEN, "image_url") == b"hello"
+        assert await fetched(server.url("/a"), OPEN) == b"hello"
 
 
 async def test_endless_redirects_end() -> None:
@@ -295,7 +317,7 @@ async def test_status_is_named(status: str) -> None:
 async def test_a_large_file_is_refused_before_it_is_read() -> None:
     async with serving({"/": http("200 OK", content_length="1001")}) as server:
         with pytest.raises(FileTooLarge) as caught:
-            await fetch(server.url("/"), OPEN, "image_url")
+            await fetched(server.url("/"), OPEN)
     assert caught.value.ctx == {"max_size": 1000}
 
 
@@ -304,7 +326,7 @@ async def test_a_large_file_that_hides_its_size_is_cut_off() -> None:
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     async with serving({"/hangs": head + chunk}) as server:  # and would never end
         with pytest.raises(FileTooLarge):
-            await fetch(server.url("/hangs"), OPEN, "image_url")
+            await fetched(server.url("/hangs"), OPEN)
 
 
 async def test_size_counts_after_decoding() -> None:
@@ -314,8 +336,8 @@ async def test_size_counts_after_decoding() -> None:
     ) as server:
         assert len(bomb) < 1000
         with pytest.raises(FileTooLarge):
-            await fetch(server.url("/bomb"), OPEN, "image_url")
-        assert await fetch(server.url("/small"), OPEN, "image_url") == b"hello"
+            await fetched(server.url("/bomb"), OPEN)
+        assert await fetched(server.url("/small"), OPEN) == b"hello"
 
 
 async def test_stacked_encodings_are_refused() -> None:
@@ -341,3 +363,59 @@ async def test_nobody_listening_is_a_download_error() -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     assert "connection failed" in await refusal(f"http://127.0.0.1:{port}/", OPEN)
+
+
+# Files
+
+
+async def test_a_download_goes_to_its_file_as_it_comes(tmp_path: Path) -> None:
+    async with serving({"/hangs": b"HTTP/1.1 200 OK\r\ncontent-length: 900000\r\n\r\n" + bytes(600_000)}) as server:
+        settings = OPEN.model_copy(update={"max_bytes": 900_000})
+        download = asyncio.create_task(fetch(server.url("/hangs"), settings, "video_url", tmp_path / "video"))
+        await asyncio.to_thread(wait_for_size, tmp_path / "video", 500_000)  # the rest may wait in the file's buffer
+        download.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await download
+    assert listing(tmp_path) == [], "a cancelled download leaves nothing"
+
+
+def wait_for_size(file: Path, size: int) -> None:
+    deadline = time.monotonic() + 5
+    while not file.exists() or file.stat().st_size < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def test_files_are_fetched_at_once_and_known_by_their_fields(tmp_path: Path) -> None:
+    async with serving({"/a": http("200 OK", b"hello")}) as server:
+        urls = {"image_url": server.url("/a"), "mask_url": "data:;base64,aGk="}
+        files = await fetch_all(urls, OPEN, tmp_path)
+        assert await fetch_all({}, OPEN, tmp_path) == {}
+    assert {field: read(file) for field, file in files.items()} == {"image_url": b"hello", "mask_url": b"hi"}
+
+
+async def test_one_bad_file_ends_the_other_downloads(tmp_path: Path) -> None:
+    async with serving({"/hangs": http("200 OK", content_length="9"), "/none": http("404 Not Found")}) as server:
+        with pytest.raises(FileDownloadError) as caught:
+            await fetch_all({"a_url": server.url("/hangs"), "b_url": server.url("/none")}, OPEN, tmp_path)
+    assert caught.value.loc == ("body", "b_url")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: not verified that a full disk is told as ours")
+@pytest.mark.parametrize("length", [5, 50_000])  # refused as the file is closed, and as it is written
+async def test_a_full_disk_is_not_the_callers_fault(length: int, tmp_path: Path) -> None:
+    settings = OPEN.model_copy(update={"max_bytes": 100_000})
+    async with serving({"/": http("200 OK", bytes(length))}) as server:
+        for url in (server.url("/"), "data:;base64," + base64.b64encode(bytes(length)).decode()):
+            (tmp_path / "video").symlink_to("/dev/full")
+            with pytest.raises(StorageFailed) as caught:
+                await fetch(url, settings, "video_url", tmp_path / "video")
+            assert caught.value.retryable
+            assert listing(tmp_path) == []
+
+
+def test_no_room_for_the_folder_is_not_the_callers_fault_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(StorageFailed), download_folder():
+        pass

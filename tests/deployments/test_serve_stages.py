@@ -1,8 +1,51 @@
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.serve_stages import translated
+from deployments.serve_stages import ServeStages, translated
+from deployments.stages import Done, Note
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
+from tests.fakes import CLIP
+
+STAGES = ("preprocess", "denoise", "decode")
+
+
+class Response:
+    """What a streaming handle answers: a reference to each item. None never comes, an error is raised."""
+
+    def __init__(self, *items: Any):
+        self.items = items
+        self.cancelled = False
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[asyncio.Future[Any]]:
+        return self._references()
+
+    async def _references(self) -> AsyncIterator[asyncio.Future[Any]]:
+        for item in self.items:
+            reference = asyncio.get_running_loop().create_future()
+            if isinstance(item, Exception):
+                reference.set_exception(item)
+            elif item is not None:
+                reference.set_result(item)
+            yield reference
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def stages_with(response: Response) -> ServeStages:
+    """Every stage answers with this."""
+    handle: Any = SimpleNamespace(run=SimpleNamespace(remote=lambda _: response))
+    handle.options = lambda *, stream: handle
+    return ServeStages(handle, handle, handle)
+
+
+async def nobody(_: Note) -> None:
+    pass
 
 
 def crossed(cause: Exception) -> RayError:
@@ -27,3 +70,40 @@ def test_a_bug_in_a_stage_is_a_failure_that_tells_nothing():
 def test_rays_troubles_are_worth_another_try(trouble: Exception):
     assert type(translated(trouble)) is RunnerDisconnected
     assert translated(trouble).retryable
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_notes_are_passed_on_and_only_the_clip_comes_by_value(stage: str):
+    told: list[str] = []
+
+    async def on_note(note: Note) -> None:
+        told.append(note.message)
+
+    stages = stages_with(Response(Note("frame 1/2"), Note("frame 2/2"), Done(0.5), CLIP))
+    product, seconds = await getattr(stages, stage)(None, on_note)
+    assert told == ["frame 1/2", "frame 2/2"]
+    assert seconds == 0.5
+    assert (product is CLIP) == (stage == "decode")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
+    response = Response(Note("frame 1/2"), None)
+    heard = asyncio.Event()
+
+    async def on_note(_: Note) -> None:
+        heard.set()
+
+    call = asyncio.create_task(getattr(stages_with(response), stage)(None, on_note))
+    await heard.wait()
+    assert not response.cancelled
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert response.cancelled
+
+
+@pytest.mark.parametrize("items", [(Note("frame 1/2"), ActorDiedError()), (Done(0.5), ActorDiedError()), (Note("frame 1/2"),)])
+async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
+    with pytest.raises(RunnerDisconnected):
+        await stages_with(Response(*items)).decode(None, nobody)

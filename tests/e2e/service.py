@@ -1,5 +1,6 @@
 """The whole service in processes of its own: what `reelray serve` starts, and what a power cut leaves of it."""
 
+import os
 import random
 import signal
 import socket
@@ -25,6 +26,7 @@ class Service:
 
     home: Path
     queue: dict[str, Any] = field(default_factory=dict)
+    import_path: str = "deployments.app:build"
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -36,12 +38,14 @@ class Service:
         """Returns once it answers."""
         self.port = self.port or free_port()
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
+        config["applications"][0]["import_path"] = self.import_path
         config["applications"][0]["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue}
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]
         with (self.home / "serve.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            env = os.environ | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         deadline = time.monotonic() + READY_S
         while not self._answers():
             assert self.process.poll() is None, (self.home / "serve.log").read_text()

@@ -2,10 +2,9 @@
 
 import asyncio
 import base64
-import http.server
 import io
+import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
@@ -23,6 +22,7 @@ from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
 from tests.conftest import embedded
+from tests.e2e.files import serving
 from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient
 
@@ -46,17 +46,8 @@ def media(tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "huge.png").open("wb") as huge:
         huge.truncate(200_000_000)
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object, **options: object):
-            super().__init__(*args, directory=str(tmp_path), **options)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serving(tmp_path) as url:
+        yield url
 
 
 def finished(client: QueueClient, request_id: str) -> dict:
@@ -64,9 +55,9 @@ def finished(client: QueueClient, request_id: str) -> dict:
     return last
 
 
-def wait_for_step(client: QueueClient, request_id: str) -> None:
+def wait_for_step(client: QueueClient, request_id: str, unit: str = "step") -> None:
     for status in client.follow(ENDPOINT, request_id):
-        if any(line["message"].startswith("step") for line in status["logs"] or ()):
+        if any(line["message"].startswith(unit) for line in status["logs"] or ()):
             return
 
 
@@ -231,6 +222,35 @@ def test_a_running_job_is_cancelled_within_one_call_of_the_unet(client: QueueCli
         client.cancel(ENDPOINT, request_id)
     after = client.submit(ENDPOINT, {"prompt": "the worker is free", "num_inference_steps": 1})
     assert "error" not in finished(client, after)
+
+
+def test_a_job_that_is_cancelled_while_its_files_come_drops_them(client: QueueClient):
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        slow.settimeout(30)
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}/x.png"
+        request_id = client.submit(ENDPOINT, {"prompt": "a", "keyframe_0_image_url": url, "keyframe_0_index": 0})
+        connection, _ = slow.accept()
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(10_000).startswith(b"GET /x.png")
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nsome")
+            client.cancel(ENDPOINT, request_id)
+            assert connection.recv(1) == b"", "hung up"
+    assert finished(client, request_id)["error_type"] == "client_cancelled"
+
+
+def test_a_cancelled_decode_makes_room_for_the_next():
+    with embedded() as settings:
+        service = Service(settings.home, import_path="tests.e2e.endless:build")
+        settings.home.mkdir(parents=True, exist_ok=True)
+        service.start()
+        with QueueClient(service.url) as client:
+            for _ in range(2):
+                request_id = client.submit(ENDPOINT, {"prompt": "a", "num_inference_steps": 1})
+                wait_for_step(client, request_id, "frame")  # of the second: so the first has given up its turn
+                client.cancel(ENDPOINT, request_id)
+                assert finished(client, request_id)["error_type"] == "client_cancelled"
+        assert service.stop() == 0
 
 
 def test_unknown_things_are_404(client: QueueClient, service: Service):

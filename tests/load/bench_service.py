@@ -23,7 +23,7 @@ import httpx
 import yaml
 
 from deployments.demo import demo_inputs
-from deployments.fetch import fetch_all
+from deployments.fetch import download_folder, fetch_all
 from deployments.jobs.job import Job
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore
@@ -62,7 +62,8 @@ def job_input(take: int) -> dict[str, Any]:
 def spec_of(given: dict[str, Any], settings: Settings) -> RenderSpec:
     """What the preprocess stage would make of an input."""
     job = ENDPOINT.input.parse(json.dumps(given).encode()).resolved()
-    return job.spec(run(fetch_all(job.media(), settings.fetch)))
+    with download_folder() as folder:
+        return job.spec(run(fetch_all(job.media(), settings.fetch, folder)))
 
 
 def submit(client: httpx.Client, given: dict[str, Any]) -> str:

@@ -1,13 +1,15 @@
 import io
+import math
 import zlib
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from engines.errors import ImageLoadError, ImageTooLarge, UnsupportedImageFormat
-from engines.media.image import load_image
+from engines.errors import ImageLoadError, ImageTooLarge, ImageTooSmall, UnsupportedImageFormat
+from engines.media.image import load_cover, load_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -86,3 +88,95 @@ def test_a_damaged_image_is_an_image_error_and_nothing_else(kind: str, keep: flo
     data = encoded(noise, kind)
     with suppress(ImageLoadError, UnsupportedImageFormat):
         assert load(data[: int(len(data) * keep)]).isfinite().all()
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def published_cover(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Resize and centre crop as torchvision does them to tensors; in double precision, and without its rounding to 8 bits."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double() / 255.0
+    if image.height / image.width > height / width:
+        size = (math.ceil(image.height / image.width * width), width)
+    else:
+        size = (height, math.ceil(image.width / image.height * height))
+    pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=False, align_corners=False)[0]
+    top, left = round((size[0] - height) / 2.0), round((size[1] - width) / 2.0)
+    return pixels[:, top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((64, 64), (128, 64)),
+        ((97, 64), (128, 64)),
+        ((300, 200), (128, 64)),
+        ((200, 300), (128, 64)),
+        ((128, 64), (128, 64)),
+        ((1024, 577), (192, 128)),
+        ((65, 1000), (64, 64)),
+        ((1000, 65), (64, 64)),
+        ((99, 67), (256, 256)),
+    ],
+)
+def test_the_centre_covers_the_size_as_torchvision_would(source: tuple[int, int], target: tuple[int, int]):
+    image = noise(*source)
+    pixels = load_cover(encoded(image), *target, max_pixels=1_000_000)
+    assert pixels.shape == (3, *target)
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, published_cover(image, *target).float(), atol=1e-6, rtol=0)
+
+
+def test_the_side_that_sticks_out_is_cut_off_evenly():
+    image = Image.new("RGB", (256, 64), (255, 0, 0))
+    image.paste((0, 255, 0), (96, 0, 160, 64))
+    pixels = load_cover(encoded(image), 64, 64, max_pixels=1_000_000)
+    assert (pixels[1] == 1).all()
+    assert (pixels[0] == 0).all()
+
+
+def test_a_needle_costs_what_its_crop_costs():
+    pixels = load_cover(encoded(Image.new("RGB", (100_000, 64), (51, 51, 51))), 512, 256, max_pixels=10_000_000)
+    assert pixels.shape == (3, 512, 256)
+    assert pixels.mean().item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("size", [(63, 64), (64, 63), (1, 1), (2000, 10)])
+def test_a_side_below_the_least_is_too_small(size: tuple[int, int]):
+    with pytest.raises(ImageTooSmall) as error:
+        load_cover(encoded(Image.new("RGB", size)), 128, 64, max_pixels=1_000_000)
+    assert error.value.ctx == {"min_height": 64, "min_width": 64}
+
+
+def test_a_photo_is_turned_upright_before_it_is_cut():
+    image = Image.new("RGB", (128, 64))
+    image.paste((255, 255, 255), (0, 0, 64, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = load_cover(encoded(image, "PNG", exif=exif), 128, 64, max_pixels=1_000_000)
+    assert pixels[:, :64].min() == 1
+    assert pixels[:, 64:].max() == 0
+
+
+def huge_header(kind: str) -> bytes:
+    if kind == "BMP":
+        data = encoded(Image.new("RGB", (1, 1)), kind)
+        return data[:18] + (100_000).to_bytes(4, "little") * 2 + data[26:]
+    data = encoded(Image.new("RGB", (1, 1)))
+    data = data.replace((1).to_bytes(4) * 2, (100_000).to_bytes(4) * 2)
+    return data[:29] + zlib.crc32(data[12:29]).to_bytes(4) + data[33:]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+@pytest.mark.parametrize("load_it", [load_image, load_cover])
+def test_a_header_that_promises_too_many_pixels_is_refused(kind: str, load_it):
+    with pytest.raises(ImageTooLarge) as error:
+        load_it(huge_header(kind), 64, 64, 1_000_000)
+    assert error.value.ctx == {"max_height": 1000, "max_width": 1000}
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image"])
+def test_what_is_no_image_cannot_be_a_cover(data: bytes):
+    with pytest.raises(UnsupportedImageFormat):
+        load_cover(data, 64, 64, 1_000_000)

@@ -1,0 +1,144 @@
+"""From the published layouts to loaded modules: SVD XT's folders, ControlNeXt's UNet and net, DWPose's ONNX files.
+
+Every loader checks the config for what our layers do not compute and the tensors for an exact fit, and raises
+`WeightsError` otherwise. Layouts: `video-models.md` section 1B.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights
+from engines.controlnext.control_net import ControlNet, ControlNetSize
+from engines.controlnext.unet import SVDUNet
+from engines.errors import WeightsError
+from engines.weights import (
+    build,
+    file_patterns,
+    load_strict,
+    locate,
+    read_json,
+    read_source_file,
+    read_tensors,
+    require,
+    torch_dtype,
+)
+
+_STEM = "diffusion_pytorch_model"
+
+_SCHEDULER_NEEDS: dict[str, Any] = {
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+}
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """The ends of the sigmas."""
+
+    sigma_min: float
+    sigma_max: float
+
+
+def weights_of(config: ControlNeXtConfig) -> ControlNeXtWeights:
+    """The folders or repos. The demo's own are put in place by whoever knows where they were written."""
+    if not isinstance(config.weights, ControlNeXtWeights):
+        raise WeightsError('"demo" names no folder; see ControlNeXtWeights.demo')
+    return config.weights
+
+
+def size_multiple(weights: ControlNeXtWeights) -> int:
+    """Height and width must be multiples of it, in pixels: 64 as published, three halvings below the VAE's eighth."""
+    unet = read_json(_base(weights) / "unet" / "config.json")
+    return latent_scale(weights) * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+def latent_scale(weights: ControlNeXtWeights) -> int:
+    """Pixels per latent, each way."""
+    return 2 ** (len(read_json(_base(weights) / "vae" / "config.json")["block_out_channels"]) - 1)
+
+
+def load_unet(config: ControlNeXtConfig) -> SVDUNet:
+    """The fully fine-tuned UNet."""
+    return SVDUNet(load_diffusers_unet(config)).to(config.device)
+
+
+def load_diffusers_unet(config: ControlNeXtConfig) -> UNetSpatioTemporalConditionModel:
+    """The same weights in diffusers' own class, on the host. Its 1428 keys must all be there: v2 replaces every one."""
+    weights = weights_of(config)
+    unet_config = read_json(_base(weights) / "unet" / "config.json")
+    model = build(lambda: UNetSpatioTemporalConditionModel.from_config(unet_config))
+    load_strict(model, read_source_file(weights.unet), str(weights.unet.file), torch_dtype(config.dtype))
+    return model
+
+
+def load_control_net(config: ControlNeXtConfig) -> ControlNet:
+    """ControlNeXt's net, as wide as published unless a JSON file of the same name beside it says otherwise."""
+    weights = weights_of(config)
+    if weights.control.file is None:
+        raise WeightsError("control: name the file")
+    sizes = Path(weights.control.file).with_suffix(".json").name
+    folder = locate(weights.control, [weights.control.file, sizes])
+    size = _control_size(folder / sizes)
+    model: Any = build(lambda: ControlNet(size))
+    load_strict(model, read_source_file(weights.control), weights.control.file, torch_dtype(config.dtype))
+    channels_last: ControlNet = model.to(memory_format=torch.channels_last)
+    return channels_last.to(config.device)
+
+
+def load_vae(config: ControlNeXtConfig, dtype: torch.dtype) -> AutoencoderKLTemporalDecoder:
+    """SVD's VAE, whose decoder sees several frames, on the host."""
+    weights = weights_of(config)
+    folder = _base(weights) / "vae"
+    model = build(lambda: AutoencoderKLTemporalDecoder.from_config(read_json(folder / "config.json")))
+    load_strict(model, read_tensors(folder, _STEM, weights.base.variant), str(folder), dtype)
+    return model
+
+
+def load_image_encoder(config: ControlNeXtConfig) -> CLIPVisionModelWithProjection:
+    """CLIP-H's image tower; `position_ids`, a buffer of old checkpoints, is a constant and left out."""
+    weights = weights_of(config)
+    folder = _base(weights) / "image_encoder"
+    stored = read_tensors(folder, "model", weights.base.variant)
+    tensors = {key: value for key, value in stored.items() if not key.endswith(".position_ids")}
+    model: Any = build(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**read_json(folder / "config.json"))))
+    load_strict(model, tensors, str(folder), torch_dtype(config.dtype))
+    embeddings = model.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # not stored, so still without storage
+    return model.to(config.device)
+
+
+def load_noise_range(weights: ControlNeXtWeights) -> NoiseRange:
+    """The ends of the sigmas, 0.002 and 700 as published."""
+    path = _base(weights) / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    require(config, _SCHEDULER_NEEDS, str(path))
+    return NoiseRange(config.get("sigma_min", 0.002), config.get("sigma_max", 700.0))
+
+
+def pose_folder(weights: ControlNeXtWeights) -> Path:
+    """Where DWPose's two files lie."""
+    return locate(weights.pose, [DETECTOR_FILE, POSE_FILE])
+
+
+def _base(weights: ControlNeXtWeights) -> Path:
+    variant = weights.base.variant
+    patterns = ["scheduler/*", "unet/config.json"]
+    for part, stem in (("vae", _STEM), ("image_encoder", "model")):
+        patterns += file_patterns(stem, variant, prefix=f"{part}/")
+    return locate(weights.base, patterns)
+
+
+def _control_size(path: Path) -> ControlNetSize:
+    if not path.is_file():
+        return ControlNetSize()
+    sizes: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read_json(path).items()}
+    try:
+        return ControlNetSize(**sizes)
+    except TypeError as exc:
+        raise WeightsError(f"{path} does not describe a control net: {exc}") from exc

@@ -1,0 +1,71 @@
+"""Which weights answer for ControlNeXt SVD, and within which limits. `serve_config.yaml` fills it; no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from engines.source import DType, Source
+
+DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
+"""DWPose's two nets, as their hub repo names them."""
+
+
+@dataclass(frozen=True)
+class ControlNeXtWeights:
+    """Where each part lies (video-models.md, section 1B).
+
+    base: Stable Video Diffusion XT; of its UNet only the config is read. unet, control: one .safetensors file each, made by
+    `reelray convert-weights` from the published pickles or had as such. pose: DWPose's two ONNX files.
+    """
+
+    base: Source
+    unet: Source
+    control: Source
+    pose: Source
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    @classmethod
+    def demo(cls, folder: Path) -> "ControlNeXtWeights":
+        """The tiny checkpoints that `reelray demo-weights` writes into `folder`."""
+        net = folder / "ControlNeXt-SVD-v2"
+        return cls(
+            base=Source(folder=folder / "stable-video-diffusion-img2vid-xt-1-1"),
+            unet=Source(folder=net, file="unet.safetensors"),
+            control=Source(folder=net, file="controlnet.safetensors"),
+            pose=Source(folder=folder / "DWPose"),
+        )
+
+
+@dataclass(frozen=True)
+class ControlNeXtConfig:
+    """How the model runs.
+
+    control_batch_frames: frames that go through the control net at once. control_cache_bytes: for the part of it that is
+    the same at every step (37 MB a frame at 1024x576, fp16, twice that with its residual); frames beyond are computed anew.
+    decode_batch_frames: frames in one VAE call where whole chunks fit, exact for any value; bounds memory (about 1.3 GB a
+    frame at 1024x576, fp16). max_image_pixels: larger images and video frames are refused before they are decoded.
+    max_video_s: longer driving videos are refused. threads: torch's CPU threads in a process; None is all cores on a CPU
+    and one beside a GPU.
+    """
+
+    weights: ControlNeXtWeights | Literal["demo"] = "demo"
+    device: str = "cpu"
+    dtype: DType = "float32"
+    control_batch_frames: int = 8
+    control_cache_bytes: int = 2_000_000_000
+    decode_batch_frames: int = 8
+    max_image_pixels: int = 50_000_000
+    max_video_s: float = 3600.0
+    threads: int | None = None
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers that cannot be."""
+        if min(self.control_batch_frames, self.decode_batch_frames, self.max_image_pixels) < 1 or self.max_video_s <= 0:
+            raise ValueError(
+                "control_batch_frames, decode_batch_frames and max_image_pixels are at least 1, max_video_s is above 0"
+            )
+        if self.control_cache_bytes < 0:
+            raise ValueError("control_cache_bytes is at least 0")

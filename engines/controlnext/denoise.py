@@ -1,0 +1,157 @@
+"""Noise to latents: Euler steps of a whole video, each the average of overlapping windows under the poses' control.
+
+A unit of work is one window in one guidance half; units of a step do not depend on each other. Predictions are averaged
+and the sampler steps once on the whole video, which is the same as averaging stepped windows (5c). Frames are summed in
+the order of their windows, so the result does not depend on where or in which order units ran. `video-models.md` 2B.6-2B.9;
+savings 5a to 5h of its section 5.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from engines.controlnext.checkpoint import latent_scale, load_control_net, load_noise_range, load_unet, weights_of
+from engines.controlnext.config import ControlNeXtConfig
+from engines.controlnext.control_net import Prefix
+from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
+from engines.controlnext.unet import Control
+from engines.controlnext.windows import Window, times_counted, windows
+from engines.errors import Cancelled, GenerationFailed
+from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
+from engines.spec import Checkpoint, ShouldStop
+from engines.weights import torch_dtype
+
+
+class Denoise:
+    """Holds the UNet and the control net."""
+
+    def __init__(self, config: ControlNeXtConfig):
+        weights = weights_of(config)
+        self.config = config
+        self.dtype = torch_dtype(config.dtype)
+        self.state_dtype = torch.promote_types(self.dtype, torch.float32)  # of the latents between steps
+        self.scale = latent_scale(weights)
+        self.noise = load_noise_range(weights)
+        self.unet = load_unet(config)
+        self.control_net = load_control_net(config)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        conditioning: ControlNeXtConditioning,
+        *,
+        resume: Checkpoint | None = None,
+        on_step: Callable[[Checkpoint], None] | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> ControlNeXtLatents:
+        """The video's latents, (1, 4, N, h, w).
+
+        on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
+        should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
+        """
+        run = _Run(self, conditioning, should_stop or (lambda: False))
+        start = resume or self._start(conditioning)
+        x = start.latents[0].transpose(0, 1).to(self.config.device)  # (N, 4, h, w)
+        for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
+            if i < start.step:
+                continue
+            x = euler_step(x, run.predict(x, i), sigma, sigma_next)
+            if on_step is not None:
+                on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
+        if not x.isfinite().all():
+            raise GenerationFailed
+        return ControlNeXtLatents(_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
+
+    def _start(self, conditioning: ControlNeXtConditioning) -> Checkpoint:
+        """Noise at the largest sigma: the draw after the image's."""
+        generator = restored_generator(conditioning.rng_state)
+        num_frames, _, height, width = conditioning.poses.shape
+        shape = (1, num_frames, self.unet.latent_channels, height // self.scale, width // self.scale)
+        noise = torch.randn(shape, generator=generator).to(self.state_dtype)
+        latents = noise.transpose(1, 2) * (self.noise.sigma_max**2 + 1) ** 0.5
+        return Checkpoint(0, conditioning.num_inference_steps, latents, generator.get_state())
+
+
+class _Run:
+    """What one request needs at every step, computed once."""
+
+    def __init__(self, stage: Denoise, conditioning: ControlNeXtConditioning, should_stop: ShouldStop):
+        num_frames = len(conditioning.poses)
+        self.stage, self.should_stop = stage, should_stop
+        self.guidance_scale = conditioning.guidance_scale
+        self.control_scale = conditioning.controlnext_cond_scale
+        self.sigmas = karras_sigmas(conditioning.num_inference_steps, stage.noise.sigma_min, stage.noise.sigma_max)
+        self.windows = windows(num_frames, conditioning.batch_frames, conditioning.overlap)
+        counts = torch.tensor(times_counted(num_frames, self.windows), device=stage.config.device)
+        self.counts = counts[:, None, None, None]  # (N, 1, 1, 1)
+        times = [0.25 * torch.tensor(sigma, dtype=torch.float64).log().item() for sigma in self.sigmas[:-1]]
+        self.time = stage.unet.time_biases(times, conditioning.added_ids)
+        latent, embedding = (t.to(stage.config.device) for t in (conditioning.image_latent, conditioning.image_embedding))
+        self.conditional = stage.unet.guidance_half(latent, embedding)
+        self.unconditional = stage.unet.guidance_half(torch.zeros_like(latent), torch.zeros_like(embedding))
+        # a scale of 0 adds nothing, so the control net need not run
+        self.maps = ControlMaps(stage, conditioning.poses, times, self._check_stop) if self.control_scale else None
+
+    def predict(self, x: Tensor, i: int) -> Tensor:
+        """The guided velocity at step i, averaged over the windows. x: (N, 4, h, w)."""
+        scaled = (x / (self.sigmas[i] ** 2 + 1) ** 0.5).to(self.stage.dtype)
+        maps = None if self.maps is None else self.maps.at_step(i)
+        total = torch.zeros_like(x)
+        for window in self.windows:
+            velocity = self._guided(scaled[window.start : window.stop], maps, window, i)
+            total[window.start + window.first_counted : window.stop] += velocity[window.first_counted :]
+        return total / self.counts
+
+    def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:
+        """The velocity of one window. At guidance 1 the unconditional half has no part in it (5h)."""
+        control = None if maps is None else Control(maps[window.control_frames], self.control_scale)
+        self._check_stop()
+        conditional = self.stage.unet(latents, self.conditional, self.time[i], control).to(self.stage.state_dtype)
+        if self.guidance_scale == 1:
+            return conditional
+        self._check_stop()
+        unconditional = self.stage.unet(latents, self.unconditional, self.time[i]).to(self.stage.state_dtype)
+        return guide(unconditional, conditional, self.guidance_scale)
+
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise Cancelled
+
+
+class ControlMaps:
+    """The control of every frame at one step: once a frame, not once a window, and for the conditional half alone (5b)."""
+
+    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], check_stop: Callable[[], None]):
+        self.net, self.check_stop = stage.control_net, check_stop
+        self.device, self.dtype = stage.config.device, stage.dtype
+        self.poses = poses.split(stage.config.control_batch_frames)
+        self.time = self.net.time_embeddings(times)
+        height, width = (side // stage.scale for side in poses.shape[2:])
+        self.size = ((height + 1) // 2, (width + 1) // 2)  # of the trunk after its first downsampler
+        self.spare_bytes = stage.config.control_cache_bytes
+        self._kept: list[Prefix] = []
+
+    def at_step(self, i: int) -> Tensor:
+        """(N, C, h, w), normalised and pooled."""
+        maps = []
+        for k in range(len(self.poses)):
+            self.check_stop()
+            maps.append(self.net.finish(self._prefix(k), self.time[i : i + 1], self.size))
+        return torch.cat(maps)
+
+    def _prefix(self, k: int) -> Prefix:
+        """The part that is the same at every step, of the k-th batch of frames; kept as long as memory is to spare (5d)."""
+        if k < len(self._kept):
+            return self._kept[k]
+        prefix = self.net.prefix(self.poses[k].to(self.device).to(self.dtype) / 255)
+        if k == len(self._kept) and prefix.size_bytes <= self.spare_bytes:
+            self._kept.append(prefix)
+            self.spare_bytes -= prefix.size_bytes
+        return prefix
+
+
+def _as_clip(x: Tensor) -> Tensor:
+    """(N, 4, h, w) -> (1, 4, N, h, w), on the host."""
+    return x.transpose(0, 1)[None].cpu().clone()

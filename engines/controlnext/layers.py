@@ -1,0 +1,254 @@
+"""The layers of SVD's UNet, over diffusers' weights, in the form that saves work exactly.
+
+diffusers' classes define and load the parameters; these modules take them over and compute the same function with less.
+What depends on the request is, in the end, biases: a resnet's time projection joins the bias of its first convolution
+(5g), and cross-attention over SVD's single image token is a constant that joins the bias of the self-attention before it
+(5a). So a call gets two lists of vectors, one for the step and one for the guidance half, and each layer knows its slots.
+The blend factors are constants of the weights (5g) and are folded into the temporal convolutions.
+Numbers refer to `video-models.md` section 5; the net is Stable Video Diffusion, arXiv 2311.15127, appendix D.
+
+Letters: F frames of one clip, C channels, L = H W tokens. Images are (F, C, H, W) in channels-last memory, so that reading
+them as tokens (F, L, C), or as one image of F rows and L columns (1, C, F, L), moves no data.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from engines.layers import Slots, fused_qkv
+from kernels.attention import attention
+
+Biases = Sequence[Tensor]
+"""A vector (C,) for each slot."""
+
+
+class BlockSlots:
+    """The counters from which the layers of a net take their places: in the step's biases and in the half's."""
+
+    def __init__(self) -> None:
+        self.time, self.context = Slots(), Slots()
+
+
+class SpatialConvs(nn.Module):
+    """diffusers' `ResnetBlock2D` as SVD has it."""
+
+    def __init__(self, source: Any, slot: int):
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = source.norm1, source.conv1, source.norm2, source.conv2
+        self.time_emb_proj, self.shortcut, self.slot = source.time_emb_proj, source.conv_shortcut, slot
+
+    def time_biases(self, time: Tensor) -> Tensor:
+        """time: (S, E) after SiLU -> (S, C'), the bias of the first convolution at each of S steps."""
+        return self.time_emb_proj(time) + self.conv1.bias
+
+    def forward(self, x: Tensor, time: Biases) -> Tensor:
+        """x: (F, C, H, W) -> (F, C', H, W)."""
+        h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, time[self.slot], padding=1)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.shortcut is None else self.shortcut(x)) + h
+
+
+class TemporalConvs(nn.Module):
+    """diffusers' `TemporalResnetBlock` with the blend after it: a x + (1 - a) (x + h) = x + (1 - a) h.
+
+    Its 3x1x1 convolutions run as 3x1 ones over frames and pixels; 1 - a is folded into the second. mix: a.
+    """
+
+    def __init__(self, source: Any, mix: float, slot: int):
+        super().__init__()
+        self.norm1, self.norm2, self.time_emb_proj, self.slot = source.norm1, source.norm2, source.time_emb_proj, slot
+        assert source.conv_shortcut is None  # input and output are always equally wide
+        self.conv1 = _frame_conv(source.conv1, 1.0)
+        self.conv2 = _frame_conv(source.conv2, 1.0 - mix)
+
+    def time_biases(self, time: Tensor) -> Tensor:
+        """As `SpatialConvs.time_biases`."""
+        return self.time_emb_proj(time) + self.conv1.bias
+
+    def forward(self, x: Tensor, time: Biases) -> Tensor:
+        """x: (F, C, H, W). GroupNorm shares statistics between the frames."""
+        rows = x.flatten(2).permute(1, 0, 2)[None]  # (1, C, F, L)
+        h = F.conv2d(F.silu(self.norm1(rows)), self.conv1.weight, time[self.slot], padding=(1, 0))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return x + h[0].permute(1, 0, 2).unflatten(2, x.shape[2:])
+
+
+class Resnet(nn.Module):
+    """diffusers' `SpatioTemporalResBlock`."""
+
+    def __init__(self, source: Any, slots: BlockSlots):
+        super().__init__()
+        self.spatial = SpatialConvs(source.spatial_res_block, slots.time.take())
+        self.temporal = TemporalConvs(source.temporal_res_block, _mix(source.time_mixer), slots.time.take())
+
+    def forward(self, x: Tensor, time: Biases) -> Tensor:
+        """x: (F, C, H, W) -> (F, C', H, W)."""
+        return self.temporal(self.spatial(x, time), time)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention, and with it the cross-attention to one image token that follows: a vector in its output bias (5a)."""
+
+    def __init__(self, source: Any, cross: Any, slot: int):
+        super().__init__()
+        self.heads: int = source.heads
+        self.slot = slot
+        self.qkv = fused_qkv(source)
+        self.out: nn.Linear = source.to_out[0]
+        self.cross_v, self.cross_out = cross.to_v, cross.to_out[0]
+
+    def context_bias(self, image_embedding: Tensor) -> Tensor:
+        """image_embedding: (1, D) -> (C,). The softmax over one key is 1 whatever the query, so q and k have no part in it."""
+        return self.out.bias + self.cross_out(self.cross_v(image_embedding))[0]
+
+    def forward(self, x: Tensor, context: Biases, over_frames: bool) -> Tensor:
+        """x: (F, L, C), attending within a frame, or within a pixel over the frames."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (F, L, 3, heads, D)
+        if over_frames:
+            query, key, value = qkv.permute(2, 1, 3, 0, 4)  # each (L, heads, F, D)
+            seen = attention(query, key, value).permute(2, 0, 1, 3)  # (F, L, heads, D)
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (F, heads, L, D)
+            seen = attention(query, key, value).transpose(1, 2)  # (F, L, heads, D)
+        return F.linear(seen.flatten(2), self.out.weight, context[self.slot])
+
+
+class SpatialBlock(nn.Module):
+    """diffusers' `BasicTransformerBlock`; its norm before the cross-attention is not needed (5a)."""
+
+    def __init__(self, source: Any, slot: int):
+        super().__init__()
+        self.norm1, self.attn = source.norm1, SelfAttention(source.attn1, source.attn2, slot)
+        self.norm3, self.ff = source.norm3, source.ff
+
+    def forward(self, x: Tensor, context: Biases) -> Tensor:
+        """x: (F, L, C)."""
+        x = x + self.attn(self.norm1(x), context, over_frames=False)
+        return x + self.ff(self.norm3(x))
+
+
+class TemporalBlock(nn.Module):
+    """diffusers' `TemporalBasicTransformerBlock`: feed-forward, self-attention over time, feed-forward."""
+
+    def __init__(self, source: Any, slot: int):
+        super().__init__()
+        self.norm_in, self.ff_in = source.norm_in, source.ff_in
+        self.norm1, self.attn = source.norm1, SelfAttention(source.attn1, source.attn2, slot)
+        self.norm3, self.ff = source.norm3, source.ff
+
+    def forward(self, x: Tensor, context: Biases) -> Tensor:
+        """x: (F, L, C). Only the attention needs the frames together; everything else works in place."""
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn(self.norm1(x), context, over_frames=True)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """diffusers' `TransformerSpatioTemporalModel`."""
+
+    def __init__(self, source: Any, slots: BlockSlots):
+        super().__init__()
+        self.norm, self.proj_in, self.proj_out = source.norm, source.proj_in, source.proj_out
+        self.position_proj, self.position_mlp = source.time_proj, source.time_pos_embed
+        self.mix = _mix(source.time_mixer)
+        self.spatial, self.temporal = nn.ModuleList(), nn.ModuleList()
+        for spatial, temporal in zip(source.transformer_blocks, source.temporal_transformer_blocks, strict=True):
+            self.spatial.append(SpatialBlock(spatial, slots.context.take()))
+            self.temporal.append(TemporalBlock(temporal, slots.context.take()))
+        self._positions: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor, context: Biases) -> Tensor:
+        """x: (F, C, H, W)."""
+        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (F, L, C)
+        positions = self.positions(len(x))
+        for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
+            tokens = spatial(tokens, context)
+            tokens = torch.lerp(temporal(tokens + positions, context), tokens, self.mix)  # a x_s + (1 - a) x_t
+        return x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def positions(self, num_frames: int) -> Tensor:
+        """(F, 1, C): the MLP of the frame's index, a constant of the weights (5g)."""
+        if (found := self._positions.get(num_frames)) is None:
+            weight = self.proj_in.weight
+            sinusoid = self.position_proj(torch.arange(num_frames, device=weight.device)).to(weight.dtype)
+            found = self._positions[num_frames] = self.position_mlp(sinusoid)[:, None]
+        return found
+
+
+class DownBlock(nn.Module):
+    """Resnets, each followed by a transformer where the level has them; then half the size."""
+
+    def __init__(self, source: Any, slots: BlockSlots):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
+        self.transformers = nn.ModuleList(Transformer(t, slots) for t in getattr(source, "attentions", ()))
+        self.downsampler = source.downsamplers[0] if source.downsamplers else None
+
+    def forward(self, x: Tensor, time: Biases, context: Biases) -> list[Tensor]:
+        """x: (F, C, H, W) -> the skip tensors, the last of them the output."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if len(self.transformers):
+                x = self.transformers[i](x, context)
+            skips.append(x)
+        if self.downsampler is not None:
+            skips.append(self.downsampler(x))
+        return skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, then a transformer and a resnet."""
+
+    def __init__(self, source: Any, slots: BlockSlots):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
+        self.transformers = nn.ModuleList(Transformer(t, slots) for t in source.attentions)
+
+    def forward(self, x: Tensor, time: Biases, context: Biases) -> Tensor:
+        """x: (F, C, H, W)."""
+        x = self.resnets[0](x, time)
+        for transformer, resnet in zip(self.transformers, self.resnets[1:], strict=True):
+            x = resnet(transformer(x, context), time)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Resnets over the concatenated skips, transformers; then twice the size."""
+
+    def __init__(self, source: Any, slots: BlockSlots):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
+        self.transformers = nn.ModuleList(Transformer(t, slots) for t in getattr(source, "attentions", ()))
+        self.upsample_conv = source.upsamplers[0].conv if source.upsamplers else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Biases, context: Biases) -> Tensor:
+        """x: (F, C, H, W). skips: consumed from the end."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if len(self.transformers):
+                x = self.transformers[i](x, context)
+        if self.upsample_conv is not None:
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+def _mix(blender: Any) -> float:
+    """The share a = sigmoid(mix_factor) of the spatial path."""
+    assert blender.merge_strategy == "learned_with_images"
+    assert not blender.switch_spatial_to_temporal_mix  # the VAE's
+    return float(torch.sigmoid(blender.mix_factor.double()))
+
+
+def _frame_conv(source: nn.Conv3d, scale: float) -> nn.Conv2d:
+    """A 3x1x1 convolution as a 3x1 one, times `scale`."""
+    conv = nn.Conv2d(source.in_channels, source.out_channels, (3, 1), padding=(1, 0), device="meta")
+    weight, bias = source.weight.squeeze(-1), source.bias
+    assert bias is not None
+    if scale != 1.0:
+        weight, bias = ((t.double() * scale).to(t.dtype) for t in (weight, bias))
+    conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    return conv

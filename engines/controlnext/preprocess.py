@@ -1,0 +1,121 @@
+"""A reference image and a driving video to tensors: the person's poses in the image's proportions, CLIP and VAE of the image.
+
+The video is read and posed frame by frame, and only its skeletons are kept until the alignment is known. The published
+code fits the alignment to every strided frame of the file; here it is fitted to the frames that are used, so that the
+rest need not be read (5j of `video-models.md`).
+"""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.controlnext.checkpoint import load_image_encoder, load_vae, pose_folder, size_multiple, weights_of
+from engines.controlnext.clip_image import clip_pixels
+from engines.controlnext.config import ControlNeXtConfig
+from engines.controlnext.pose.align import fit, require_person
+from engines.controlnext.pose.draw import draw
+from engines.controlnext.pose.dwpose import DWPose
+from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtConditioning, ControlNeXtSpec
+from engines.errors import blamed_on
+from engines.media.image import load_cover
+from engines.media.video_reader import VideoReader, open_video
+from engines.sampling import seeded_generator
+from engines.spec import OnProgress, Progress, ShouldStop
+from engines.stopping import stoppable
+
+NOISE_STRENGTH = 0.02
+"""Of the noise on the reference image before it is encoded; the third added id."""
+
+REFERENCE_IDS = (6.0, 128.0, NOISE_STRENGTH)
+"""What the published code uses whatever it is asked for (3B)."""
+
+
+class Preprocess:
+    """Holds DWPose, CLIP's image tower and the VAE's encoder."""
+
+    def __init__(self, config: ControlNeXtConfig):
+        weights = weights_of(config)
+        self.config = config
+        self.size_multiple = size_multiple(weights)
+        self.dwpose = DWPose(pose_folder(weights), config.device, config.threads)
+        self.image_encoder = load_image_encoder(config)
+        self.vae = load_vae(config, torch.float32).to(config.device)  # half precision overflows in this family's encoder
+        del self.vae.decoder
+
+    @torch.inference_mode()
+    def encode(
+        self, spec: ControlNeXtSpec, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None
+    ) -> ControlNeXtConditioning:
+        """Raises `ModelError` with the field in its loc for media that cannot be used, `Cancelled` between frames."""
+        generator = seeded_generator(spec.seed)
+        image = self.image(spec)
+        poses = self._poses(spec, image, on_progress, should_stop)
+        ids = (spec.fps - 1.0, spec.motion_bucket_id, NOISE_STRENGTH)
+        return ControlNeXtConditioning(
+            seed=spec.seed,
+            num_inference_steps=spec.num_inference_steps,
+            guidance_scale=spec.guidance_scale,
+            image_latent=self._latent(image, generator),
+            rng_state=generator.get_state(),
+            notes=(),
+            poses=poses,
+            image_embedding=self._embedding(image),
+            added_ids=REFERENCE_IDS if spec.strict_reference else ids,
+            batch_frames=spec.batch_frames,
+            overlap=spec.overlap,
+            controlnext_cond_scale=spec.controlnext_cond_scale,
+            decode_chunk_size=spec.decode_chunk_size,
+            fps=spec.fps,
+        )
+
+    def image(self, spec: ControlNeXtSpec) -> Tensor:
+        """(3, H, W) in [0, 1]: the reference image, covering the output's size."""
+        if spec.height % self.size_multiple or spec.width % self.size_multiple:
+            raise ValueError(f"{spec.width}x{spec.height} is not a multiple of {self.size_multiple} pixels")
+        with blamed_on(IMAGE_FIELD):
+            return load_cover(spec.image.read_bytes(), spec.height, spec.width, self.config.max_image_pixels)
+
+    def _poses(
+        self, spec: ControlNeXtSpec, image: Tensor, on_progress: OnProgress | None, should_stop: ShouldStop | None
+    ) -> Tensor:
+        """(N, 3, H, W) uint8: the reference's own pose, then the driving ones."""
+        height, width = spec.height, spec.width
+        reference = self.dwpose(image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy())
+        require_person(reference)
+        with blamed_on(VIDEO_FIELD), open_video(spec.video, self.config.max_image_pixels, self.config.max_video_s) as video:
+            frames = _watched(video, spec, on_progress, should_stop)
+            if spec.video_is_pose:
+                driving = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in frames]
+            else:
+                found = [self.dwpose(frame) for frame in frames]
+                alignment = fit(reference, found, (height, width), (video.height, video.width))
+                driving = [draw(alignment.apply(pose), height, width) for pose in found]
+        poses = np.stack([draw(reference, height, width), *driving])  # (N, H, W, 3)
+        return torch.from_numpy(poses).permute(0, 3, 1, 2)
+
+    def _embedding(self, image: Tensor) -> Tensor:
+        """(1, D) fp32: CLIP's projected embedding."""
+        pixels = clip_pixels(image, self.image_encoder.config.image_size)
+        return self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds.float().cpu()
+
+    def _latent(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """(4, h, w) fp32: the posterior's mean, unscaled, of the image with a little noise: the first draw of a request."""
+        noise = torch.randn((1, *image.shape), generator=generator)
+        pixels = (2 * image - 1)[None] + NOISE_STRENGTH * noise
+        return self.vae.encode(pixels.to(self.config.device)).latent_dist.mean[0].cpu()
+
+
+def _watched(
+    video: VideoReader, spec: ControlNeXtSpec, on_progress: OnProgress | None, should_stop: ShouldStop | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The driving frames, as many as the output has after the reference's own."""
+    count = spec.max_frame_num - 1
+    total = video.at_most(spec.sample_stride, count)
+    for done, frame in enumerate(stoppable(video.frames(spec.sample_stride, count), should_stop), start=1):
+        yield frame
+        if on_progress is not None:
+            on_progress(Progress("pose", done, max(total, done)))

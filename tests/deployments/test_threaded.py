@@ -1,0 +1,94 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from deployments.threaded import InThread, paced
+from engines.errors import GenerationFailed
+from engines.spec import OnProgress, Progress, ShouldStop
+
+
+async def notes(work: InThread[object]) -> list[str]:
+    return [note.message async for note in work]
+
+
+async def test_progress_comes_as_notes_and_the_product_after_it() -> None:
+    def count(tell: OnProgress, should_stop: ShouldStop) -> str:
+        for done in (1, 2, 3):
+            tell(Progress("pose", done, 3))
+        return threading.current_thread().name
+
+    async with InThread(count) as work:
+        assert await notes(work) == ["pose 1/3", "pose 2/3", "pose 3/3"]
+    assert work.product != threading.current_thread().name
+
+
+async def test_the_seconds_are_those_of_the_call() -> None:
+    async with InThread(lambda tell, should_stop: time.sleep(0.05)) as work:
+        assert await notes(work) == []
+    assert 0.05 <= work.seconds < 5
+
+
+async def test_an_error_is_raised_after_the_last_note() -> None:
+    seen: list[str] = []
+
+    def fail(tell: OnProgress, should_stop: ShouldStop) -> None:
+        tell(Progress("pose", 1, 3))
+        raise GenerationFailed
+
+    with pytest.raises(GenerationFailed):
+        async with InThread(fail) as work:
+            seen = await notes(work)
+    assert seen == ["pose 1/3"]
+
+
+async def test_a_cancelled_call_is_stopped_and_waited_for() -> None:
+    ended: list[bool] = []
+
+    def work_on(tell: OnProgress, should_stop: ShouldStop) -> None:
+        tell(Progress("pose", 1, 3))
+        while not should_stop():
+            time.sleep(0.01)
+        time.sleep(0.1)  # the rest of its unit
+        ended.append(True)
+
+    started = asyncio.Event()
+
+    async def listen() -> None:
+        async with InThread(work_on) as work:
+            async for _ in work:
+                started.set()
+
+    listening = asyncio.create_task(listen())
+    await started.wait()
+    assert not ended
+    listening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await listening
+    assert ended
+
+
+async def test_calls_leave_asyncios_own_threads_to_others() -> None:
+    all_at_work = threading.Barrier(51, timeout=10)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(50):  # asyncio has 32 at most
+            group.create_task(listen_to(InThread(lambda tell, should_stop: all_at_work.wait())))
+        await asyncio.to_thread(all_at_work.wait)
+
+
+async def listen_to(call: InThread[object]) -> None:
+    async with call:
+        await notes(call)
+
+
+def test_of_much_progress_only_the_first_the_last_and_one_a_second_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Progress] = []
+    tell = paced(told.append)
+    for done in range(1, 241):
+        monkeypatch.setattr(time, "monotonic", lambda now=1000 + done / 80: now)  # 80 a second, 3 s
+        tell(Progress("pose", done, 240))
+        if done <= 2:
+            tell(Progress("face", done, 2))
+    assert [progress.done for progress in told if progress.unit == "pose"] == [1, 81, 161, 240]
+    assert [progress.done for progress in told if progress.unit == "face"] == [1, 2], "each unit has its own pace"

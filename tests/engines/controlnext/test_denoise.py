@@ -1,0 +1,78 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engines.controlnext.config import ControlNeXtWeights
+from engines.controlnext.denoise import Denoise
+from engines.errors import Cancelled, GenerationFailed
+from engines.source import DType
+from engines.spec import Checkpoint
+from tests.engines.controlnext.conftest import conditioning
+
+
+def test_the_same_request_gives_the_same_bits_in_another_process_life(denoise: Denoise):
+    torch.manual_seed(99)
+    asked = conditioning(10)
+    one = denoise.sample(asked)
+    assert torch.equal(one.values, Denoise(denoise.config).sample(asked).values)
+    assert (one.seed, one.decode_chunk_size, one.fps) == (7, 2, 7)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(denoise: Denoise, step: int):
+    asked = conditioning(10)
+    checkpoints: list[Checkpoint] = []
+    whole = denoise.sample(asked, on_step=checkpoints.append)
+    assert [(c.step, c.steps) for c in checkpoints] == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(denoise.sample(asked, resume=checkpoints[step - 1]).values, whole.values)
+
+
+def test_how_many_frames_share_a_control_call_does_not_matter(denoise: Denoise):
+    asked = conditioning(10)
+    one_by_one = Denoise(replace(denoise.config, control_batch_frames=1, control_cache_bytes=0))
+    assert (one_by_one.sample(asked).values - denoise.sample(asked).values).abs().max() <= 1e-4
+
+
+def count_calls(denoise: Denoise) -> tuple[list[str], Callable[[], None]]:
+    calls: list[str] = []
+    nets: dict[str, Any] = {"unet": denoise.unet, "control": denoise.control_net.mid_convs[1]}
+    hooks = [net.register_forward_pre_hook(lambda *_, name=name: calls.append(name)) for name, net in nets.items()]
+    return calls, lambda: [hook.remove() for hook in hooks]  # type: ignore[func-returns-value, return-value]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 5])
+def test_a_stop_is_obeyed_within_one_call_of_a_net(denoise: Denoise, allowed: int):
+    calls, remove = count_calls(denoise)
+    try:
+        with pytest.raises(Cancelled):
+            denoise.sample(conditioning(10), should_stop=lambda: len(calls) >= allowed)
+    finally:
+        remove()
+    assert len(calls) == allowed
+
+
+def test_at_a_control_scale_of_0_the_control_net_does_not_run(denoise: Denoise):
+    calls, remove = count_calls(denoise)
+    denoise.sample(conditioning(6, controlnext_cond_scale=0.0))
+    remove()
+    assert set(calls) == {"unet"}
+
+
+def test_latents_that_are_not_finite_are_an_error(denoise: Denoise):
+    asked = conditioning(4)
+    with pytest.raises(GenerationFailed):
+        denoise.sample(replace(asked, image_latent=torch.full_like(asked.image_latent, torch.nan)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_gives_about_the_same_video(controlnext_weights: ControlNeXtWeights, denoise: Denoise, dtype: DType):
+    half = Denoise(replace(denoise.config, dtype=dtype))
+    assert half.unet.conv_in.weight.dtype == getattr(torch, dtype)
+    asked = conditioning(7)
+    ours, full = half.sample(asked).values, denoise.sample(asked).values
+    assert ours.dtype == torch.float32
+    correlation = torch.corrcoef(torch.stack([ours.flatten(), full.flatten()]))[0, 1]
+    assert correlation > 0.99

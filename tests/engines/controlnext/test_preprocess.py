@@ -1,0 +1,218 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.controlnext.clip_image import clip_pixels
+from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
+from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
+from engines.controlnext.preprocess import REFERENCE_IDS, Preprocess
+from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtSpec
+from engines.errors import (
+    Cancelled,
+    ImageLoadError,
+    ImageTooLarge,
+    ImageTooSmall,
+    ModelError,
+    PersonNotFound,
+    UnsupportedImageFormat,
+    UnsupportedVideoFormat,
+    VideoLoadError,
+    VideoTooLong,
+)
+from engines.media.video import encode_h264
+from engines.sampling import seeded_generator
+from engines.spec import Progress
+from tests.engines.controlnext import reference
+
+HEIGHT, WIDTH = 192, 128
+CLIP_FRAMES = 13
+
+
+@pytest.fixture(scope="module")
+def preprocess(controlnext_weights: ControlNeXtWeights) -> Preprocess:
+    return Preprocess(ControlNeXtConfig(weights=controlnext_weights, threads=1))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    (folder / "image.png").write_bytes(puppet_image(HEIGHT, WIDTH))
+    write_puppet_clip(folder / "clip.mp4", CLIP_FRAMES, 256, 256, 14)
+    return folder
+
+
+@pytest.fixture
+def spec(media: Path) -> ControlNeXtSpec:
+    return ControlNeXtSpec(5, 3, 3.0, media / "image.png", media / "clip.mp4", height=HEIGHT, width=WIDTH, sample_stride=2)
+
+
+def grey_clip(path: Path, frames: int = 3) -> Path:
+    path.write_bytes(encode_h264(iter([np.full((frames, 64, 64, 3), 120, np.uint8)]), 64, 64, 10)[0])
+    return path
+
+
+def test_every_strided_frame_drives_one_frame_after_the_references_own(preprocess: Preprocess, spec: ControlNeXtSpec):
+    given = preprocess.encode(spec)
+    assert given.poses.shape == (1 + 7, 3, HEIGHT, WIDTH)  # frames 0, 2, ..., 12
+    assert given.poses.dtype == torch.uint8
+    assert all(pose.any() for pose in given.poses), "a skeleton in every frame"
+    assert len({pose.numpy().tobytes() for pose in given.poses}) == 8, "and each another"
+
+
+@pytest.mark.parametrize("max_frame_num", [2, 5, 8, 240])
+def test_the_number_of_frames_is_capped_with_the_references_own_in_it(
+    preprocess: Preprocess, spec: ControlNeXtSpec, max_frame_num: int
+):
+    assert len(preprocess.encode(replace(spec, max_frame_num=max_frame_num)).poses) == min(max_frame_num, 8)
+
+
+def test_the_driving_skeletons_are_moved_onto_the_references_body(preprocess: Preprocess, spec: ControlNeXtSpec):
+    def extent(pose: torch.Tensor) -> tuple[float, float]:
+        rows = pose.amax(dim=(0, 2)).nonzero()
+        return rows.min().item() / HEIGHT, rows.max().item() / HEIGHT
+
+    (own_top, own_bottom), *driven = map(extent, preprocess.encode(spec).poses)
+    for top, bottom in driven:  # the clip's puppet is an eighth larger in its frame, which is square
+        assert abs(top - own_top) < 0.08
+        assert abs(bottom - own_bottom) < 0.08
+
+
+def test_the_image_is_seen_as_the_reference_sees_it(preprocess: Preprocess, spec: ControlNeXtSpec):
+    given = preprocess.encode(spec)
+    image = preprocess.image(spec)
+    generator = seeded_generator(spec.seed)
+    noise = torch.randn((1, 3, HEIGHT, WIDTH), generator=generator)
+    vae, encoder = load_vae_of(preprocess), preprocess.image_encoder
+    assert (given.image_latent - reference.image_latent(vae, 2 * image - 1, noise[0])).abs().max() <= 1e-5
+    assert (clip_pixels(image, 224) - reference.clip_pixels(2 * image - 1)).abs().max() <= 1e-5
+    expected = encoder(reference.clip_pixels(2 * image - 1)).image_embeds
+    assert (given.image_embedding - expected).abs().max() <= 1e-5
+    assert torch.equal(given.rng_state, generator.get_state()), "the image's noise is the request's first draw"
+
+
+def load_vae_of(preprocess: Preprocess) -> Any:
+    from engines.controlnext.checkpoint import load_vae
+
+    return load_vae(preprocess.config, torch.float32)
+
+
+@pytest.mark.parametrize("size", [(1024, 576), (224, 224), (100, 300)])
+def test_clips_pixels_are_diffusers_own(size: tuple[int, int]):
+    from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
+
+    image = torch.rand((3, *size), generator=torch.Generator().manual_seed(0))
+    resized = (svd._resize_with_antialiasing((2 * image - 1)[None], (224, 224)) + 1) / 2
+    mean, std = (torch.tensor(t)[:, None, None] for t in (reference.CLIP_MEAN, reference.CLIP_STD))
+    assert (clip_pixels(image, 224) - (resized - mean) / std).abs().max() <= 1e-5
+
+
+def test_the_ids_are_what_was_asked_for_or_the_published_codes(preprocess: Preprocess, spec: ControlNeXtSpec):
+    asked = replace(spec, fps=12, motion_bucket_id=30.5, max_frame_num=2)
+    assert preprocess.encode(asked).added_ids == (11.0, 30.5, 0.02)
+    assert preprocess.encode(replace(asked, strict_reference=True)).added_ids == REFERENCE_IDS == (6.0, 128.0, 0.02)
+    assert preprocess.encode(replace(spec, max_frame_num=2)).added_ids == (6.0, 127.0, 0.02), "the values of training"
+
+
+def test_the_same_seed_gives_the_same_tensors(preprocess: Preprocess, spec: ControlNeXtSpec):
+    torch.manual_seed(1)
+    one, other = preprocess.encode(spec), preprocess.encode(spec)
+    for name in ("poses", "image_embedding", "image_latent", "rng_state"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert not torch.equal(one.image_latent, preprocess.encode(replace(spec, seed=6)).image_latent)
+
+
+def test_a_video_of_drawn_poses_is_taken_as_it_is(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
+    shades = np.stack([np.full((64, 96, 3), 40 * i, np.uint8) for i in range(1, 6)])
+    (tmp_path / "poses.mp4").write_bytes(encode_h264(iter([shades]), 64, 96, 10)[0])
+    given = preprocess.encode(replace(spec, video=tmp_path / "poses.mp4", video_is_pose=True, sample_stride=1))
+    assert given.poses.shape == (6, 3, HEIGHT, WIDTH)
+    levels = given.poses[1:].float().mean(dim=(1, 2, 3))
+    assert (levels - torch.tensor([40.0, 80, 120, 160, 200])).abs().max() < 4
+
+
+def test_progress_is_told_frame_by_frame(preprocess: Preprocess, spec: ControlNeXtSpec):
+    told: list[Progress] = []
+    preprocess.encode(spec, on_progress=told.append)
+    assert told == [Progress("pose", done, 7) for done in range(1, 8)]
+
+
+def test_a_stop_is_obeyed_within_one_frame(preprocess: Preprocess, spec: ControlNeXtSpec):
+    told: list[Progress] = []
+    with pytest.raises(Cancelled):
+        preprocess.encode(spec, on_progress=told.append, should_stop=lambda: len(told) == 2)
+    assert len(told) == 2
+
+
+def refusal(preprocess: Preprocess, spec: ControlNeXtSpec, error: type[ModelError], field: str) -> str:
+    with pytest.raises(error) as refused:
+        preprocess.encode(spec)
+    assert refused.value.loc == ("body", field)
+    assert refused.value.status == 422
+    return refused.value.message
+
+
+def test_a_reference_image_that_cannot_be_used_is_named(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
+    path = tmp_path / "image"
+    for data, error in (
+        (b"text", UnsupportedImageFormat),
+        (b"", UnsupportedImageFormat),
+        (puppet_image(HEIGHT, WIDTH)[:2000], ImageLoadError),
+        (puppet_image(60, 128), ImageTooSmall),
+        (huge_png(), ImageTooLarge),
+    ):
+        path.write_bytes(data)
+        refusal(preprocess, replace(spec, image=path), error, "image_url")
+
+
+def huge_png() -> bytes:
+    """A PNG whose header says 100,000 x 100,000."""
+    data = bytearray(puppet_image(64, 64))
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    return bytes(data[:16]) + bytes(data[16:29]) + zlib_crc(bytes(data[12:29])) + bytes(data[33:])
+
+
+def zlib_crc(chunk: bytes) -> bytes:
+    import zlib
+
+    return zlib.crc32(chunk).to_bytes(4, "big")
+
+
+def test_a_reference_image_without_a_person_is_refused_before_the_video_is_read(
+    preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path
+):
+    from PIL import Image
+
+    Image.new("RGB", (200, 200), "grey").save(tmp_path / "grey.png")
+    told: list[Progress] = []
+    with pytest.raises(PersonNotFound, match="reference image") as refused:
+        preprocess.encode(replace(spec, image=tmp_path / "grey.png"), on_progress=told.append)
+    assert refused.value.loc == ("body", "image_url")
+    assert not told
+
+
+def test_a_driving_video_that_cannot_be_used_is_named(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"text in a file of another name")
+    refusal(preprocess, replace(spec, video=path), UnsupportedVideoFormat, "video_url")
+    path.write_bytes(spec.video.read_bytes()[:3000])
+    refusal(preprocess, replace(spec, video=path), VideoLoadError, "video_url")
+    grey_clip(path)
+    assert "person" in refusal(preprocess, replace(spec, video=path), PersonNotFound, "video_url")
+    short = Preprocess(replace(preprocess.config, max_video_s=0.5))
+    refusal(short, spec, VideoTooLong, "video_url")
+
+
+def test_after_every_refusal_the_next_request_is_served(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
+    for _ in range(3):
+        refusal(preprocess, replace(spec, video=grey_clip(tmp_path / "grey.mp4")), PersonNotFound, "video_url")
+    given: ControlNeXtConditioning = preprocess.encode(replace(spec, max_frame_num=3))
+    assert len(given.poses) == 3
+
+
+def test_a_size_that_the_nets_cannot_halve_is_our_own_mistake(preprocess: Preprocess, spec: ControlNeXtSpec):
+    with pytest.raises(ValueError, match="not a multiple of 16"):
+        preprocess.encode(replace(spec, height=100))
