@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from deployments.jobs.job import Claim, LeaseLost
+from deployments.jobs.listener import Changes
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings
@@ -35,23 +36,29 @@ class Dispatcher:
         self.files = files
         self.stages = stages
         self.queue = queue
-        self._room = asyncio.Semaphore(queue.max_in_flight)
 
     async def run(self) -> None:
         """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep_forever())
-            while True:
-                await self._room.acquire()
-                claim = await self._next_claim()
-                group.create_task(self._work(claim)).add_done_callback(lambda _: self._room.release())
+            for endpoint in self.stages:
+                group.create_task(self._claim_forever(endpoint, group))
 
-    async def _next_claim(self) -> Claim:
+    async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
+        """One endpoint's jobs, as many at once as its stages have room for: minutes of one do not hold up seconds of another."""
+        room = asyncio.Semaphore(self.queue.max_in_flight)
+        async with self.store.watch_work() as work:
+            while True:
+                await room.acquire()
+                claim = await self._next_claim(endpoint, work)
+                group.create_task(self._work(claim)).add_done_callback(lambda _: room.release())
+
+    async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
             try:
-                if claim := await self.store.claim(list(self.stages), self.queue.lease_s):
+                if claim := await self.store.claim([endpoint], self.queue.lease_s):
                     return claim
-                await self.store.wait_for_work(IDLE_WAIT_S)
+                await work.changed(IDLE_WAIT_S)
             except StoreAway:
                 logger.exception("no claim", extra={"action": "claim_failed"})
                 await asyncio.sleep(OUTAGE_PAUSE_S)

@@ -32,11 +32,12 @@ class FetchSettings(_Strict):
 
 
 class QueueSettings(_Strict):
-    """Leases, retries and how many jobs are worked on at once.
+    """Leases, retries and how many jobs of an endpoint are worked on at once.
 
     lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
     of a killed service starts again. max_attempts: claims of one job before it fails as `runner_disconnected`.
-    max_in_flight: jobs in the three stages at once; two keep the denoiser busy while another is prepared or decoded.
+    max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
+    decoded.
     """
 
     lease_s: float = Field(10.0, gt=0)

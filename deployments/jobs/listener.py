@@ -6,6 +6,8 @@ Waking is a courtesy: what is said while nobody listens is lost, so who waits lo
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import asyncpg
 
@@ -58,17 +60,17 @@ class Listener:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def subscribe(self, subject: str) -> Changes:
-        """Hears everything said about `subject` from now on."""
+    @contextmanager
+    def subscribed(self, subject: str) -> Iterator[Changes]:
+        """Hears everything said about `subject` from now on, until left."""
         changes = Changes()
         self._subscribers[subject].add(changes)
-        return changes
-
-    def unsubscribe(self, subject: str, changes: Changes) -> None:
-        """Hears no more."""
-        self._subscribers[subject].discard(changes)
-        if not self._subscribers[subject]:
-            del self._subscribers[subject]
+        try:
+            yield changes
+        finally:
+            self._subscribers[subject].discard(changes)
+            if not self._subscribers[subject]:
+                del self._subscribers[subject]
 
     def _hear(self, connection: asyncpg.Connection, pid: int, channel: str, subject: str) -> None:
         for changes in self._subscribers.get(subject, ()):

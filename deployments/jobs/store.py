@@ -74,7 +74,6 @@ class JobStore:
     def __init__(self, pool: asyncpg.Pool, listener: Listener) -> None:
         self._pool = pool
         self._listener = listener
-        self._work = listener.subscribe("work")
         self._depths: dict[str, Depth] = {}
         self._owners: dict[bytes, tuple[str, float]] = {}
 
@@ -147,11 +146,8 @@ class JobStore:
     @asynccontextmanager
     async def watch(self, job_id: UUID) -> AsyncIterator[Changes]:
         """Hears every change and log line of a job from now on, so read the job after entering, and again after each."""
-        changes = self._listener.subscribe(str(job_id))
-        try:
+        with self._listener.subscribed(str(job_id)) as changes:
             yield changes
-        finally:
-            self._listener.unsubscribe(str(job_id), changes)
 
     # For the dispatcher.
 
@@ -203,9 +199,11 @@ class JobStore:
         overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
         return len(expired) + len(overdue)
 
-    async def wait_for_work(self, timeout_s: float) -> None:
-        """Returns when a job has been queued since the last call, or after `timeout_s` seconds. For one waiter a store."""
-        await self._work.changed(timeout_s)
+    @asynccontextmanager
+    async def watch_work(self) -> AsyncIterator[Changes]:
+        """Hears of every job that is queued from now on, whatever its endpoint."""
+        with self._listener.subscribed("work") as changes:
+            yield changes
 
     # API keys.
 

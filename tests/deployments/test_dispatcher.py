@@ -214,6 +214,19 @@ async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore
     assert stages.peak == QUICK.max_in_flight
 
 
+async def test_one_endpoints_long_jobs_do_not_hold_up_anothers(store: JobStore, files: FileStore):
+    other = "fal-ai/controlnext"
+    long, short = ScriptedStages(for_ever), ScriptedStages(nothing)
+    task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK).run())
+    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(QUICK.max_in_flight + 1)]
+    assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
+    for job in waiting[: QUICK.max_in_flight]:
+        await started(store, job.id)
+    assert long.peak == QUICK.max_in_flight
+    task.cancel()
+    await asyncio.wait([task])
+
+
 async def test_a_dispatcher_that_shuts_down_gives_its_jobs_back_at_no_cost(store: JobStore, files: FileStore):
     async with dispatching(store, files, ScriptedStages(for_ever)):
         job_id = await submit(store)

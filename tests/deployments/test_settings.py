@@ -25,6 +25,10 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
         {"auth": "none"},
         {"animatediff": {"num_frames": 8}},
         {"animatediff": {"decode_chunk": 0}},
+        {"controlnext": {"weight": "demo"}},
+        {"controlnext": {"decode_batch_frames": 0}},
+        {"controlnext": {"control_cache_bytes": -1}},
+        {"controlnext": {"max_video_s": 0}},
     ],
 )
 def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):
@@ -44,7 +48,8 @@ def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_model_that_is_left_out_is_not_served():
-    assert Settings(animatediff=None).model_configs() == {}
+    assert Settings(animatediff=None).model_configs().keys() == {"controlnext"}
+    assert Settings(controlnext=None).model_configs().keys() == {"animatediff-sparsectrl-lcm"}
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -53,7 +58,8 @@ def test_the_yaml_files_are_valid_and_name_the_deployments_that_are_built(path: 
     schema = ServeDeploySchema.model_validate(document)
     (application,) = schema.applications
     settings = load_settings(Path(path)).model_copy(update={"home": tmp_path})
-    settings.demo_weights.mkdir(parents=True)  # as if written
+    for model in ("animatediff", "controlnext"):
+        (settings.demo_weights / model).mkdir(parents=True)  # as if written
     built = deployments_of(build(settings))
     assert {deployment.name for deployment in application.deployments} == built
 

@@ -22,6 +22,7 @@ from engines.media.video import encode_h264
 from engines.pipeline import Pipeline
 from tests.e2e.files import serving
 from tests.e2e.service import Service
+from tests.engines.controlnext.media import huge_png
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/controlnext"
@@ -40,8 +41,8 @@ CLIP_FRAMES = 9
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
-    image, clip = puppet_image(256, 256), folder / "clip.mp4"
-    (folder / "image.png").write_bytes(image)
+    clip = folder / "clip.mp4"
+    (folder / "image.png").write_bytes(puppet_image(256, 256))
     write_puppet_clip(clip, CLIP_FRAMES, 256, 256, 14)
     Image.new("RGB", (256, 256), "grey").save(folder / "nobody.png")
     (folder / "nobody.mp4").write_bytes(encode_h264(iter([np.full((4, 64, 64, 3), 120, np.uint8)]), 64, 64, 10)[0])
@@ -62,9 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entry = huge.index(b"avc1", huge.index(b"stsd"))
     huge[entry + 28 : entry + 32] = (0xFFFF).to_bytes(2, "big") * 2  # the field ends at 65,535
     (folder / "huge.mp4").write_bytes(huge)
-    header = bytearray(image)
-    header[16:24] = (100_000).to_bytes(4, "big") * 2
-    (folder / "huge.png").write_bytes(header)
+    (folder / "huge.png").write_bytes(huge_png())
     return folder
 
 

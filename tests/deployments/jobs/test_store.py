@@ -507,19 +507,19 @@ async def test_watch_hears_what_happened_between_two_waits(store: JobStore) -> N
         assert await second.changed(5)
 
 
-async def test_work_is_announced_on_submit_and_on_requeue(store: JobStore) -> None:
-    await store.submit(NEW)
-    async with asyncio.timeout(5):
-        await store.wait_for_work(60)
-    claim = await claimed(store)
-    await store.requeue(claim, "the runner died", counted=True)
-    async with asyncio.timeout(5):
-        await store.wait_for_work(60)
+async def test_work_is_announced_to_everybody_on_submit_and_on_requeue(store: JobStore) -> None:
+    async with store.watch_work() as one, store.watch_work() as other:
+        await store.submit(NEW)
+        assert await one.changed(5)
+        assert await other.changed(5)
+        claim = await claimed(store)
+        await store.requeue(claim, "the runner died", counted=True)
+        assert await one.changed(5)
 
 
-async def test_wait_for_work_ends_by_itself(store: JobStore) -> None:
-    async with asyncio.timeout(5):
-        await store.wait_for_work(0.01)
+async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
+    async with asyncio.timeout(5), store.watch_work() as work:
+        assert not await work.changed(0.01)
 
 
 async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Connection) -> None:

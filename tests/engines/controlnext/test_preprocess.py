@@ -1,11 +1,13 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
+from PIL import Image
 
+from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.clip_image import clip_pixels
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
@@ -27,6 +29,7 @@ from engines.media.video import encode_h264
 from engines.sampling import seeded_generator
 from engines.spec import Progress
 from tests.engines.controlnext import reference
+from tests.engines.controlnext.media import huge_png
 
 HEIGHT, WIDTH = 192, 128
 CLIP_FRAMES = 13
@@ -86,7 +89,7 @@ def test_the_image_is_seen_as_the_reference_sees_it(preprocess: Preprocess, spec
     image = preprocess.image(spec)
     generator = seeded_generator(spec.seed)
     noise = torch.randn((1, 3, HEIGHT, WIDTH), generator=generator)
-    vae, encoder = load_vae_of(preprocess), preprocess.image_encoder
+    vae, encoder = load_vae(preprocess.config, torch.float32), preprocess.image_encoder
     assert (given.image_latent - reference.image_latent(vae, 2 * image - 1, noise[0])).abs().max() <= 1e-5
     assert (clip_pixels(image, 224) - reference.clip_pixels(2 * image - 1)).abs().max() <= 1e-5
     expected = encoder(reference.clip_pixels(2 * image - 1)).image_embeds
@@ -94,16 +97,8 @@ def test_the_image_is_seen_as_the_reference_sees_it(preprocess: Preprocess, spec
     assert torch.equal(given.rng_state, generator.get_state()), "the image's noise is the request's first draw"
 
 
-def load_vae_of(preprocess: Preprocess) -> Any:
-    from engines.controlnext.checkpoint import load_vae
-
-    return load_vae(preprocess.config, torch.float32)
-
-
 @pytest.mark.parametrize("size", [(1024, 576), (224, 224), (100, 300)])
 def test_clips_pixels_are_diffusers_own(size: tuple[int, int]):
-    from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
-
     image = torch.rand((3, *size), generator=torch.Generator().manual_seed(0))
     resized = (svd._resize_with_antialiasing((2 * image - 1)[None], (224, 224)) + 1) / 2
     mean, std = (torch.tensor(t)[:, None, None] for t in (reference.CLIP_MEAN, reference.CLIP_STD))
@@ -168,24 +163,9 @@ def test_a_reference_image_that_cannot_be_used_is_named(preprocess: Preprocess, 
         refusal(preprocess, replace(spec, image=path), error, "image_url")
 
 
-def huge_png() -> bytes:
-    """A PNG whose header says 100,000 x 100,000."""
-    data = bytearray(puppet_image(64, 64))
-    data[16:24] = (100_000).to_bytes(4, "big") * 2
-    return bytes(data[:16]) + bytes(data[16:29]) + zlib_crc(bytes(data[12:29])) + bytes(data[33:])
-
-
-def zlib_crc(chunk: bytes) -> bytes:
-    import zlib
-
-    return zlib.crc32(chunk).to_bytes(4, "big")
-
-
 def test_a_reference_image_without_a_person_is_refused_before_the_video_is_read(
     preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path
 ):
-    from PIL import Image
-
     Image.new("RGB", (200, 200), "grey").save(tmp_path / "grey.png")
     told: list[Progress] = []
     with pytest.raises(PersonNotFound, match="reference image") as refused:
