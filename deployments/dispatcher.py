@@ -16,7 +16,7 @@ from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings
 from deployments.stages import Note, Stages
 from deployments.storage import FileStore, StoredFile
-from engines.errors import ReelrayError, RunnerFailed, StorageFailed
+from engines.errors import ModelError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class Dispatcher:
         except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
-            error = exc if isinstance(exc, ReelrayError) else RunnerFailed()
+            # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
+            error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
             if error.retryable:
                 await self._close(claim, lambda: store.requeue(claim, error.message, counted=True))

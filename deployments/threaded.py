@@ -7,6 +7,7 @@ work; the replica's event loop stays free to hear the cancel, and for Serve's he
 import asyncio
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -60,8 +61,15 @@ class InThread(Generic[T]):
         await asyncio.wait([self._work])  # the caller's turn ends when the GPU is free, not before
         self.seconds = time.monotonic() - self._started
         error = self._work.exception()
-        if error is not None and exc is None:
-            raise error
+        if error is None:
+            return
+        # Its traceback holds the stage's locals, gigabytes of a GPU, in a cycle with our own frame: the next call needs them now
+        traceback.clear_frames(error.__traceback__)
+        if exc is None:
+            try:
+                raise error
+            finally:
+                del error
 
     @property
     def product(self) -> T:

@@ -10,6 +10,7 @@
     │   ├── UnsupportedVideoFormat      422  unsupported_video_format
     │   ├── VideoTooLong                422  video_duration_too_long
     │   ├── PersonNotFound              422  pose_detection_error
+    │   ├── ValueTooLarge               422  less_than_equal
     │   ├── FileDownloadError           422  file_download_error
     │   ├── FileTooLarge                422  file_too_large
     │   └── GenerationFailed            500  internal_server_error
@@ -114,6 +115,13 @@ class PersonNotFound(ModelError):
     """No person was found."""
 
     type = "pose_detection_error"
+    status = 422
+
+
+class ValueTooLarge(ModelError):
+    """The value is larger than this service can serve."""
+
+    type = "less_than_equal"
     status = 422
 
 
@@ -223,8 +231,8 @@ class WeightsError(ReelrayError):
 
 @contextmanager
 def blamed_on(field: str) -> Iterator[None]:
-    """Gives a `ModelError` raised within the loc ("body", field): media code does not know what the caller named a file."""
+    """Gives a `ModelError` that is raised within the loc ("body", field), unless it has one: media code does not know fields."""
     try:
         yield
     except ModelError as exc:
-        raise type(exc)(exc.message, ("body", field), exc.ctx) from exc
+        raise type(exc)(exc.message, exc.loc or ("body", field), exc.ctx) from exc

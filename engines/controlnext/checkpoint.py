@@ -30,6 +30,9 @@ from engines.weights import (
 
 _STEM = "diffusion_pytorch_model"
 
+_SCHEDULER_DEFAULTS: dict[str, Any] = {"prediction_type": "epsilon", "timestep_type": "discrete", "use_karras_sigmas": False}
+"""Of diffusers' `EulerDiscreteScheduler`, for a config that leaves them out."""
+
 _SCHEDULER_NEEDS: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_type": "continuous",
@@ -80,13 +83,11 @@ def load_diffusers_unet(config: ControlNeXtConfig) -> UNetSpatioTemporalConditio
 def load_control_net(config: ControlNeXtConfig) -> ControlNet:
     """ControlNeXt's net, as wide as published unless a JSON file of the same name beside it says otherwise."""
     weights = weights_of(config)
-    if weights.control.file is None:
-        raise WeightsError("control: name the file")
-    sizes = Path(weights.control.file).with_suffix(".json").name
-    folder = locate(weights.control, [weights.control.file, sizes])
-    size = _control_size(folder / sizes)
+    tensors = read_source_file(weights.control)
+    sizes = str(Path(str(weights.control.file)).with_suffix(".json"))
+    size = _control_size(locate(weights.control, [sizes]) / sizes)
     model: Any = build(lambda: ControlNet(size))
-    load_strict(model, read_source_file(weights.control), weights.control.file, torch_dtype(config.dtype))
+    load_strict(model, tensors, str(weights.control.file), torch_dtype(config.dtype))
     channels_last: ControlNet = model.to(memory_format=torch.channels_last)
     return channels_last.to(config.device)
 
@@ -117,7 +118,7 @@ def load_noise_range(weights: ControlNeXtWeights) -> NoiseRange:
     """The ends of the sigmas, 0.002 and 700 as published."""
     path = _base(weights) / "scheduler" / "scheduler_config.json"
     config = read_json(path)
-    require(config, _SCHEDULER_NEEDS, str(path))
+    require(_SCHEDULER_DEFAULTS | config, _SCHEDULER_NEEDS, str(path))
     return NoiseRange(config.get("sigma_min", 0.002), config.get("sigma_max", 700.0))
 
 

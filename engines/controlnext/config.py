@@ -45,6 +45,7 @@ class ControlNeXtConfig:
     the same at every step (37 MB a frame at 1024x576, fp16, twice that with its residual); frames beyond are computed anew.
     decode_batch_frames: frames in one VAE call where whole chunks fit, exact for any value; bounds memory (about 1.3 GB a
     frame at 1024x576, fp16). max_image_pixels: larger images and video frames are refused before they are decoded.
+    max_decode_chunk: larger `decode_chunk_size`s are refused: a chunk is decoded at once, whatever decode_batch_frames says.
     max_video_s: longer driving videos are refused. threads: torch's CPU threads in a process; None is all cores on a CPU
     and one beside a GPU.
     """
@@ -56,6 +57,7 @@ class ControlNeXtConfig:
     control_cache_bytes: int = 2_000_000_000
     decode_batch_frames: int = 8
     max_image_pixels: int = 50_000_000
+    max_decode_chunk: int = 32
     max_video_s: float = 3600.0
     threads: int | None = None
 
@@ -63,9 +65,11 @@ class ControlNeXtConfig:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that cannot be."""
-        if min(self.control_batch_frames, self.decode_batch_frames, self.max_image_pixels) < 1 or self.max_video_s <= 0:
+        counts = (self.control_batch_frames, self.decode_batch_frames, self.max_decode_chunk, self.max_image_pixels)
+        if min(counts) < 1 or self.max_video_s <= 0:
             raise ValueError(
-                "control_batch_frames, decode_batch_frames and max_image_pixels are at least 1, max_video_s is above 0"
+                "control_batch_frames, decode_batch_frames, max_decode_chunk and max_image_pixels are at least 1, "
+                "max_video_s is above 0"
             )
         if self.control_cache_bytes < 0:
             raise ValueError("control_cache_bytes is at least 0")

@@ -36,7 +36,7 @@ class Decode:
 
     def frames(self, latents: ControlNeXtLatents) -> Frames:
         """Batches of whole chunks, (n, H, W, 3) uint8 RGB. Raises `GenerationFailed` on values that fp32 cannot mend."""
-        values = latents.values[0].transpose(0, 1) / self.vae.config.scaling_factor  # (N, 4, h, w)
+        values = latents.values[0].transpose(0, 1)  # (N, 4, h, w)
         for batch, chunk in self._batches(values, latents.decode_chunk_size):
             with torch.inference_mode():
                 frames = to_levels(self._pixels(batch, chunk))
@@ -72,7 +72,7 @@ class Decode:
 
     def _pixels(self, batch: Tensor, chunk: int) -> Tensor:
         """(n, 3, H, W), about [-1, 1]: the batch at once, or chunk by chunk if the device has not the memory."""
-        batch = batch.to(self.config.device)
+        batch = batch.to(self.config.device) / self.vae.config.scaling_factor
         try:
             return self._decoded(batch, chunk)
         except torch.OutOfMemoryError:

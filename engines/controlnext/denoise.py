@@ -18,9 +18,10 @@ from engines.controlnext.control_net import Prefix
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.unet import Control
 from engines.controlnext.windows import Window, times_counted, windows
-from engines.errors import Cancelled, GenerationFailed
+from engines.errors import GenerationFailed
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
 from engines.spec import Checkpoint, ShouldStop
+from engines.stopping import check
 from engines.weights import torch_dtype
 
 
@@ -53,15 +54,17 @@ class Denoise:
         """
         run = _Run(self, conditioning, should_stop or (lambda: False))
         start = resume or self._start(conditioning)
+        if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
+            raise ValueError("the checkpoint is another request's")
         x = start.latents[0].transpose(0, 1).to(self.config.device)  # (N, 4, h, w)
         for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
             if i < start.step:
                 continue
             x = euler_step(x, run.predict(x, i), sigma, sigma_next)
+            if not x.isfinite().all():
+                raise GenerationFailed
             if on_step is not None:
                 on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
-        if not x.isfinite().all():
-            raise GenerationFailed
         return ControlNeXtLatents(_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
 
     def _start(self, conditioning: ControlNeXtConditioning) -> Checkpoint:
@@ -92,7 +95,7 @@ class _Run:
         self.conditional = stage.unet.guidance_half(latent, embedding)
         self.unconditional = stage.unet.guidance_half(torch.zeros_like(latent), torch.zeros_like(embedding))
         # a scale of 0 adds nothing, so the control net need not run
-        self.maps = ControlMaps(stage, conditioning.poses, times, self._check_stop) if self.control_scale else None
+        self.maps = ControlMaps(stage, conditioning.poses, times, should_stop) if self.control_scale else None
 
     def predict(self, x: Tensor, i: int) -> Tensor:
         """The guided velocity at step i, averaged over the windows. x: (N, 4, h, w)."""
@@ -107,24 +110,20 @@ class _Run:
     def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:
         """The velocity of one window. At guidance 1 the unconditional half has no part in it (5h)."""
         control = None if maps is None else Control(maps[window.control_frames], self.control_scale)
-        self._check_stop()
+        check(self.should_stop)
         conditional = self.stage.unet(latents, self.conditional, self.time[i], control).to(self.stage.state_dtype)
         if self.guidance_scale == 1:
             return conditional
-        self._check_stop()
+        check(self.should_stop)
         unconditional = self.stage.unet(latents, self.unconditional, self.time[i]).to(self.stage.state_dtype)
         return guide(unconditional, conditional, self.guidance_scale)
-
-    def _check_stop(self) -> None:
-        if self.should_stop():
-            raise Cancelled
 
 
 class ControlMaps:
     """The control of every frame at one step: once a frame, not once a window, and for the conditional half alone (5b)."""
 
-    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], check_stop: Callable[[], None]):
-        self.net, self.check_stop = stage.control_net, check_stop
+    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop):
+        self.net, self.should_stop = stage.control_net, should_stop
         self.device, self.dtype = stage.config.device, stage.dtype
         self.poses = poses.split(stage.config.control_batch_frames)
         self.time = self.net.time_embeddings(times)
@@ -137,7 +136,7 @@ class ControlMaps:
         """(N, C, h, w), normalised and pooled."""
         maps = []
         for k in range(len(self.poses)):
-            self.check_stop()
+            check(self.should_stop)
             maps.append(self.net.finish(self._prefix(k), self.time[i : i + 1], self.size))
         return torch.cat(maps)
 
@@ -154,4 +153,4 @@ class ControlMaps:
 
 def _as_clip(x: Tensor) -> Tensor:
     """(N, 4, h, w) -> (1, 4, N, h, w), on the host."""
-    return x.transpose(0, 1)[None].cpu().clone()
+    return x.transpose(0, 1)[None].to("cpu", copy=True)

@@ -8,7 +8,8 @@ The blend factors are constants of the weights (5g) and are folded into the temp
 Numbers refer to `video-models.md` section 5; the net is Stable Video Diffusion, arXiv 2311.15127, appendix D.
 
 Letters: F frames of one clip, C channels, L = H W tokens. Images are (F, C, H, W) in channels-last memory, so that reading
-them as tokens (F, L, C), or as one image of F rows and L columns (1, C, F, L), moves no data.
+them as tokens (F, L, C), or as one image of F rows and L columns (1, C, F, L), moves no data (on a
+CPU; CUDA's GroupNorm gives other strides).
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,7 @@ class VideoReader:
         self.packets = 0
         self._closed = False
         self._container = container
-        self._max_pixels = max_pixels
+        self._max_pixels = min(max_pixels, _MAX_BLOCK // 3)  # a frame as RGB must be had in one block
         self._stream = _video_stream(container)
         # Matroska declares one end, of sound and picture together; FFmpeg sometimes copies it to the streams.
         self._declares_streams = container.format.name != "matroska" and self._stream.duration is not None

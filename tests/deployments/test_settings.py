@@ -29,6 +29,7 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
         {"controlnext": {"decode_batch_frames": 0}},
         {"controlnext": {"control_cache_bytes": -1}},
         {"controlnext": {"max_video_s": 0}},
+        {"controlnext": {"max_decode_chunk": 0}},
     ],
 )
 def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):

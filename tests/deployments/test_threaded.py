@@ -1,11 +1,13 @@
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
 from deployments.threaded import InThread, paced
-from engines.errors import GenerationFailed
+from engines.errors import Cancelled, GenerationFailed
 from engines.spec import OnProgress, Progress, ShouldStop
 
 
@@ -41,6 +43,37 @@ async def test_an_error_is_raised_after_the_last_note() -> None:
         async with InThread(fail) as work:
             seen = await notes(work)
     assert seen == ["pose 1/3"]
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+async def test_what_a_failed_or_cancelled_call_held_is_free_at_once(end: str) -> None:
+    class Activations:
+        """Gigabytes of a GPU."""
+
+    held: list[weakref.ref[Activations]] = []
+
+    def work_on(tell: OnProgress, should_stop: ShouldStop) -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        tell(Progress("step", 1, 3))
+        while end == "cancelled" and not should_stop():
+            time.sleep(0.001)
+        raise Cancelled if end == "cancelled" else GenerationFailed
+
+    async def call() -> None:
+        async with InThread(work_on) as work:
+            async for _ in work:
+                if end == "cancelled":
+                    task.cancel()
+                    await asyncio.sleep(10)
+
+    gc.disable()
+    try:
+        task = asyncio.create_task(call())
+        await asyncio.wait([task])
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_cancelled_call_is_stopped_and_waited_for() -> None:

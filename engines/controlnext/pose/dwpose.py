@@ -11,6 +11,9 @@ from engines.controlnext.pose.keypoints import BINS_PER_PIXEL, HEIGHT, POINTS, W
 from engines.controlnext.pose.session import OnnxNet
 from engines.controlnext.pose.skeleton import Pose
 
+MAX_PEOPLE = 20
+"""A picture may hold thousands of faces, and each costs a pass of the pose net."""
+
 
 class DWPose:
     """Both nets, loaded once. Several threads may call it at once.
@@ -32,6 +35,8 @@ class DWPose:
     def __call__(self, frame: NDArray[np.uint8]) -> Pose:
         """The people of one frame, at least one: where nobody is detected the whole frame is taken for a person's box.
 
+        Of a crowd the `MAX_PEOPLE` that are detected best.
+
         frame: (H, W, 3), uint8, RGB, of any size from 2x2; may be a view.
         """
         assert frame.dtype == np.uint8, "frames are 8-bit"
@@ -41,8 +46,7 @@ class DWPose:
         height, width = frame.shape[:2]
         square, scale = detector.letterbox(frame)
         boxes = detector.find_people(self._detector(square)[0], scale)
-        if not len(boxes):
-            boxes = np.array([[0.0, 0.0, width, height]])
+        boxes = boxes[:MAX_PEOPLE] if len(boxes) else np.array([[0.0, 0.0, width, height]])
         points = np.empty((len(boxes), POINTS, 2))
         scores = np.empty((len(boxes), POINTS))
         for i, box in enumerate(boxes):  # one by one, so that a person's bits do not depend on who else is there

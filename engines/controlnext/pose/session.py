@@ -1,5 +1,6 @@
 """An ONNX file as a function of one array, checked to have the shapes its user relies on when it is loaded."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.errors import WeightsError
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -33,6 +36,11 @@ class OnnxNet:
             self._session = ort.InferenceSession(os.fspath(path), options, providers=_providers(device))
         except Exception as exc:  # ONNX Runtime's errors share no base class of their own
             raise WeightsError(f"{path} cannot be loaded as an ONNX model: {exc}") from exc
+        if device.startswith("cuda") and "CUDAExecutionProvider" not in self._session.get_providers():
+            logger.warning(
+                "pose net on the CPU: ONNX Runtime has no CUDA here; onnxruntime-gpu brings it",
+                extra={"action": "pose_on_cpu", "model": path.name},
+            )
         self._path, self._gives = path, list(gives)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self._check("inputs", [(node.type, node.shape) for node in inputs], [takes])

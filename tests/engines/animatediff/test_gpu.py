@@ -26,7 +26,6 @@ def on_cuda(pipeline: Pipeline) -> Pipeline:
 
 
 def test_cuda_in_fp32_gives_the_latents_of_the_cpu(pipeline: Pipeline, on_cuda: Pipeline):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     assert (on_cuda.latents(SPEC).values - pipeline.latents(SPEC).values).abs().max() <= 1e-3
 
 

@@ -7,8 +7,7 @@ and float64; only the sinusoids of times, ids and frame positions are float32 al
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -312,43 +311,6 @@ def decode(vae: AutoencoderKLTemporalDecoder, latents: Tensor, chunk: int) -> Te
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 
-# Tiny nets, section 8B
-
-
-def tiny_unet(width: int = 32, *, seed: int = 1) -> UNetSpatioTemporalConditionModel:
-    """Two levels, `width` and 64 channels, multiples of 32; the context has 32. Latents are of even size."""
-    with _seeded(seed):
-        net = UNetSpatioTemporalConditionModel(
-            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            block_out_channels=(width, 64),
-            layers_per_block=1,
-            num_attention_heads=(width // 16, 4),
-            cross_attention_dim=32,
-            addition_time_embed_dim=32,
-            projection_class_embeddings_input_dim=96,
-        )
-    return stirred(net, seed=seed)
-
-
-def tiny_control(width: int = 32, *, seed: int = 2) -> ReferenceControlNet:
-    """`width` channels out, to be the UNet's; the published groups on narrower levels. Images of 16 pixels or more."""
-    with _seeded(seed):
-        net = ReferenceControlNet(
-            stem_channels=(8, 8, 16), level_channels=(16, 32), out_channels=width, time_channels=16, time_embed_dim=32
-        )
-    return stirred(net, seed=seed)
-
-
-def tiny_vae(*, seed: int = 3) -> AutoencoderKLTemporalDecoder:
-    """Four levels of 32 channels: an eighth of the size, as the real one."""
-    with _seeded(seed):
-        net = AutoencoderKLTemporalDecoder(
-            block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1
-        )
-    return stirred(net, seed=seed)
-
-
 @torch.no_grad()
 def stirred(net: Net, *, seed: int) -> Net:
     """`net` itself, frozen, with noise on all that was built constant: zero biases, unit norms, equal blend factors.
@@ -360,11 +322,3 @@ def stirred(net: Net, *, seed: int) -> Net:
         if parameter.min() == parameter.max():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return net.eval().requires_grad_(False)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Weights from `seed`, whatever was drawn before, and the global generator left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

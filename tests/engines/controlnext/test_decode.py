@@ -110,11 +110,12 @@ def test_a_batch_that_does_not_fit_into_memory_is_decoded_chunk_by_chunk(decode:
 
 
 def test_2000_frames_take_no_more_memory_than_240(controlnext_weights: ControlNeXtWeights):
+    """98 MB of frames of 128x128 pixels, were they held; `make bench` does the same with the VAE."""
     folder = controlnext_weights.control.folder
     assert folder is not None
 
     def peak_bytes(num_frames: int) -> int:
-        command = [sys.executable, "-m", "tests.engines.controlnext.peak_memory", str(folder.parent), str(num_frames)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [sys.executable, "-m", "tests.engines.controlnext.peak_memory", str(folder.parent), str(num_frames), "16"]
+        return int(subprocess.run([*command, "--cheap"], check=True, capture_output=True, text=True).stdout)
 
     assert peak_bytes(2000) <= 1.05 * peak_bytes(240)

@@ -1,4 +1,7 @@
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -6,11 +9,13 @@ import pytest
 import torch
 
 from engines.controlnext.config import ControlNeXtWeights
-from engines.controlnext.denoise import Denoise
+from engines.controlnext.denoise import ControlMaps, Denoise
 from engines.errors import Cancelled, GenerationFailed
 from engines.source import DType
 from engines.spec import Checkpoint
 from tests.engines.controlnext.conftest import conditioning
+
+IDS = (6.0, 127.0, 0.02)
 
 
 def test_the_same_request_gives_the_same_bits_in_another_process_life(denoise: Denoise):
@@ -34,6 +39,36 @@ def test_how_many_frames_share_a_control_call_does_not_matter(denoise: Denoise):
     asked = conditioning(10)
     one_by_one = Denoise(replace(denoise.config, control_batch_frames=1, control_cache_bytes=0))
     assert (one_by_one.sample(asked).values - denoise.sample(asked).values).abs().max() <= 1e-4
+
+
+def test_another_requests_checkpoint_is_refused(denoise: Denoise):
+    checkpoints: list[Checkpoint] = []
+    denoise.sample(conditioning(4), on_step=checkpoints.append)
+    for other in (conditioning(5), conditioning(4, num_inference_steps=2)):
+        with pytest.raises(ValueError, match="another request's"):
+            denoise.sample(other, resume=checkpoints[0])
+
+
+@pytest.mark.parametrize("end", ["done", "cancelled", "failed"])
+def test_the_memory_of_a_request_is_free_when_it_ends(denoise: Denoise, monkeypatch: pytest.MonkeyPatch, end: str):
+    made: list[weakref.ref[ControlMaps]] = []
+
+    class Watched(ControlMaps):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("engines.controlnext.denoise.ControlMaps", Watched)
+    asked = conditioning(4)
+    if end == "failed":
+        asked = replace(asked, image_latent=torch.full_like(asked.image_latent, torch.nan))
+    gc.disable()  # gigabytes of a GPU cannot wait for it
+    try:
+        with suppress(Cancelled, GenerationFailed):
+            denoise.sample(asked, should_stop=lambda: end == "cancelled" and len(made) > 0)
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
 
 
 def count_calls(denoise: Denoise) -> tuple[list[str], Callable[[], None]]:
@@ -61,10 +96,12 @@ def test_at_a_control_scale_of_0_the_control_net_does_not_run(denoise: Denoise):
     assert set(calls) == {"unet"}
 
 
-def test_latents_that_are_not_finite_are_an_error(denoise: Denoise):
+def test_latents_that_are_not_finite_are_an_error_at_once(denoise: Denoise):
     asked = conditioning(4)
+    steps: list[Checkpoint] = []
     with pytest.raises(GenerationFailed):
-        denoise.sample(replace(asked, image_latent=torch.full_like(asked.image_latent, torch.nan)))
+        denoise.sample(replace(asked, image_latent=torch.full_like(asked.image_latent, torch.nan)), on_step=steps.append)
+    assert not steps
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -76,3 +113,16 @@ def test_half_precision_gives_about_the_same_video(controlnext_weights: ControlN
     assert ours.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([ours.flatten(), full.flatten()]))[0, 1]
     assert correlation > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_half_precision_the_ids_are_embedded_in_fp32(denoise: Denoise, dtype: DType):
+    """0.02 is 0.02002 in bf16."""
+    half = Denoise(replace(denoise.config, dtype=dtype))
+    for biases in zip(half.unet.time_biases([0.7], IDS)[0], denoise.unet.time_biases([0.7], IDS)[0], strict=True):
+        assert (biases[0].float() - biases[1]).abs().max() < 0.03
+    seen: list[torch.Tensor] = []
+    hook = half.unet.ids_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    half.unet.time_biases([0.7], IDS)
+    hook.remove()
+    assert torch.equal(seen[0], torch.tensor(IDS))

@@ -43,7 +43,6 @@ def on_cuda(weights: ControlNeXtWeights, dtype: DType) -> Pipeline:
 def test_cuda_in_fp32_gives_the_latents_of_the_cpu_and_the_same_bits_twice(
     on_cpu: Pipeline, controlnext_weights: ControlNeXtWeights, spec: ControlNeXtSpec
 ):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline = on_cuda(controlnext_weights, "float32")
     latents = pipeline.latents(spec).values
     assert (latents - on_cpu.latents(spec).values).abs().max() <= 1e-3

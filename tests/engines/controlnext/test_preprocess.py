@@ -22,11 +22,13 @@ from engines.errors import (
     PersonNotFound,
     UnsupportedImageFormat,
     UnsupportedVideoFormat,
+    ValueTooLarge,
     VideoLoadError,
     VideoTooLong,
 )
 from engines.media.video import encode_h264
 from engines.sampling import seeded_generator
+from engines.source import DType
 from engines.spec import Progress
 from tests.engines.controlnext import reference
 from tests.engines.controlnext.media import huge_png
@@ -44,7 +46,7 @@ def preprocess(controlnext_weights: ControlNeXtWeights) -> Preprocess:
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
     (folder / "image.png").write_bytes(puppet_image(HEIGHT, WIDTH))
-    write_puppet_clip(folder / "clip.mp4", CLIP_FRAMES, 256, 256, 14)
+    write_puppet_clip(folder / "clip.mp4", CLIP_FRAMES, 256, 320, 14)  # of another aspect than the output
     return folder
 
 
@@ -74,14 +76,20 @@ def test_the_number_of_frames_is_capped_with_the_references_own_in_it(
 
 
 def test_the_driving_skeletons_are_moved_onto_the_references_body(preprocess: Preprocess, spec: ControlNeXtSpec):
-    def extent(pose: torch.Tensor) -> tuple[float, float]:
-        rows = pose.amax(dim=(0, 2)).nonzero()
-        return rows.min().item() / HEIGHT, rows.max().item() / HEIGHT
+    def extent(pose: torch.Tensor, dim: int) -> tuple[int, int]:
+        used = pose.amax(dim=(0, dim)).nonzero()
+        return int(used.min()), int(used.max())
 
-    (own_top, own_bottom), *driven = map(extent, preprocess.encode(spec).poses)
-    for top, bottom in driven:  # the clip's puppet is an eighth larger in its frame, which is square
-        assert abs(top - own_top) < 0.08
-        assert abs(bottom - own_bottom) < 0.08
+    own, *driven = preprocess.encode(spec).poses
+    (own_top, own_bottom), (own_left, own_right) = extent(own, 2), extent(own, 1)
+    for pose in driven:  # the clip's puppet is an eighth larger in its frame, which is wide where the output is tall
+        (top, bottom), (left, right) = extent(pose, 2), extent(pose, 1)
+        assert abs(top - own_top) < 0.08 * HEIGHT
+        assert abs(bottom - own_bottom) < 0.08 * HEIGHT
+        assert abs((left + right) - (own_left + own_right)) / 2 < 0.1 * WIDTH
+    # the figure keeps its proportions in pixels, whatever the frame's aspect: arms out, it is about as wide as the reference's
+    widest = max(extent(pose, 1)[1] - extent(pose, 1)[0] for pose in driven)
+    assert 0.8 < widest / (own_right - own_left) < 1.25
 
 
 def test_the_image_is_seen_as_the_reference_sees_it(preprocess: Preprocess, spec: ControlNeXtSpec):
@@ -121,12 +129,29 @@ def test_the_same_seed_gives_the_same_tensors(preprocess: Preprocess, spec: Cont
 
 
 def test_a_video_of_drawn_poses_is_taken_as_it_is(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
-    shades = np.stack([np.full((64, 96, 3), 40 * i, np.uint8) for i in range(1, 6)])
+    shades = np.zeros((5, 64, 96, 3), np.uint8)
+    shades[..., 0] = np.arange(40, 240, 40)[:, None, None]  # red
     (tmp_path / "poses.mp4").write_bytes(encode_h264(iter([shades]), 64, 96, 10)[0])
     given = preprocess.encode(replace(spec, video=tmp_path / "poses.mp4", video_is_pose=True, sample_stride=1))
     assert given.poses.shape == (6, 3, HEIGHT, WIDTH)
-    levels = given.poses[1:].float().mean(dim=(1, 2, 3))
-    assert (levels - torch.tensor([40.0, 80, 120, 160, 200])).abs().max() < 4
+    levels = given.poses[1:].float().mean(dim=(2, 3))  # (5, 3)
+    expected = torch.stack([torch.arange(40.0, 240, 40), torch.zeros(5), torch.zeros(5)], dim=1)
+    assert (levels - expected).abs().max() < 6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_half_precision_the_image_is_still_encoded_in_fp32(preprocess: Preprocess, spec: ControlNeXtSpec, dtype: DType):
+    half = Preprocess(replace(preprocess.config, dtype=dtype)).encode(replace(spec, max_frame_num=2))
+    full = preprocess.encode(replace(spec, max_frame_num=2))
+    assert torch.equal(half.image_latent, full.image_latent)
+    assert half.image_embedding.dtype == torch.float32
+    assert 0 < (half.image_embedding - full.image_embedding).abs().max() < 0.1
+
+
+def test_more_frames_decoded_together_than_the_service_allows_are_refused(preprocess: Preprocess, spec: ControlNeXtSpec):
+    small = Preprocess(replace(preprocess.config, max_decode_chunk=4))
+    assert len(small.encode(replace(spec, decode_chunk_size=4, max_frame_num=2)).poses) == 2
+    refusal(small, replace(spec, decode_chunk_size=5), ValueTooLarge, "decode_chunk_size")
 
 
 def test_progress_is_told_frame_by_frame(preprocess: Preprocess, spec: ControlNeXtSpec):

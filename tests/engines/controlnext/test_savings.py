@@ -69,7 +69,7 @@ def test_5a_of_the_unconditional_half_only_the_output_bias_is_left(precise: Deno
 
 def test_5b_maps_are_computed_once_a_frame_and_serve_every_window(precise: Denoise, nets: tuple[Any, Any]):
     asked = conditioning(11)
-    maps = ControlMaps(precise, asked.poses, [TIME], lambda: None).at_step(0)
+    maps = ControlMaps(precise, asked.poses, [TIME], lambda: False).at_step(0)
     features = randn(4, 32, 4, 3)
     for frames in ([0, 1, 2, 3], [0, 5, 6, 7], [0, 8, 9, 10]):
         recomputed = nets[1](asked.poses[frames].double() / 255, torch.tensor(TIME))
@@ -94,8 +94,8 @@ def test_5c_one_step_of_the_average_is_the_average_of_steps():
 @pytest.mark.parametrize("kept_batches", [0, 1, 2])
 def test_5d_the_prefix_does_not_depend_on_the_step_and_is_kept_within_its_budget(precise: Denoise, kept_batches: int):
     asked, times = conditioning(11), [1.6, TIME]  # 11 frames are batches of 8 and 3
-    fresh = [ControlMaps(precise, asked.poses, times, lambda: None).at_step(i) for i in range(2)]
-    maps = ControlMaps(precise, asked.poses, times, lambda: None)
+    fresh = [ControlMaps(precise, asked.poses, times, lambda: False).at_step(i) for i in range(2)]
+    maps = ControlMaps(precise, asked.poses, times, lambda: False)
     batch_bytes = precise.control_net.prefix(asked.poses[:8].double() / 255).size_bytes
     maps.spare_bytes = kept_batches * batch_bytes
     calls: list[int] = []

@@ -7,7 +7,7 @@ from engines.controlnext.demo_pose import DRIVER, REFERENCE, puppet_frame
 from engines.controlnext.pose import detector
 from engines.controlnext.pose.align import fit
 from engines.controlnext.pose.draw import draw
-from engines.controlnext.pose.dwpose import DWPose
+from engines.controlnext.pose.dwpose import MAX_PEOPLE, DWPose
 from engines.controlnext.pose.skeleton import ALIGNED
 
 
@@ -34,6 +34,12 @@ def test_two_boxes_are_two_people(dwpose: DWPose, monkeypatch: pytest.MonkeyPatc
     pose = dwpose(frame)
     assert pose.persons == 2
     assert pose.body[0, :, 0].max() < 0.5 < pose.body[1, :, 0].min()
+
+
+def test_of_a_crowd_the_best_are_taken(dwpose: DWPose, monkeypatch: pytest.MonkeyPatch):
+    boxes = np.array([(float(i), 0, i + 50, 60) for i in range(MAX_PEOPLE + 30)])
+    monkeypatch.setattr(detector, "find_people", lambda cells, scale: boxes)
+    assert dwpose(puppet_frame(DRIVER, 0.2, 64, 128)).persons == MAX_PEOPLE
 
 
 def test_threads_share_the_nets(dwpose: DWPose):
