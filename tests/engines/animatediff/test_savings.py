@@ -15,8 +15,8 @@ from engines.animatediff.spec import AnimateDiffSpec, ControlType
 from engines.pipeline import Pipeline
 from engines.weights import fold_lora
 from tests.engines.animatediff.media import keyframes
+from tests.engines.rounding import assert_rounding, randn
 
-ROUNDING = 1e-11
 FRAMES = 16
 TIMESTEPS = (999, 759, 499, 259)
 
@@ -30,15 +30,6 @@ def config(demo_weights: AnimateDiffWeights) -> AnimateDiffConfig:
 def _no_grad():
     with torch.inference_mode():
         yield
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_rounding(a: Tensor, b: Tensor):
-    assert a.std() > 1e-3, "a comparison of nothing proves nothing"
-    assert (a - b).abs().max() <= ROUNDING
 
 
 def full_condition(values: Tensor, frames: tuple[int, ...]) -> tuple[Tensor, Tensor]:

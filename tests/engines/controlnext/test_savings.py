@@ -15,8 +15,8 @@ from engines.controlnext.unet import Control, inject
 from engines.sampling import euler_step
 from tests.engines.controlnext import reference
 from tests.engines.controlnext.conftest import conditioning, reference_nets
+from tests.engines.rounding import assert_rounding, randn
 
-ROUNDING = 1e-11
 TIME, IDS = 0.37, (6.0, 127.0, 0.02)
 
 
@@ -29,15 +29,6 @@ def nets(controlnext_weights: ControlNeXtWeights) -> tuple[Any, Any]:
 def _no_grad():
     with torch.inference_mode():
         yield
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_rounding(a: Tensor, b: Tensor):
-    assert a.std() > 1e-3, "a comparison of nothing proves nothing"
-    assert (a - b).abs().max() <= ROUNDING
 
 
 def time_embedding(unet: Any) -> Tensor:
