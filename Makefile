@@ -8,7 +8,7 @@ export REELRAY_HOME ?= $(CURDIR)/.reelray
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ bench: install ## measure both models against diffusers and the service against 
 	$(BIN)/python -m tests.load.bench_pipeline
 	$(BIN)/python -m tests.load.bench_controlnext
 	$(BIN)/python -m tests.load.bench_service
+
+.PHONY: bench-queue
+bench-queue: install ## measure submits, claims and status reads with 1,000 and 1,000,000 jobs waiting
+	$(BIN)/python -m tests.load.bench_queue
 
 .PHONY: clean
 clean: ## remove the environment

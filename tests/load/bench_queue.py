@@ -1,0 +1,249 @@
+"""The queue under load: submits, claims and status reads a second, with 1,000 and with 1,000,000 jobs waiting.
+
+Each kind of hosting answers first a constant and then the real thing, asked by the same client over the same connections, so
+that their quotient is what the queue costs. The client, the host and PostgreSQL share the machine. Hosting: `reelray
+gateway`'s uvicorn with one worker, Serve's own proxy, and Serve with HAProxy. Claims are the store's, without HTTP, by eight
+tasks at once. Times are of whole requests in ms.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
+
+import asyncpg
+import httpx
+import yaml
+
+from deployments.jobs.postgres import database_url
+from deployments.jobs.store import JobStore
+from deployments.settings import CONFIG_VARIABLE, Settings
+from tests.conftest import embedded
+from tests.e2e.service import REELRAY, free_port
+from tests.load.report import Report, percentile, table
+
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+BODY = json.dumps({"prompt": "a red ball", "seed": 1}).encode()
+CONNECTIONS = 16
+CLAIMERS = 8
+READY_S = 120.0
+HOSTS = ("uvicorn", "Serve", "Serve with HAProxy")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """per_s: answers a second. p50, p99: in seconds."""
+
+    per_s: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, latencies: Sequence[float], seconds: float) -> "Rate":
+        return cls(len(latencies) / seconds, percentile(latencies, 50), percentile(latencies, 99))
+
+
+async def ask(port: int, requests: Callable[[], bytes], seconds: float) -> Rate:
+    """`CONNECTIONS` callers, each asking again as soon as it is answered. requests: the bytes of the next one."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def call() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while (began := time.perf_counter()) < end:
+            writer.write(requests())
+            try:
+                await answer(reader)
+            except (asyncio.IncompleteReadError, ConnectionError):  # hung up between two requests, as servers may
+                writer.close()
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                continue
+            latencies.append(time.perf_counter() - began)
+        writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(call() for _ in range(CONNECTIONS)))
+    return Rate.of(latencies, time.perf_counter() - began)
+
+
+async def answer(reader: asyncio.StreamReader) -> None:
+    """Reads one whole answer. Raises `AssertionError` for any but a success."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    fields = dict(line.split(b": ", 1) for line in head.lower().split(b"\r\n")[1:] if line)
+    await reader.readexactly(int(fields[b"content-length"]))
+    assert head[9:12] in (b"200", b"202"), head
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
+
+
+def post(path: str) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(BODY)}\r\n\r\n"
+    return head.encode() + BODY
+
+
+async def claims(settings: Settings, seconds: float) -> Rate:
+    """Claims a second; nothing is done with the jobs, and they go back at the end."""
+    store = await JobStore.open(database_url(settings), max_connections=CLAIMERS)
+    latencies: list[float] = []
+    taken = []
+    end = time.perf_counter() + seconds
+
+    async def claim() -> None:
+        while (began := time.perf_counter()) < end:
+            taken.append(await store.claim([ENDPOINT], 600))
+            latencies.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    try:
+        await asyncio.gather(*(claim() for _ in range(CLAIMERS)))
+        rate = Rate.of(latencies, time.perf_counter() - began)
+        for job in taken:
+            if job is not None:
+                await store.requeue(job, "only counted", counted=False)
+    finally:
+        await store.close()
+    return rate
+
+
+async def fill(settings: Settings, waiting: int) -> None:
+    """Queues up to `waiting` jobs. Without triggers: their event rows are not what is measured."""
+    sql = await asyncpg.connect(database_url(settings))
+    try:
+        there: int = await sql.fetchval("SELECT count(*) FROM jobs WHERE state = 'queued'")
+        await sql.execute("ALTER TABLE jobs DISABLE TRIGGER USER")
+        await sql.execute(
+            "INSERT INTO jobs (id, endpoint, owner, priority, input, max_attempts, state, turn) "
+            "SELECT gen_random_uuid(), $1, NULL, 0, $2::json, 10, 'queued', n "
+            "FROM generate_series($3::bigint, $4::bigint) AS n",
+            *(ENDPOINT, BODY.decode(), there + 1, waiting),
+            timeout=600,
+        )
+        await sql.execute("ALTER TABLE jobs ENABLE TRIGGER USER")
+        await sql.execute("VACUUM ANALYZE jobs", timeout=600)
+    finally:
+        await sql.close()
+
+
+async def some_waiting(settings: Settings, count: int = 1000) -> list[UUID]:
+    """Jobs from all over the line."""
+    sql = await asyncpg.connect(database_url(settings))
+    try:
+        rows = await sql.fetch("SELECT id FROM jobs WHERE state = 'queued' ORDER BY md5(id::text) LIMIT $1", count, timeout=600)
+    finally:
+        await sql.close()
+    return [row["id"] for row in rows]
+
+
+@contextmanager
+def hosted(host: str, settings: Settings) -> Iterator[int]:
+    """The port of the app, hosted so, once it answers."""
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        config, port = Path(folder) / "serve_config.yaml", free_port()
+        application = {
+            "name": "reelray",
+            "route_prefix": "/",
+            "import_path": "tests.load.constant:build",
+            "logging_config": {"enable_access_log": False},
+            "args": {"home": str(settings.home)},
+            "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
+        }
+        options = {"host": "127.0.0.1", "port": port}
+        config.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": options, "applications": [application]}))
+        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
+        if host == "uvicorn":
+            command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.constant:app", "--port", str(port)]
+            command += ["--log-level", "warning", "--no-access-log"]
+        else:
+            command = [str(REELRAY), "serve", "--config", str(config), "--port", str(port)]
+        if host == "Serve with HAProxy":
+            environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            try:
+                wait_for(port, process, log)
+                yield port
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait(60)
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/constant").status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 1_000_000])
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    asked = parser.parse_args()
+    report = Report("queue", "The queue under load")
+    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report.add(
+        "Ratios are to the constant under uvicorn, of the same method. Targets: status reads at least 0.5, submits at least "
+        "0.3, hosted in Serve with HAProxy at least 0.15; from 1,000 to 1,000,000 waiting no more than 1.5 times the time."
+    )
+    with embedded() as settings:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        asyncio.run(migrated(settings))
+        shown = table(
+            f"{asked.seconds:g} s each, {CONNECTIONS} connections", "what", "a second", "of uvicorn's constant", "p50", "p99"
+        )
+        reference: dict[str, float] = {}
+        for waiting in asked.waiting:
+            asyncio.run(fill(settings, waiting))
+            ids = [str(each) for each in asyncio.run(some_waiting(settings))]
+            for host in HOSTS:
+                with hosted(host, settings) as port, report.console.status(f"{waiting:,} waiting, {host}"):
+                    measure(shown, reference, f"{waiting:,} waiting, {host}", port, ids, asked.seconds)
+            rate = asyncio.run(claims(settings, asked.seconds))
+            shown.add_row(f"{waiting:,} waiting, claims (no HTTP)", f"{rate.per_s:.0f}", "", *times(rate))
+        report.add(shown)
+    report.save()
+
+
+def measure(shown, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
+    turn = iter(range(1 << 62))
+    kinds: dict[str, tuple[str, Callable[[], bytes]]] = {
+        "constant, GET": ("GET", lambda: get("/constant")),
+        "status": ("GET", lambda: get(f"/queue/{ENDPOINT}/requests/{ids[next(turn) % len(ids)]}/status?logs=1")),
+        "constant, POST": ("POST", lambda: post("/constant")),
+        "submit": ("POST", lambda: post(f"/queue/{ENDPOINT}")),
+    }
+    for kind, (method, requests) in kinds.items():
+        asyncio.run(ask(port, requests, 1.0))  # warms up
+        rate = asyncio.run(ask(port, requests, seconds))
+        base = reference.setdefault(method, rate.per_s)  # uvicorn's constant is the first of its method
+        shown.add_row(f"{label}: {kind}", f"{rate.per_s:.0f}", f"{rate.per_s / base:.2f}", *times(rate))
+
+
+def times(rate: Rate) -> tuple[str, str]:
+    return f"{rate.p50 * 1000:.1f}", f"{rate.p99 * 1000:.1f}"
+
+
+async def migrated(settings: Settings) -> None:
+    await (await JobStore.open(database_url(settings))).close()
+
+
+if __name__ == "__main__":
+    main()
