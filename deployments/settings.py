@@ -37,12 +37,13 @@ class QueueSettings(_Strict):
     lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
     of a killed service starts again. max_attempts: claims of one job before it fails as `runner_disconnected`.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded.
+    decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds.
     """
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
     max_in_flight: int = Field(3, ge=1)
+    idempotency_s: float = Field(86_400.0, gt=0)
 
 
 class Settings(_Strict):

@@ -3,15 +3,20 @@
 Options that promise nothing here are accepted and have no effect: runner hints, storage preferences, fallbacks.
 """
 
+import hashlib
+import json
+import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 
 import httpx
 
-from deployments.jobs.job import NewJob
+from deployments.jobs.job import Idempotency, NewJob
 from engines.errors import BadRequest
 
 PRIORITIES = {"normal": 0, "low": 1}
 MAX_START_TIMEOUT_S = 365 * 86_400.0
+MAX_KEY_CHARS = 255
 
 
 def new_job(endpoint: str, owner: str | None, headers: Mapping[str, str], query: Mapping[str, str], max_attempts: int) -> NewJob:
@@ -27,6 +32,22 @@ def new_job(endpoint: str, owner: str | None, headers: Mapping[str, str], query:
     )
 
 
+def idempotency(headers: Mapping[str, str], endpoint: str, body: bytes, keep_s: float) -> Idempotency | None:
+    """What makes this submission repeatable, if its caller asks for that. Check the key with `idempotency_key` before."""
+    key = idempotency_key(headers)
+    return None if key is None else Idempotency(key, _fingerprint(endpoint, body), keep_s)
+
+
+def idempotency_key(headers: Mapping[str, str]) -> str | None:
+    """The caller's key: 1 to 255 printable characters. Raises `BadRequest`."""
+    key = headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_CHARS or any(unicodedata.category(character) == "Cc" for character in key):
+        raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY_CHARS} characters, none of them a control character.")
+    return key
+
+
 def max_queue_length(query: Mapping[str, str]) -> int | None:
     """How many requests may wait before this one. Raises `BadRequest`."""
     value = query.get("fal_max_queue_length")
@@ -40,6 +61,13 @@ def max_queue_length(query: Mapping[str, str]) -> int | None:
 def is_set(flag: str) -> bool:
     """A flag as either client writes it: 1 or 0, true or false."""
     return flag.lower() in ("1", "true", "yes")
+
+
+def _fingerprint(endpoint: str, body: bytes) -> bytes:
+    """Equal for bodies of equal JSON: a caller who writes the request anew need not keep the order of its fields."""
+    with suppress(ValueError, RecursionError):  # what is no JSON is its bytes
+        body = json.dumps(json.loads(body or b"{}"), sort_keys=True).encode()
+    return hashlib.sha256(endpoint.encode() + b"\0" + body).digest()
 
 
 def _priority(value: str) -> int:

@@ -20,6 +20,7 @@
     │   ├── NotFound                    404  not_found
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
+    │   ├── IdempotencyKeyReused        422  idempotency_key_reused
     │   ├── Cancelled                   499  client_cancelled
     │   ├── InternalError               500  internal_error
     │   ├── RunnerFailed                500  runner_server_error
@@ -182,6 +183,14 @@ class QueueFull(RequestError):
 
     type = "queue_full"
     status = 429
+
+
+class IdempotencyKeyReused(RequestError):
+    """The idempotency key was used for another request already."""
+
+    # 422 as in the IETF's draft-ietf-httpapi-idempotency-key-header; neither of fal's clients repeats it
+    type = "idempotency_key_reused"
+    status = 422
 
 
 class Cancelled(RequestError):

@@ -61,6 +61,18 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Idempotency:
+    """Makes a submission repeatable: for `keep_s` seconds its owner's `key` stands for one job.
+
+    fingerprint: of what was submitted; another one under the same key is a mistake of the caller's.
+    """
+
+    key: str
+    fingerprint: bytes
+    keep_s: float = 86_400.0
+
+
+@dataclass(frozen=True)
 class NewJob:
     """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails."""
 
@@ -71,6 +83,7 @@ class NewJob:
     start_timeout_s: float | None = None
     max_attempts: int = 10
     webhook_url: str | None = None
+    idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True)

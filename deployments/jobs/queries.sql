@@ -4,7 +4,20 @@
 -- name: submit
 -- One durable job at the end of its owner's line: its turn follows the owner's last, or is the one being served. Where
 -- nothing waits, running jobs tell the turn, so that one of them that comes back keeps its place. Says nothing if the id is
--- taken: the caller has lost the answer and asks again.
+-- taken: the caller has lost the answer and asks again. Nor if the caller's idempotency key $9 is: a job stands for it already,
+-- see `repeated`. A key is free again when its time is over, or for another body when its own was no valid input ($12).
+WITH kept AS (
+    INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
+    SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
+    WHERE $9::text IS NOT NULL
+    ON CONFLICT (owner, key) DO UPDATE SET
+        fingerprint = excluded.fingerprint,
+        job_id = excluded.job_id,
+        expires_at = excluded.expires_at,
+        rejected = excluded.rejected
+    WHERE taken.expires_at <= now() OR (taken.rejected AND taken.fingerprint <> excluded.fingerprint)
+    RETURNING job_id
+)
 INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, state, turn)
 SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', greatest(
     coalesce(
@@ -15,9 +28,20 @@ SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', 
     (SELECT max(turn) + 1 FROM jobs
      WHERE state = 'queued' AND endpoint = $2 AND priority = $4 AND coalesce(owner, '') = coalesce($3, ''))
 )
+WHERE $9::text IS NULL OR EXISTS (SELECT FROM kept)
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
     priority, turn, number, jobs_ahead(endpoint, priority, turn, number) AS ahead
+
+-- name: repeated
+-- The job that an idempotency key stands for, and whether it was given with the same body.
+SELECT job_id, fingerprint = $3 AS same FROM idempotency_keys WHERE owner = coalesce($1, '') AND key = $2 AND expires_at > now()
+
+-- name: sweep_keys
+-- Forgets idempotency keys whose time is over. One that is just being taken again is not deleted: it is locked.
+DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+))
 
 -- name: submit_failed
 -- Closes a job that was submitted in the same transaction.

@@ -26,7 +26,7 @@ from deployments.jobs.depth import STEP, Depth, Place
 from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
 from deployments.jobs.listener import Changes, Listener
 from deployments.schemas import error_failure
-from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
+from engines.errors import Cancelled, IdempotencyKeyReused, RunnerDisconnected, StartTimeout
 
 RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
@@ -100,28 +100,54 @@ class JobStore:
     # For the door.
 
     async def submit(self, new: NewJob) -> Job:
-        """Queues a job. When this returns, the job survives any crash."""
-        job_id = _new_id()
-        rows = await self._fetch("submit", *_submission(job_id, new))
-        if rows:
-            return await self._job(rows[0])
-        job = await self.get(job_id)  # a first try had been committed, only its answer was lost
-        assert job is not None
-        return job
+        """Queues a job. When this returns, the job survives any crash.
+
+        With an idempotency key that stands for a job already, that one is the answer. Raises `IdempotencyKeyReused` if that
+        was another submission.
+        """
+        while True:
+            job_id = _new_id()
+            rows = await self._fetch("submit", *_submission(job_id, new))
+            if rows:
+                return await self._job(rows[0])
+            if job := await self._submitted(job_id, new):
+                return job
 
     async def submit_failed(self, new: NewJob, failure: Failure) -> Job:
-        """Records a job that has failed before it could begin, so that its webhook tells of it."""
-        job_id = _new_id()
+        """Records a job that has failed before it could begin, so that its webhook tells of it.
 
+        An idempotency key stands for it until the same owner submits another body under it.
+        """
+
+        while True:
+            job_id = _new_id()
+            if job := await self._submitted(await self._submit_failed(job_id, new, failure), new):
+                return job
+
+    async def _submit_failed(self, job_id: UUID, new: NewJob, failure: Failure) -> UUID:
         async def both(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             async with connection.transaction():
-                await connection.fetch(_SQL["submit"], *_submission(job_id, new))
+                await connection.fetch(_SQL["submit"], *_submission(job_id, new, rejected=True))
                 return list(await connection.fetch(_SQL["submit_failed"], job_id, asdict(failure)))
 
         await self._outlast(both)
-        job = await self.get(job_id)
-        assert job is not None
-        return job
+        return job_id
+
+    async def _submitted(self, job_id: UUID, new: NewJob) -> Job | None:
+        """What came of a submission that made no row under this id, or need not have: the job of a first try whose answer was
+        lost, or that of its idempotency key. None: the key came free in between, try again."""
+        return await self.get(job_id) or await self.repeated(new)
+
+    async def repeated(self, new: NewJob) -> Job | None:
+        """The job of an earlier submission that this one repeats. Raises `IdempotencyKeyReused`."""
+        if new.idempotency is None:
+            return None
+        rows = await self._fetch("repeated", new.owner, new.idempotency.key, new.idempotency.fingerprint)
+        if not rows:
+            return None
+        if not rows[0]["same"]:
+            raise IdempotencyKeyReused
+        return await self.get(rows[0]["job_id"])
 
     async def get(self, job_id: UUID) -> Job | None:
         """The job as it stands. Its position is exact to 1,000, beyond that to a thousand and some seconds old."""
@@ -197,6 +223,7 @@ class JobStore:
         """
         expired = await self._fetch("sweep_leases", _lost_attempt_failures())
         overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
+        await self._fetch("sweep_keys")
         return len(expired) + len(overdue)
 
     @asynccontextmanager
@@ -288,7 +315,11 @@ class JobStore:
 
 
 async def migrate(url: str) -> None:
-    """Applies the migrations that this database does not have yet, all or none; who comes at the same time waits."""
+    """Applies the migrations that this database does not have yet, all or none; who comes at the same time waits.
+
+    Each is remembered by its name, not by a number up to which all are: one that was written beside a later one is applied
+    after it where that was there first, so each must do without those that are newer.
+    """
     connection = await asyncpg.connect(url)
     try:
         async with connection.transaction():
@@ -326,9 +357,10 @@ def _new_id() -> UUID:
     return UUID(int=high << 64 | 0b10 << 62 | chance & (1 << 62) - 1)
 
 
-def _submission(job_id: UUID, new: NewJob) -> tuple[object, ...]:
+def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> tuple[object, ...]:
     first = (job_id, new.endpoint, new.owner, new.priority, new.input)
-    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url)
+    once = (new.idempotency.key, new.idempotency.fingerprint, new.idempotency.keep_s) if new.idempotency else (None, None, None)
+    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected)
 
 
 def _failure(error: type[Cancelled] | type[StartTimeout] | type[RunnerDisconnected]) -> dict[str, Any]:
