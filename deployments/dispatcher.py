@@ -1,4 +1,5 @@
-"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here.
+"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here, by the
+table in `jobs/retry.py`.
 
 A claimed job is held by a lease that a keeper renews. Whatever happens to this process, the lease runs out and the job is
 swept back into the queue; whatever this process does late, the attempt's token refuses.
@@ -6,11 +7,13 @@ swept back into the queue; whatever this process does late, the attempt's token 
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
+from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings
@@ -92,14 +95,19 @@ class Dispatcher:
             # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
-            if error.retryable:
-                await self._close(claim, lambda: store.requeue(claim, error.message, counted=True))
-            else:
-                await self._close(claim, lambda: store.fail(claim, error_failure(error), _metrics(seconds)))
+            await self._close(claim, lambda: self._end_attempt(claim, error, seconds))
         else:
             await self._close(claim, lambda: store.succeed(claim, result, _metrics(seconds)))
         finally:
             keeper.cancel()
+
+    async def _end_attempt(self, claim: Claim, error: ModelError | RequestError, seconds: list[float]) -> None:
+        """After an error: another attempt, or the end."""
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
+        if wait_s is None:
+            await self.store.fail(claim, error_failure(error), _metrics(seconds))
+        else:
+            await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
     async def _render(self, claim: Claim, seconds: list[float]) -> dict[str, Any]:
         """The job's output, its file kept. Adds each stage's time to `seconds`."""

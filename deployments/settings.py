@@ -35,7 +35,8 @@ class QueueSettings(_Strict):
     """Leases, retries and how many jobs of an endpoint are worked on at once.
 
     lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
-    of a killed service starts again. max_attempts: claims of one job before it fails as `runner_disconnected`.
+    of a killed service starts again. max_attempts: claims of one job before its last error is its
+    end; which errors are tried again, and when, is said in `jobs/retry.py`.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
     decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds.
     """

@@ -21,7 +21,10 @@ WITH kept AS (
 INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, state, turn)
 SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', greatest(
     coalesce(
-        (SELECT min(turn) FROM jobs WHERE state = 'queued' AND endpoint = $2 AND priority = $4),
+        least(
+            (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
+            (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NOT NULL AND endpoint = $2 AND priority = $4)
+        ),
         (SELECT max(turn) FROM jobs WHERE state = 'running' AND endpoint = $2 AND priority = $4),
         0
     ),
@@ -57,7 +60,7 @@ FROM jobs WHERE id = $1
 -- Every thousandth job in line, from the first: what tells a place beyond where `jobs_ahead` counts.
 SELECT priority, turn, number FROM (
     SELECT priority, turn, number, row_number() OVER (ORDER BY priority, turn, number) AS place
-    FROM jobs WHERE state = 'queued' AND endpoint = $1
+    FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $1
 ) AS line
 WHERE place % 1000 = 1 ORDER BY place
 
@@ -96,7 +99,7 @@ WHERE id = (
     SELECT head.id FROM unnest($1::text[]) AS served (endpoint)
     CROSS JOIN LATERAL (
         SELECT id, priority, number FROM jobs
-        WHERE state = 'queued' AND endpoint = served.endpoint AND (start_by IS NULL OR start_by > now())
+        WHERE state = 'queued' AND not_before IS NULL AND endpoint = served.endpoint AND (start_by IS NULL OR start_by > now())
         ORDER BY priority, turn, number LIMIT 1
         FOR UPDATE SKIP LOCKED
     ) AS head
@@ -133,12 +136,14 @@ WITH closed AS (
 SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = $3
 
 -- name: requeue
--- Gives a job back, to go where a lost attempt goes; $5 holds the failures by state. Answers as `close` does.
+-- Gives a job back, to go where a lost attempt goes, and not to be tried again for $6 seconds; $5 holds the failures by state.
+-- Answers as `close` does.
 WITH returned AS (
     UPDATE jobs SET
         state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
+        not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id
@@ -166,6 +171,15 @@ WITH due AS (
 )
 UPDATE jobs SET state = 'failed', failure = $1, reason = 'start deadline passed' FROM due WHERE jobs.id = due.id
 RETURNING jobs.id
+
+-- name: sweep_delays
+-- Returns jobs that have waited long enough for their next attempt to their places in the order.
+WITH due AS (
+    SELECT id FROM jobs WHERE state = 'queued' AND not_before <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+), returned AS (
+    UPDATE jobs SET not_before = NULL FROM due WHERE jobs.id = due.id RETURNING jobs.id
+)
+SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: create_key
 -- Says nothing if the id is taken, see `submit`.

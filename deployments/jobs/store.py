@@ -207,13 +207,13 @@ class JobStore:
         """Closes the job as its caller asked. Raises `LeaseLost`."""
         await self._close(claim, JobState.CANCELLED, None, _failure(Cancelled), {})
 
-    async def requeue(self, claim: Claim, reason: str, *, counted: bool) -> None:
+    async def requeue(self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0) -> None:
         """Gives the job back, to its old place in the order; cancels it if that was asked for.
 
         counted: the attempt failed, and the last one fails the job; otherwise it does not count (we are shutting down).
-        Raises `LeaseLost`.
+        wait_s: seconds for which it is not tried again. Raises `LeaseLost`.
         """
-        args = (claim.job_id, claim.token, _storable(reason), counted, _lost_attempt_failures())
+        args = (claim.job_id, claim.token, _storable(reason), counted, _lost_attempt_failures(), wait_s)
         _held(await self._fetch("requeue", *args))
 
     async def sweep(self) -> int:
@@ -223,6 +223,7 @@ class JobStore:
         """
         expired = await self._fetch("sweep_leases", _lost_attempt_failures())
         overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
+        await self._fetch("sweep_delays")
         await self._fetch("sweep_keys")
         return len(expired) + len(overdue)
 

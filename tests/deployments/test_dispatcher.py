@@ -1,7 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import pytest
@@ -13,6 +13,7 @@ from deployments.settings import QueueSettings, Settings
 from deployments.stages import Stages
 from deployments.storage import FileStore
 from engines.errors import FileDownloadError, RunnerDisconnected
+from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
 
 QUICK = QueueSettings(lease_s=0.6, max_attempts=3, max_in_flight=2)
@@ -180,18 +181,32 @@ async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(stor
     assert job.attempt > 1, "the lease ran out and the job was done again"
 
 
-async def test_a_file_store_that_is_away_costs_an_attempt_and_not_the_job(store: JobStore, files: FileStore, monkeypatch):
-    put, failures = files.put, iter([OSError("No space left on device")])
-
-    async def full_once(*args: Any) -> Any:
-        if failure := next(failures, None):
-            raise failure
-        return await put(*args)
-
-    monkeypatch.setattr(files, "put", full_once)
-    async with dispatching(store, files, ScriptedStages(nothing)):
-        job = await ended(store, await submit(store))
+async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr(files, "put", _full)
+    stages = ScriptedStages(nothing)
+    async with dispatching(store, files, stages):
+        job_id = await submit(store)
+        await until(store, job_id, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
+        await asyncio.sleep(1.5)  # sweeps come and go
+        assert stages.calls == 1, "no attempt is burnt while the disk stays full"
+        monkeypatch.undo()
+        await execute(database, "UPDATE jobs SET not_before = now()")
+        job = await ended(store, job_id)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr(files, "put", _full)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
+
+
+async def _full(*_: object) -> NoReturn:
+    raise OSError("No space left on device")
 
 
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
