@@ -11,15 +11,16 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
+from deployments.deadlines import Watchdog
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings
-from deployments.stages import Note, Stages
+from deployments.stages import TURN, Note, Stages
 from deployments.storage import FileStore, StoredFile
-from engines.errors import ModelError, RequestError, RunnerFailed, StorageFailed
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Dispatcher:
     async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
             try:
-                if claim := await self.store.claim([endpoint], self.queue.lease_s):
+                if claim := await self.store.claim([endpoint], self.queue.lease_s, self.queue.deadlines_of(endpoint).run_s):
                     return claim
                 await work.changed(IDLE_WAIT_S)
             except StoreAway:
@@ -78,8 +79,9 @@ class Dispatcher:
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
         seconds: list[float] = []  # of work, stage by stage
-        render = asyncio.create_task(self._render(claim, seconds))
-        keeper = asyncio.create_task(self._keep(claim, render))
+        watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
+        render = asyncio.create_task(self._render(claim, seconds, watchdog))
+        keeper = asyncio.create_task(self._keep(claim, render, watchdog))
         store = self.store
         try:
             result = await render
@@ -87,8 +89,12 @@ class Dispatcher:
             if not keeper.done():
                 await self._close(claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False))
                 raise
-            if keeper.result() == "cancelled":
+            reason = keeper.result()
+            if reason == "cancelled":
                 await self._close(claim, lambda: store.cancel(claim))
+            elif reason != "lost":
+                logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
+                await self._close(claim, lambda: self._end_attempt(claim, reason, seconds))
         except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
@@ -101,7 +107,7 @@ class Dispatcher:
         finally:
             keeper.cancel()
 
-    async def _end_attempt(self, claim: Claim, error: ModelError | RequestError, seconds: list[float]) -> None:
+    async def _end_attempt(self, claim: Claim, error: ReelrayError, seconds: list[float]) -> None:
         """After an error: another attempt, or the end."""
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
         if wait_s is None:
@@ -109,19 +115,25 @@ class Dispatcher:
         else:
             await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
-    async def _render(self, claim: Claim, seconds: list[float]) -> dict[str, Any]:
+    async def _render(self, claim: Claim, seconds: list[float], watchdog: Watchdog) -> dict[str, Any]:
         """The job's output, its file kept. Adds each stage's time to `seconds`."""
 
         async def on_note(note: Note) -> None:
-            await self.store.log(claim, note.message, note.level)
+            watchdog.working()
+            if note != TURN:
+                await self.store.log(claim, note.message, note.level)
+
+        def ended(took: float) -> None:
+            watchdog.waiting()
+            seconds.append(took)
 
         stages = self.stages[claim.endpoint]
         conditioning, took = await stages.preprocess(claim.input, on_note)
-        seconds.append(took)
+        ended(took)
         latents, took = await stages.denoise(conditioning, on_note)
-        seconds.append(took)
+        ended(took)
         clip, took = await stages.decode(latents, on_note)
-        seconds.append(took)
+        ended(took)
         file = await self._keep_file(clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
@@ -133,16 +145,18 @@ class Dispatcher:
         except OSError as exc:  # a full disk, a bucket that is away: worth another try
             raise StorageFailed from exc
 
-    async def _keep(self, claim: Claim, render: asyncio.Task[Any]) -> Literal["cancelled", "lost"]:
-        """Renews the lease until the caller cancels or the lease is lost, then stops the work."""
-        reason: Literal["cancelled", "lost"] | None = None
+    async def _keep(
+        self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog
+    ) -> Literal["cancelled", "lost"] | ReelrayError:
+        """Renews the lease until the caller cancels, a deadline passes or the lease is lost, then stops the work."""
+        reason: Literal["cancelled", "lost"] | ReelrayError | None = None
         async with self.store.watch(claim.job_id) as changes:
             while reason is None:
                 try:
                     if await self.store.heartbeat(claim, self.queue.lease_s):
                         reason = "cancelled"
-                    else:
-                        await changes.changed(self.queue.lease_s / 3)
+                    elif (reason := watchdog.overdue()) is None:
+                        await changes.changed(min(self.queue.lease_s / 3, watchdog.due_in_s()))
                 except LeaseLost:
                     reason = "lost"
                 except StoreAway:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from deployments.schemas import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 
@@ -31,6 +32,17 @@ class FetchSettings(_Strict):
     max_redirects: int = Field(5, ge=0)
 
 
+class Deadlines(_Strict):
+    """For one attempt at a job, in seconds.
+
+    run_s: from its claim on, waiting for its stages' turns included; past it the job fails as `generation_timeout`.
+    idle_s: without a step or frame noted by a stage whose turn has come; past it the attempt is stopped and counted.
+    """
+
+    run_s: float = Field(7200.0, gt=0)
+    idle_s: float = Field(600.0, gt=0)
+
+
 class QueueSettings(_Strict):
     """Leases, retries and how many jobs of an endpoint are worked on at once.
 
@@ -39,12 +51,25 @@ class QueueSettings(_Strict):
     end; which errors are tried again, and when, is said in `jobs/retry.py`.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
     decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds.
+    deadlines: by endpoint's id, where the defaults do not do.
     """
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
     max_in_flight: int = Field(3, ge=1)
     idempotency_s: float = Field(86_400.0, gt=0)
+    deadlines: dict[str, Deadlines] = {}
+
+    @field_validator("deadlines")
+    @classmethod
+    def _of_known_endpoints(cls, deadlines: dict[str, Deadlines]) -> dict[str, Deadlines]:
+        if unknown := deadlines.keys() - ENDPOINTS.keys():
+            raise ValueError(f"there are no endpoints {', '.join(sorted(unknown))}")
+        return deadlines
+
+    def deadlines_of(self, endpoint: str) -> Deadlines:
+        """An endpoint's own, or the defaults."""
+        return self.deadlines.get(endpoint, Deadlines())
 
 
 class Settings(_Strict):

@@ -94,6 +94,7 @@ UPDATE jobs SET
     token = $2,
     started_at = now(),
     lease_until = now() + make_interval(secs => $3),
+    run_by = now() + make_interval(secs => $4),
     reason = NULL
 WHERE id = (
     SELECT head.id FROM unnest($1::text[]) AS served (endpoint)
@@ -151,16 +152,21 @@ WITH returned AS (
 SELECT id FROM returned UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = 'queued'
 
 -- name: sweep_leases
--- Takes jobs from workers that fell silent; $1 holds the failures by state. A job that somebody else is just writing is left
--- for the next sweep. The token goes: whatever that worker still has to say comes too late.
+-- Takes jobs from workers that fell silent; $1 holds the failures by state, and as `overran` that of a job which its worker
+-- should have ended. A job that somebody else is just writing is left for the next sweep. The token goes: whatever that worker
+-- still has to say comes too late.
 WITH due AS (
-    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+    SELECT
+        id,
+        run_by <= now() AND NOT cancel_requested AS overran,
+        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true) AS next
+    FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
-    state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true),
-    failure = $1::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true),
+    state = CASE WHEN due.overran THEN 'failed' ELSE due.next END,
+    failure = $1::json -> CASE WHEN due.overran THEN 'overran' ELSE due.next END,
     token = NULL,
-    reason = 'lease expired'
+    reason = CASE WHEN due.overran THEN 'run deadline passed' ELSE 'lease expired' END
 FROM due WHERE jobs.id = due.id
 RETURNING jobs.id
 

@@ -2,6 +2,7 @@
 
     what went wrong      tried again        waits before attempt 2, 3, 4, ... (in seconds, give or take a quarter)
     RunnerDisconnected   max_attempts       0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
+    RunnerStalled        3, max_attempts    as above; each attempt may cost the whole idle deadline
     StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not mended in a second; ten attempts last 20 min
     lost lease           max_attempts       0: the lease itself has been waited for
     all else             never              what the model or we refuse once is refused again
@@ -13,7 +14,7 @@ they are found, by `sweep_leases` in `queries.sql`.
 
 from dataclasses import dataclass
 
-from engines.errors import ReelrayError, RunnerDisconnected, StorageFailed
+from engines.errors import ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
 
 JITTER = 0.25
 """Share by which a wait differs either way, so that jobs that failed together do not come back together."""
@@ -34,6 +35,7 @@ class Policy:
 
 POLICIES: dict[type[ReelrayError], Policy] = {
     RunnerDisconnected: Policy(first_s=0.0, second_s=1.0, longest_s=30.0),
+    RunnerStalled: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, attempts=3),
     StorageFailed: Policy(first_s=5.0, second_s=10.0, longest_s=300.0),
 }
 

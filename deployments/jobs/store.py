@@ -26,7 +26,7 @@ from deployments.jobs.depth import STEP, Depth, Place
 from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
 from deployments.jobs.listener import Changes, Listener
 from deployments.schemas import error_failure
-from engines.errors import Cancelled, IdempotencyKeyReused, RunnerDisconnected, StartTimeout
+from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, ReelrayError, RunnerDisconnected, StartTimeout
 
 RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
@@ -177,12 +177,13 @@ class JobStore:
 
     # For the dispatcher.
 
-    async def claim(self, endpoints: Sequence[str], lease_s: float) -> Claim | None:
+    async def claim(self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None) -> Claim | None:
         """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting.
 
+        run_s: how long the attempt may take; should its worker die, the job is not tried again after that.
         A claim whose answer was lost is swept up when its lease ends; this then takes the job after it.
         """
-        rows = await self._fetch("claim", list(endpoints), uuid4(), lease_s)
+        rows = await self._fetch("claim", list(endpoints), uuid4(), lease_s, run_s)
         return Claim(**rows[0]) if rows else None
 
     async def heartbeat(self, claim: Claim, lease_s: float) -> bool:
@@ -217,11 +218,12 @@ class JobStore:
         _held(await self._fetch("requeue", *args))
 
     async def sweep(self) -> int:
-        """Takes jobs from workers that fell silent and fails those past their start deadline, 1,000 of each at most.
+        """Takes jobs from workers that fell silent and fails those past a deadline, 1,000 of each at most.
 
         Any number of processes may do so at once. How many jobs it changed.
         """
-        expired = await self._fetch("sweep_leases", _lost_attempt_failures())
+        overran = {"overran": _failure(GenerationTimeout)}
+        expired = await self._fetch("sweep_leases", _lost_attempt_failures() | overran)
         overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
         await self._fetch("sweep_delays")
         await self._fetch("sweep_keys")
@@ -364,11 +366,11 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> tuple[o
     return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected)
 
 
-def _failure(error: type[Cancelled] | type[StartTimeout] | type[RunnerDisconnected]) -> dict[str, Any]:
+def _failure(error: type[ReelrayError]) -> dict[str, Any]:
     return asdict(error_failure(error()))
 
 
-def _lost_attempt_failures() -> dict[JobState, dict[str, Any]]:
+def _lost_attempt_failures() -> dict[str, dict[str, Any]]:
     return {JobState.CANCELLED: _failure(Cancelled), JobState.FAILED: _failure(RunnerDisconnected)}
 
 

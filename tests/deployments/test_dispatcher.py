@@ -209,6 +209,52 @@ async def _full(*_: object) -> NoReturn:
     raise OSError("No space left on device")
 
 
+def with_deadlines(**deadlines: float) -> QueueSettings:
+    return QueueSettings.model_validate({**QUICK.model_dump(), "deadlines": {ENDPOINT: deadlines}})
+
+
+async def test_a_job_past_its_run_deadline_fails_at_once_and_frees_the_stage(store: JobStore, files: FileStore):
+    stages = ScriptedStages(for_ever)
+    async with dispatching(store, files, stages, with_deadlines(run_s=0.3)):
+        job = await ended(store, await submit(store))
+        assert not stages.running
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (1, 504, "generation_timeout")
+    assert job.failure.body["detail"][0]["type"] == "generation_timeout"
+
+
+async def test_an_attempt_that_stands_still_is_stopped_and_the_job_tried_again(store: JobStore, files: FileStore):
+    stalls = iter([1])
+
+    async def stall_once(job_input: dict[str, Any]) -> None:
+        if next(stalls, None):
+            await for_ever(job_input)
+
+    async with dispatching(store, files, ScriptedStages(stall_once), with_deadlines(idle_s=0.2)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_a_job_that_always_stands_still_fails_in_the_end(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(for_ever), with_deadlines(idle_s=0.1)):
+        job = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.error_type) == (3, "runner_connection_timeout")
+
+
+async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
+    store: JobStore, files: FileStore, local_stages: LocalStages
+):
+    another_job = local_stages.denoise_replica.turn
+    async with another_job, dispatching(store, files, local_stages, with_deadlines(idle_s=0.5)):
+        job_id = await submit(store, num_inference_steps=1)
+        await until(store, job_id, lambda job: job.attempt == 1)
+        await asyncio.sleep(1.2)
+        job = await store.get(job_id)
+        assert job is not None
+        assert (job.state, job.attempt) == (JobState.RUNNING, 1)
+
+
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
     async def outlast_three_leases(_: dict[str, Any]) -> None:
         await asyncio.sleep(3 * QUICK.lease_s)

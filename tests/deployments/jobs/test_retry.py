@@ -8,7 +8,7 @@ from deployments.jobs.job import Claim, Job, JobState, NewJob
 from deployments.jobs.retry import POLICIES, next_attempt_in, policy_of, wait_s
 from deployments.jobs.store import JobStore
 from engines import errors
-from engines.errors import FileDownloadError, ReelrayError, RunnerDisconnected, RunnerFailed, StorageFailed
+from engines.errors import FileDownloadError, ReelrayError, RunnerDisconnected, RunnerFailed, RunnerStalled, StorageFailed
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -22,6 +22,7 @@ def waits(error: ReelrayError, max_attempts: int, draw: float = 0.5) -> list[flo
     ("error", "expected"),
     [
         (RunnerDisconnected(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
+        (RunnerStalled(), [0, 1, *[None] * 8]),
         (StorageFailed(), [5, 10, 20, 40, 80, 160, 300, 300, 300, None]),
         (RunnerFailed(), [None] * 10),
         (FileDownloadError(), [None] * 10),
