@@ -190,19 +190,24 @@ def demo(
 
 
 @keys.command("create")
-def keys_create(name: Annotated[str, typer.Argument(help="Whose it is.")], config: Config = DEFAULT_CONFIG) -> None:
+def keys_create(
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="Most of its jobs that run at once; no limit by default.")
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
     """Make a key and print its secret, this once."""
-    _print(_in_store(config, lambda store: store.create_key(name)))
+    _print(_in_store(config, lambda store: store.create_key(name, max_running)))
 
 
 @keys.command("list")
 def keys_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
-    table = Table("id", "name", "created", "revoked")
+    table = Table("id", "name", "max running", "created", "revoked")
     for key in _in_store(config, lambda store: store.list_keys()):
-        table.add_row(
-            key.id, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
-        )
+        revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
+        table.add_row(key.id, key.name, str(key.max_running or ""), f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
     console.print(table)
 
 

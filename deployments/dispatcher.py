@@ -60,7 +60,8 @@ class Dispatcher:
     async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
             try:
-                if claim := await self.store.claim([endpoint], self.queue.lease_s, self.queue.deadlines_of(endpoint).run_s):
+                run_s = self.queue.deadlines_of(endpoint).run_s
+                if claim := await self.store.claim([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
                     return claim
                 await work.changed(IDLE_WAIT_S)
             except StoreAway:

@@ -52,12 +52,15 @@ class QueueSettings(_Strict):
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
     decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds.
     deadlines: by endpoint's id, where the defaults do not do.
+    low_after_s: a job of low priority goes behind all others; once the first of these has waited so long, in seconds, every
+    fourth job that an endpoint starts is one of them.
     """
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
     max_in_flight: int = Field(3, ge=1)
     idempotency_s: float = Field(86_400.0, gt=0)
+    low_after_s: float = Field(600.0, ge=0)
     deadlines: dict[str, Deadlines] = {}
 
     @field_validator("deadlines")

@@ -87,26 +87,8 @@ SELECT state, pg_notify('reelray', id::text) FROM found
 SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 LIMIT $2) AS waiting
 
 -- name: claim
--- The first job of each endpoint that nobody else is taking, and of those the most urgent, then the oldest.
-UPDATE jobs SET
-    state = 'running',
-    attempt = attempt + 1,
-    token = $2,
-    started_at = now(),
-    lease_until = now() + make_interval(secs => $3),
-    run_by = now() + make_interval(secs => $4),
-    reason = NULL
-WHERE id = (
-    SELECT head.id FROM unnest($1::text[]) AS served (endpoint)
-    CROSS JOIN LATERAL (
-        SELECT id, priority, number FROM jobs
-        WHERE state = 'queued' AND not_before IS NULL AND endpoint = served.endpoint AND (start_by IS NULL OR start_by > now())
-        ORDER BY priority, turn, number LIMIT 1
-        FOR UPDATE SKIP LOCKED
-    ) AS head
-    ORDER BY head.priority, head.number LIMIT 1
-)
-RETURNING id AS job_id, token, endpoint, input, attempt, max_attempts
+-- Starts an attempt at the next job. The function says which that is, and what a row of nulls means.
+SELECT id AS job_id, token, endpoint, input, attempt, max_attempts FROM claim_job($1, $2, $3, $4, $5, $6)
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.
@@ -189,11 +171,11 @@ SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: create_key
 -- Says nothing if the id is taken, see `submit`.
-INSERT INTO api_keys (id, name, hash) VALUES ($1, $2, $3) ON CONFLICT (id) DO NOTHING
+INSERT INTO api_keys (id, name, hash, max_running) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING
 
 -- name: list_keys
 -- Revoked ones included.
-SELECT id, name, created_at, revoked_at FROM api_keys ORDER BY created_at, id
+SELECT id, name, created_at, revoked_at, max_running FROM api_keys ORDER BY created_at, id
 
 -- name: revoke_key
 -- A key stays listed after its end.

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,9 @@ RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
 KEY_CACHE_S = 2.0
 """How long a revoked API key may still be taken, by a process that has just seen it."""
+LOW_AFTER_S = 600.0
+"""How long low priority is only that; see `JobStore.claim`."""
+LOW_SHARE = 4
 
 _MIGRATION_LOCK = 0x7265656C
 _AWAY = (
@@ -60,12 +64,13 @@ class StoreAway(Exception):
 
 @dataclass(frozen=True)
 class ApiKey:
-    """An API key as its operator may see it; the secret is nowhere."""
+    """An API key as its operator may see it; the secret is nowhere. max_running: of its jobs at once, None without a limit."""
 
     id: str
     name: str
     created_at: datetime
     revoked_at: datetime | None
+    max_running: int | None
 
 
 class JobStore:
@@ -76,6 +81,7 @@ class JobStore:
         self._listener = listener
         self._depths: dict[str, Depth] = {}
         self._owners: dict[bytes, tuple[str, float]] = {}
+        self._claimed: Counter[tuple[str, ...]] = Counter()
 
     @classmethod
     async def open(cls, url: str, *, max_connections: int = 8) -> Self:
@@ -177,14 +183,24 @@ class JobStore:
 
     # For the dispatcher.
 
-    async def claim(self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None) -> Claim | None:
-        """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting.
+    async def claim(
+        self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None, low_after_s: float = LOW_AFTER_S
+    ) -> Claim | None:
+        """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting that may run,
+        for its endpoint may be paused or its key have all the jobs running that it may.
 
-        run_s: how long the attempt may take; should its worker die, the job is not tried again after that.
+        run_s: how long the attempt may take; should its worker die, the job is not tried again after that. low_after_s: low
+        priority goes behind all others, but once the first such job has waited this long, every `LOW_SHARE`th claim takes it
+        before them. So neither can keep the other waiting for ever: a flood of low jobs gets that share and no more.
         A claim whose answer was lost is swept up when its lease ends; this then takes the job after it.
         """
-        rows = await self._fetch("claim", list(endpoints), uuid4(), lease_s, run_s)
-        return Claim(**rows[0]) if rows else None
+        served = tuple(endpoints)
+        low_first = (self._claimed[served] + 1) % LOW_SHARE == 0
+        while rows := await self._fetch("claim", served, uuid4(), lease_s, run_s, low_first, low_after_s):
+            if rows[0]["job_id"] is not None:
+                self._claimed[served] += 1
+                return Claim(**rows[0])
+        return None
 
     async def heartbeat(self, claim: Claim, lease_s: float) -> bool:
         """Keeps the job for `lease_s` more seconds. True: its caller wants it cancelled. Raises `LeaseLost`."""
@@ -237,11 +253,14 @@ class JobStore:
 
     # API keys.
 
-    async def create_key(self, name: str) -> str:
-        """Makes a key and answers its secret, `<id>:<256 random bits>`, which is kept as a hash only and so never shown again."""
+    async def create_key(self, name: str, max_running: int | None = None) -> str:
+        """Makes a key and answers its secret, `<id>:<256 random bits>`, which is kept as a hash only and so never shown again.
+
+        max_running: how many of its jobs may run at once, at all endpoints together; the others wait and block nobody.
+        """
         key_id = secrets.token_hex(8)
         secret = f"{key_id}:{secrets.token_urlsafe(32)}"
-        await self._fetch("create_key", key_id, _storable(name), _hash(secret))
+        await self._fetch("create_key", key_id, _storable(name), _hash(secret), max_running)
         return secret
 
     async def list_keys(self) -> list[ApiKey]:

@@ -120,12 +120,13 @@ def test_a_published_pickle_becomes_safetensors(tmp_path: Path):
 def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):
     with embedded() as settings:
         options = ("--config", config(tmp_path, home=str(settings.home)))
-        secret = run("keys", "create", "studio", *options).stdout.strip()
+        secret = run("keys", "create", "studio", "--max-running", 37, *options).stdout.strip()
         key_id, _, _ = secret.partition(":")
         listed = run("keys", "list", *options).stdout
         assert key_id in listed
         assert "studio" in listed
         assert secret not in listed
+        assert "37" in listed.replace(key_id, "")
         assert run("keys", "revoke", key_id, *options).exit_code == 0
         again = run("keys", "revoke", key_id, *options)
         assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
