@@ -169,6 +169,23 @@ WITH due AS (
 )
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
+-- name: pause
+-- From its commit on no job of the endpoint is claimed. A pause that is repeated began when it did.
+INSERT INTO paused_endpoints (endpoint) VALUES ($1) ON CONFLICT (endpoint) DO NOTHING
+
+-- name: resume
+-- Ends a pause and tells whoever waits for work.
+WITH resumed AS (DELETE FROM paused_endpoints WHERE endpoint = $1 RETURNING endpoint)
+SELECT endpoint, pg_notify('reelray', 'work') FROM resumed
+
+-- name: queue_status
+-- One endpoint, for its operator.
+SELECT
+    (SELECT count(*) FROM jobs WHERE state = 'queued' AND endpoint = $1) AS queued,
+    (SELECT count(*) FROM jobs WHERE state = 'queued' AND not_before IS NOT NULL AND endpoint = $1) AS delayed,
+    (SELECT count(*) FROM jobs WHERE state = 'running' AND endpoint = $1) AS running,
+    (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
+
 -- name: create_key
 -- Says nothing if the id is taken, see `submit`.
 INSERT INTO api_keys (id, name, hash, max_running) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING

@@ -73,6 +73,16 @@ class ApiKey:
     max_running: int | None
 
 
+@dataclass(frozen=True)
+class QueueStatus:
+    """One endpoint's queue. delayed: those of the queued that wait for their next attempt. paused_at: None while it is open."""
+
+    queued: int
+    delayed: int
+    running: int
+    paused_at: datetime | None
+
+
 class JobStore:
     """The queue, for the door and for dispatchers. Make it with `open`; it belongs to one event loop."""
 
@@ -250,6 +260,20 @@ class JobStore:
         """Hears of every job that is queued from now on, whatever its endpoint."""
         with self._listener.subscribed("work") as changes:
             yield changes
+
+    # For the operator.
+
+    async def pause(self, endpoint: str) -> None:
+        """Lets no more jobs of the endpoint start, anywhere, from now on; those that run go on, new ones are accepted."""
+        await self._fetch("pause", endpoint)
+
+    async def resume(self, endpoint: str) -> bool:
+        """Ends a pause. False: there was none."""
+        return bool(await self._fetch("resume", endpoint))
+
+    async def queue_status(self, endpoint: str) -> QueueStatus:
+        """How an endpoint's queue stands. It counts the jobs, so it takes 50 ms a million."""
+        return QueueStatus(**(await self._fetch("queue_status", endpoint))[0])
 
     # API keys.
 

@@ -133,6 +133,18 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
+def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
+    with embedded() as settings:
+        options = ("--config", config(tmp_path, home=str(settings.home)))
+        assert run("queue", "status", "controlnext", *options).stdout == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
+        paused = run("queue", "pause", "controlnext", "--drain", *options).stdout
+        assert paused.startswith("fal-ai/controlnext: paused since 20")
+        assert run("queue", "status", "controlnext", *options).stdout == paused
+        assert run("queue", "resume", "controlnext", *options).exit_code == 0
+        again = run("queue", "resume", "controlnext", *options)
+        assert (again.exit_code, again.stderr) == (1, "fal-ai/controlnext is not paused\n")
+
+
 @pytest.mark.parametrize("command", ["serve", "demo", "gateway", "render", "submit", "status", "result", "cancel"])
 def test_every_command_explains_itself(command: str):
     assert run(command, "--help").exit_code == 0

@@ -161,6 +161,41 @@ async def test_claim_reads_as_little_of_a_long_line_as_of_a_short_one(store: Job
     assert after - before < 100
 
 
+# Paused endpoints.
+
+
+async def test_paused_endpoint_accepts_and_starts_nothing_until_it_is_resumed(store: JobStore) -> None:
+    running = await store.submit(NEW)
+    claim = await claimed(store)
+    await store.pause(ENDPOINT)
+    await store.pause(ENDPOINT)
+    (job,) = await submitted(store, NEW, 1)
+    other = await store.submit(replace(NEW, endpoint="fal-ai/other"))
+    assert await store.claim([ENDPOINT], 60) is None
+    open_claim = await store.claim([ENDPOINT, "fal-ai/other"], 60)
+    assert open_claim is not None
+    assert open_claim.job_id == other.id
+    status = await store.queue_status(ENDPOINT)
+    assert (status.queued, status.running, status.paused_at is None) == (1, 1, False)
+    await store.succeed(claim, {}, {})
+    async with store.watch_work() as work:
+        assert await store.resume(ENDPOINT) is True
+        assert await work.changed(5), "every dispatcher is told at once"
+    assert await claimed_ids(store, 1) == [job]
+    assert await store.resume(ENDPOINT) is False
+    assert (await store.queue_status(ENDPOINT)).paused_at is None
+    assert running.id == claim.job_id
+
+
+async def test_pause_is_seen_by_every_dispatcher_with_its_next_claim(database: str, store: JobStore) -> None:
+    other = await JobStore.open(database)
+    await submitted(store, NEW, 2)
+    assert await other.claim([ENDPOINT], 60)
+    await store.pause(ENDPOINT)
+    assert await other.claim([ENDPOINT], 60) is None
+    await other.close()
+
+
 async def test_limit_is_shown_with_its_key(store: JobStore) -> None:
     await limited(store, 3)
     await limited(store, None)
