@@ -17,7 +17,7 @@ from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
-from deployments.settings import QueueSettings
+from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages import TURN, Note, Stages
 from deployments.storage import FileStore, StoredFile
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
@@ -26,6 +26,7 @@ from engines.spec import Clip
 logger = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 1.0
+EXPIRY_INTERVAL_S = 60.0
 IDLE_WAIT_S = 5.0
 """How long to wait for the store's word of new work before looking anyway."""
 
@@ -35,16 +36,25 @@ OUTAGE_PAUSE_S = 1.0
 class Dispatcher:
     """stages: endpoint id -> its stages. Any number of dispatchers may share a store."""
 
-    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], queue: QueueSettings):
+    def __init__(
+        self,
+        store: JobStore,
+        files: FileStore,
+        stages: Mapping[str, Stages],
+        queue: QueueSettings,
+        retention: RetentionSettings | None = None,
+    ):
         self.store = store
         self.files = files
         self.stages = stages
         self.queue = queue
+        self.retention = retention or RetentionSettings()
 
     async def run(self) -> None:
         """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep_forever())
+            group.create_task(self._expire_forever())
             for endpoint in self.stages:
                 group.create_task(self._claim_forever(endpoint, group))
 
@@ -76,6 +86,17 @@ class Dispatcher:
             except StoreAway:
                 logger.exception("no sweep", extra={"action": "sweep_failed"})
             await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _expire_forever(self) -> None:
+        """Deletes what is past its time, batch by batch: between two of them, other work has its turn."""
+        while True:
+            try:
+                files = await self.store.expire_files(self.files.delete)
+                jobs = await self.store.expire_jobs(self.retention.jobs_s)
+            except StoreAway:
+                logger.exception("nothing expired", extra={"action": "expiry_failed"})
+                files = jobs = 0
+            await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
 
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
@@ -135,14 +156,17 @@ class Dispatcher:
         ended(took)
         clip, took = await stages.decode(latents, on_note)
         ended(took)
-        file = await self._keep_file(clip)
+        file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
         return output.model_dump(mode="json")
 
-    async def _keep_file(self, clip: Clip) -> StoredFile:
+    async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
+        name = self.files.new_name("video", "video/mp4")
+        if (keep_s := self.retention.keep_file_s(claim.files_s)) is not None:
+            await self.store.add_file(name, keep_s)
         try:
-            return await self.files.put("video", clip.mp4, "video/mp4")
+            return await self.files.put("video", clip.mp4, "video/mp4", name)
         except OSError as exc:  # a full disk, a bucket that is away: worth another try
             raise StorageFailed from exc
 

@@ -75,6 +75,22 @@ class QueueSettings(_Strict):
         return self.deadlines.get(endpoint, Deadlines())
 
 
+class RetentionSettings(_Strict):
+    """How long things are kept, in seconds; None is for ever.
+
+    jobs_s: a job after its end, with its logs. files_s: an output file, where its caller's
+    `X-Fal-Object-Lifecycle-Preference` does not say otherwise; max_files_s: the most that one may say.
+    """
+
+    jobs_s: float | None = Field(30 * 86_400.0, gt=0)
+    files_s: float | None = Field(7 * 86_400.0, gt=0)
+    max_files_s: float = Field(366 * 86_400.0, gt=0)
+
+    def keep_file_s(self, wish_s: float | None) -> float | None:
+        """How long a file is kept whose caller wished for `wish_s`."""
+        return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
+
+
 class Settings(_Strict):
     """The service.
 
@@ -95,6 +111,7 @@ class Settings(_Strict):
     max_body_bytes: int = Field(64_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
+    retention: RetentionSettings = RetentionSettings()
     animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
     controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
 

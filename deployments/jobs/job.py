@@ -74,7 +74,11 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class NewJob:
-    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails."""
+    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
+
+    files_s: how long its files are kept, in seconds; None: as long as the operator says. store_io: false lets its input go at
+    its end, and the rest within hours.
+    """
 
     endpoint: str
     input: dict[str, Any]
@@ -84,6 +88,8 @@ class NewJob:
     max_attempts: int = 10
     webhook_url: str | None = None
     idempotency: Idempotency | None = None
+    files_s: float | None = None
+    store_io: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Claim:
     input: dict[str, Any]
     attempt: int
     max_attempts: int
+    files_s: float | None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ WITH kept AS (
     WHERE taken.expires_at <= now() OR (taken.rejected AND taken.fingerprint <> excluded.fingerprint)
     RETURNING job_id
 )
-INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, state, turn)
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', greatest(
+INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, state, turn)
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -88,7 +88,7 @@ SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 
 
 -- name: claim
 -- Starts an attempt at the next job. The function says which that is, and what a row of nulls means.
-SELECT id AS job_id, token, endpoint, input, attempt, max_attempts FROM claim_job($1, $2, $3, $4, $5, $6)
+SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s FROM claim_job($1, $2, $3, $4, $5, $6)
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.
@@ -168,6 +168,39 @@ WITH due AS (
     UPDATE jobs SET not_before = NULL FROM due WHERE jobs.id = due.id RETURNING jobs.id
 )
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
+
+-- name: add_file
+-- A file that is about to be written.
+INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2))
+
+-- name: expired_files
+-- Files whose time is over and which nobody else is just deleting.
+SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+
+-- name: forget_files
+-- Those that are gone.
+DELETE FROM stored_files WHERE name = ANY ($1::text[])
+
+-- name: postpone_files
+-- Those that could not be deleted do not stand in the way of the others.
+UPDATE stored_files SET expires_at = now() + interval '1 hour' WHERE name = ANY ($1::text[])
+
+-- name: expire_jobs
+-- Deletes jobs that ended $1 seconds ago (null: none), with all that belongs to them.
+WITH due AS (
+    SELECT id FROM jobs WHERE finished_at <= now() - make_interval(secs => $1) LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
+
+-- name: expire_unstored_jobs
+-- The same for those whose payloads are not to be stored: $1 seconds are for fetching the result, $2 where a webhook is still due.
+WITH due AS (
+    SELECT id FROM jobs
+    WHERE NOT store_io AND finished_at <= now() - make_interval(secs => $1)
+        AND (webhook_url IS NULL OR finished_at <= now() - make_interval(secs => $2))
+    LIMIT $3 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
 
 -- name: pause
 -- From its commit on no job of the endpoint is claimed. A pause that is repeated began when it did.

@@ -8,11 +8,12 @@ call may be repeated after a lost connection, and is, for a few seconds: a datab
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -36,6 +37,14 @@ KEY_CACHE_S = 2.0
 LOW_AFTER_S = 600.0
 """How long low priority is only that; see `JobStore.claim`."""
 LOW_SHARE = 4
+EXPIRY_BATCH = 100
+"""What is deleted in one transaction: an input may be megabytes, and a file a round trip to an object store."""
+UNSTORED_S = 3600.0
+"""For fetching the result of a job whose payloads are not to be stored; fal gives the same (protocol page 2.4)."""
+UNSTORED_WEBHOOK_S = 3 * 3600.0
+"""The same where a webhook was asked for: its retries go on for two hours."""
+
+logger = logging.getLogger(__name__)
 
 _MIGRATION_LOCK = 0x7265656C
 _AWAY = (
@@ -261,6 +270,42 @@ class JobStore:
         with self._listener.subscribed("work") as changes:
             yield changes
 
+    # Retention.
+
+    async def add_file(self, name: str, keep_s: float) -> None:
+        """Notes a file before it is written, so that it will expire whatever becomes of its job."""
+        await self._fetch("add_file", name, keep_s)
+
+    async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
+        """Deletes files whose time is over, `EXPIRY_BATCH` at most, and forgets them. How many it found.
+
+        delete: of a file that may be gone already; its `OSError` postpones the file. Any number of processes may do so at once.
+        """
+
+        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            async with connection.transaction():  # holds the rows: nobody else deletes the same files meanwhile
+                rows = list(await connection.fetch(_SQL["expired_files"], EXPIRY_BATCH))
+                gone, stuck = list[str](), list[str]()
+                for name in (row["name"] for row in rows):
+                    try:
+                        await delete(name)
+                        gone.append(name)
+                    except OSError:
+                        logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
+                        stuck.append(name)
+                await connection.fetch(_SQL["forget_files"], gone)
+                await connection.fetch(_SQL["postpone_files"], stuck)
+                return rows
+
+        return len(await self._outlast(expire))
+
+    async def expire_jobs(self, jobs_s: float | None) -> int:
+        """Deletes jobs that ended `jobs_s` seconds ago (None: none) and, sooner, those not to be stored, with their events, logs
+        and webhooks; `EXPIRY_BATCH` of each at most. How many."""
+        old = await self._fetch("expire_jobs", jobs_s, EXPIRY_BATCH)
+        unstored = await self._fetch("expire_unstored_jobs", UNSTORED_S, UNSTORED_WEBHOOK_S, EXPIRY_BATCH)
+        return len(old) + len(unstored)
+
     # For the operator.
 
     async def pause(self, endpoint: str) -> None:
@@ -406,7 +451,8 @@ def _new_id() -> UUID:
 def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> tuple[object, ...]:
     first = (job_id, new.endpoint, new.owner, new.priority, new.input)
     once = (new.idempotency.key, new.idempotency.fingerprint, new.idempotency.keep_s) if new.idempotency else (None, None, None)
-    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected)
+    kept = (new.files_s, new.store_io)
+    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected, *kept)
 
 
 def _failure(error: type[ReelrayError]) -> dict[str, Any]:

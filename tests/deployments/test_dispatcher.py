@@ -197,6 +197,28 @@ async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
 
 
+async def gone(files: FileStore, name: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            if await files.size(name) is None:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_file_is_kept_as_long_as_its_caller_wished_and_then_deleted(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr("deployments.dispatcher.EXPIRY_INTERVAL_S", 0.1)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        for wish_s, kept_days in ((None, 7), (86_400.0, 1), (1e9, 366)):
+            new = NewJob(endpoint=ENDPOINT, input=INPUT, files_s=wish_s)
+            job = await ended(store, (await store.submit(new)).id)
+            assert job.result is not None
+            name = job.result["video"]["url"].removeprefix("/files/")
+            await execute(database, f"UPDATE stored_files SET expires_at = expires_at - interval '{kept_days} days 1 second'")
+            await gone(files, name)
+
+
 async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store: JobStore, files: FileStore, monkeypatch):
     monkeypatch.setattr(files, "put", _full)
     async with dispatching(store, files, ScriptedStages(nothing)):

@@ -131,7 +131,11 @@ async def test_what_the_caller_left_open_is_drawn_once(client: httpx.AsyncClient
         ({}, {"fal_webhook": "https://h.example/w?x=1"}, {"webhook_url": "https://h.example/w?x=1"}),
         ({}, {"fal_max_queue_length": "0"}, {}),
         ({"X-Fal-Runner-Hint": "lora:a", "X-Fal-Store-IO": "0", "x-app-fal-disable-fallback": "1"}, {}, {}),
-        ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {}),
+        ({}, {}, {"files_s": None, "store_io": True}),
+        ({"X-Fal-Store-IO": "0"}, {}, {"store_io": False}),
+        ({"X-Fal-Store-IO": "1"}, {}, {"store_io": True}),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {"files_s": 3600.0}),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'}, {}, {"files_s": None}),
     ],
 )
 async def test_submit_options(
@@ -150,6 +154,16 @@ async def test_submit_options(
     ("headers", "query"),
     [
         ({"X-Fal-Queue-Priority": "urgent"}, {}),
+        *(
+            ({"X-Fal-Object-Lifecycle-Preference": value}, {})
+            for value in (
+                "",
+                "{",
+                "[]",
+                "7",
+                *(f'{{"expiration_duration_seconds":{n}}}' for n in ("0", "-1", "true", '"1d"', "NaN")),
+            )
+        ),
         *(({"X-Fal-Request-Timeout": value}, {}) for value in ("soon", "0", "-1", "nan", "inf", "1e300", "")),
         *(
             ({}, {"fal_webhook": url})

@@ -23,6 +23,8 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
         {"animatediff": {"weights": {"base": {"folder": "/x", "branch": "main"}}}},
         {"queue": {"lease_s": 0}},
         {"auth": "none"},
+        {"retention": {"jobs_s": 0}},
+        {"retention": {"job_s": 60}},
         {"queue": {"deadlines": {"fal-ai/controlnet": {"run_s": 60}}}},
         {"queue": {"deadlines": {"fal-ai/controlnext": {"run": 60}}}},
         {"animatediff": {"num_frames": 8}},
