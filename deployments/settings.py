@@ -50,7 +50,8 @@ class QueueSettings(_Strict):
     of a killed service starts again. max_attempts: claims of one job before its last error is its
     end; which errors are tried again, and when, is said in `jobs/retry.py`.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds.
+    decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds, if that
+    job is kept so long.
     deadlines: by endpoint's id, where the defaults do not do.
     low_after_s: a job of low priority goes behind all others; once the first of these has waited so long, in seconds, every
     fourth job that an endpoint starts is one of them.

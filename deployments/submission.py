@@ -1,6 +1,6 @@
 """What a submission asks for beside its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
 
-Options that promise nothing here are accepted and have no effect: runner hints, files' access rules, fallbacks.
+Options that promise nothing here are accepted and have no effect: runner hints, files' access rules, retry configs, fallbacks.
 """
 
 import hashlib

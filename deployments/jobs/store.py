@@ -279,7 +279,7 @@ class JobStore:
     async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
         """Deletes files whose time is over, `EXPIRY_BATCH` at most, and forgets them. How many it found.
 
-        delete: of a file that may be gone already; its `OSError` postpones the file. Any number of processes may do so at once.
+        delete: of a file that may be gone already; its error postpones the file. Any number of processes may do so at once.
         """
 
         async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
@@ -290,7 +290,7 @@ class JobStore:
                     try:
                         await delete(name)
                         gone.append(name)
-                    except OSError:
+                    except Exception:  # each kind of file store has errors of its own, and none may stop the dispatcher
                         logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
                         stuck.append(name)
                 await connection.fetch(_SQL["forget_files"], gone)
