@@ -36,7 +36,9 @@ class DispatcherReplica:
     async def _run(self) -> None:
         store = await JobStore.open(await asyncio.to_thread(database_url, self.settings))
         try:
-            await Dispatcher(store, FileStore(self.settings.files_url), self.stages, self.settings.queue).run()
+            settings = self.settings
+            files = FileStore(settings.files_url)
+            await Dispatcher(store, files, self.stages, settings.queue, settings.retention).run()
         finally:
             await store.close()
 

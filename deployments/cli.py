@@ -22,19 +22,22 @@ from deployments.settings import load_settings
 from engines.errors import ReelrayError
 
 if TYPE_CHECKING:
-    from deployments.jobs.store import JobStore
+    from deployments.jobs.store import JobStore, QueueStatus
 
 T = TypeVar("T")
 
 app = typer.Typer(help="Video generation as a service on your own GPUs.", no_args_is_help=True, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys, for a service whose settings say auth: keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+queue = typer.Typer(help="The endpoints' queues, for the operator.", no_args_is_help=True)
+app.add_typer(queue, name="queue")
 
 console = Console()
 errors = Console(stderr=True)
 
 Config = Annotated[Path, typer.Option("--config", "-c", exists=True, dir_okay=False, help="The service's YAML.")]
 DEFAULT_CONFIG = Path("serve_config.yaml")
+DRAIN_POLL_S = 0.5
 EndpointId = Annotated[str, typer.Argument(help="E.g. fal-ai/animatediff-sparsectrl-lcm; the part after the slash will do.")]
 RequestId = Annotated[str, typer.Argument(help="As `reelray submit` printed it.")]
 Url = Annotated[str, typer.Option(help="Where the service is.")]
@@ -190,19 +193,24 @@ def demo(
 
 
 @keys.command("create")
-def keys_create(name: Annotated[str, typer.Argument(help="Whose it is.")], config: Config = DEFAULT_CONFIG) -> None:
+def keys_create(
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="Most of its jobs that run at once; no limit by default.")
+    ] = None,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
     """Make a key and print its secret, this once."""
-    _print(_in_store(config, lambda store: store.create_key(name)))
+    _print(_in_store(config, lambda store: store.create_key(name, max_running)))
 
 
 @keys.command("list")
 def keys_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
-    table = Table("id", "name", "created", "revoked")
+    table = Table("id", "name", "max running", "created", "revoked")
     for key in _in_store(config, lambda store: store.list_keys()):
-        table.add_row(
-            key.id, key.name, f"{key.created_at:%Y-%m-%d %H:%M}", f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
-        )
+        revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
+        table.add_row(key.id, key.name, str(key.max_running or ""), f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
     console.print(table)
 
 
@@ -211,6 +219,47 @@ def keys_revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
     """End a key; it is refused within seconds."""
     if not _in_store(config, lambda store: store.revoke_key(key_id)):
         raise typer.Exit(_fail(f"there is no key {key_id}"))
+
+
+@queue.command("pause")
+def queue_pause(
+    endpoint: EndpointId,
+    drain: Annotated[bool, typer.Option(help="Wait until none of its jobs runs any more.")] = False,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Start no more jobs of an endpoint; those that run go on, and submissions are accepted and wait."""
+    endpoint_id = _endpoint(endpoint).id
+
+    async def pause(store: "JobStore") -> "QueueStatus":
+        await store.pause(endpoint_id)
+        while True:
+            status = await store.queue_status(endpoint_id)
+            if not (drain and status.running):
+                return status
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    _print(_described(endpoint_id, _in_store(config, pause)))
+
+
+@queue.command("resume")
+def queue_resume(endpoint: EndpointId, config: Config = DEFAULT_CONFIG) -> None:
+    """Start jobs of a paused endpoint again."""
+    endpoint_id = _endpoint(endpoint).id
+    if not _in_store(config, lambda store: store.resume(endpoint_id)):
+        raise typer.Exit(_fail(f"{endpoint_id} is not paused"))
+
+
+@queue.command("status")
+def queue_status(endpoint: EndpointId, config: Config = DEFAULT_CONFIG) -> None:
+    """Show how many jobs of an endpoint wait and run, and whether it is paused."""
+    endpoint_id = _endpoint(endpoint).id
+    _print(_described(endpoint_id, _in_store(config, lambda store: store.queue_status(endpoint_id))))
+
+
+def _described(endpoint_id: str, status: "QueueStatus") -> str:
+    state = f"paused since {status.paused_at:%Y-%m-%d %H:%M:%S} UTC" if status.paused_at else "open"
+    delayed = f" ({status.delayed} for another attempt)" if status.delayed else ""
+    return f"{endpoint_id}: {state}, {status.queued} waiting{delayed}, {status.running} running"
 
 
 def read_input(path: Path) -> Any:

@@ -7,7 +7,7 @@ a chunk of frames, gigabytes at real sizes, and two on one device end no sooner 
 import asyncio
 from typing import Any
 
-from deployments.stages import Done, Stream
+from deployments.stages import TURN, Done, Stream
 from deployments.threaded import InThread, paced
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
@@ -29,8 +29,10 @@ class Decode:
         def decode(tell: OnProgress, should_stop: ShouldStop) -> Clip:
             return self.stage.decode(latents, on_progress=paced(tell), should_stop=should_stop)
 
-        async with self.turn, InThread(decode) as work:
-            async for note in work:
-                yield note
+        async with self.turn:
+            yield TURN
+            async with InThread(decode) as work:
+                async for note in work:
+                    yield note
         yield Done(work.seconds)
         yield work.product

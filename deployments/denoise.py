@@ -6,7 +6,7 @@ A replica takes two calls and works on one, so that the next one's conditioning 
 import asyncio
 from typing import Any
 
-from deployments.stages import Done, Stream
+from deployments.stages import TURN, Done, Stream
 from deployments.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Checkpoint, Conditioning, Latents, OnProgress, Progress, ShouldStop
@@ -28,8 +28,10 @@ class Denoise:
 
             return self.stage.sample(conditioning, on_step=on_step, should_stop=should_stop)
 
-        async with self.turn, InThread(sample) as work:
-            async for note in work:
-                yield note
+        async with self.turn:
+            yield TURN
+            async with InThread(sample) as work:
+                async for note in work:
+                    yield note
         yield Done(work.seconds)
         yield work.product

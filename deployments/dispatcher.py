@@ -1,4 +1,5 @@
-"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here.
+"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here, by the
+table in `jobs/retry.py`.
 
 A claimed job is held by a lease that a keeper renews. Whatever happens to this process, the lease runs out and the job is
 swept back into the queue; whatever this process does late, the attempt's token refuses.
@@ -6,22 +7,26 @@ swept back into the queue; whatever this process does late, the attempt's token 
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
+from deployments.deadlines import Watchdog
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
+from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
-from deployments.settings import QueueSettings
-from deployments.stages import Note, Stages
+from deployments.settings import QueueSettings, RetentionSettings
+from deployments.stages import TURN, Note, Stages
 from deployments.storage import FileStore, StoredFile
-from engines.errors import ModelError, RequestError, RunnerFailed, StorageFailed
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 1.0
+EXPIRY_INTERVAL_S = 60.0
 IDLE_WAIT_S = 5.0
 """How long to wait for the store's word of new work before looking anyway."""
 
@@ -31,16 +36,25 @@ OUTAGE_PAUSE_S = 1.0
 class Dispatcher:
     """stages: endpoint id -> its stages. Any number of dispatchers may share a store."""
 
-    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], queue: QueueSettings):
+    def __init__(
+        self,
+        store: JobStore,
+        files: FileStore,
+        stages: Mapping[str, Stages],
+        queue: QueueSettings,
+        retention: RetentionSettings | None = None,
+    ):
         self.store = store
         self.files = files
         self.stages = stages
         self.queue = queue
+        self.retention = retention or RetentionSettings()
 
     async def run(self) -> None:
         """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep_forever())
+            group.create_task(self._expire_forever())
             for endpoint in self.stages:
                 group.create_task(self._claim_forever(endpoint, group))
 
@@ -56,7 +70,8 @@ class Dispatcher:
     async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
             try:
-                if claim := await self.store.claim([endpoint], self.queue.lease_s):
+                run_s = self.queue.deadlines_of(endpoint).run_s
+                if claim := await self.store.claim([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
                     return claim
                 await work.changed(IDLE_WAIT_S)
             except StoreAway:
@@ -72,11 +87,23 @@ class Dispatcher:
                 logger.exception("no sweep", extra={"action": "sweep_failed"})
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
+    async def _expire_forever(self) -> None:
+        """Deletes what is past its time, batch by batch: between two of them, other work has its turn."""
+        while True:
+            try:
+                files = await self.store.expire_files(self.files.delete)
+                jobs = await self.store.expire_jobs(self.retention.jobs_s)
+            except StoreAway:
+                logger.exception("nothing expired", extra={"action": "expiry_failed"})
+                files = jobs = 0
+            await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
+
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
         seconds: list[float] = []  # of work, stage by stage
-        render = asyncio.create_task(self._render(claim, seconds))
-        keeper = asyncio.create_task(self._keep(claim, render))
+        watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
+        render = asyncio.create_task(self._render(claim, seconds, watchdog))
+        keeper = asyncio.create_task(self._keep(claim, render, watchdog))
         store = self.store
         try:
             result = await render
@@ -84,57 +111,77 @@ class Dispatcher:
             if not keeper.done():
                 await self._close(claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False))
                 raise
-            if keeper.result() == "cancelled":
+            reason = keeper.result()
+            if reason == "cancelled":
                 await self._close(claim, lambda: store.cancel(claim))
+            elif reason != "lost":
+                logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
+                await self._close(claim, lambda: self._end_attempt(claim, reason, seconds))
         except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
             # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
-            if error.retryable:
-                await self._close(claim, lambda: store.requeue(claim, error.message, counted=True))
-            else:
-                await self._close(claim, lambda: store.fail(claim, error_failure(error), _metrics(seconds)))
+            await self._close(claim, lambda: self._end_attempt(claim, error, seconds))
         else:
             await self._close(claim, lambda: store.succeed(claim, result, _metrics(seconds)))
         finally:
             keeper.cancel()
 
-    async def _render(self, claim: Claim, seconds: list[float]) -> dict[str, Any]:
+    async def _end_attempt(self, claim: Claim, error: ReelrayError, seconds: list[float]) -> None:
+        """After an error: another attempt, or the end."""
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
+        if wait_s is None:
+            await self.store.fail(claim, error_failure(error), _metrics(seconds))
+        else:
+            await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
+
+    async def _render(self, claim: Claim, seconds: list[float], watchdog: Watchdog) -> dict[str, Any]:
         """The job's output, its file kept. Adds each stage's time to `seconds`."""
 
         async def on_note(note: Note) -> None:
-            await self.store.log(claim, note.message, note.level)
+            watchdog.working()
+            if note != TURN:
+                await self.store.log(claim, note.message, note.level)
+
+        def ended(took: float) -> None:
+            watchdog.waiting()
+            seconds.append(took)
 
         stages = self.stages[claim.endpoint]
         conditioning, took = await stages.preprocess(claim.input, on_note)
-        seconds.append(took)
+        ended(took)
         latents, took = await stages.denoise(conditioning, on_note)
-        seconds.append(took)
+        ended(took)
         clip, took = await stages.decode(latents, on_note)
-        seconds.append(took)
-        file = await self._keep_file(clip)
+        ended(took)
+        file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
         return output.model_dump(mode="json")
 
-    async def _keep_file(self, clip: Clip) -> StoredFile:
+    async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
+        name = self.files.new_name("video", "video/mp4")
+        if (keep_s := self.retention.keep_file_s(claim.files_s)) is not None:
+            await self.store.add_file(name, keep_s)
         try:
-            return await self.files.put("video", clip.mp4, "video/mp4")
+            return await self.files.put("video", clip.mp4, "video/mp4", name)
         except OSError as exc:  # a full disk, a bucket that is away: worth another try
             raise StorageFailed from exc
 
-    async def _keep(self, claim: Claim, render: asyncio.Task[Any]) -> Literal["cancelled", "lost"]:
-        """Renews the lease until the caller cancels or the lease is lost, then stops the work."""
-        reason: Literal["cancelled", "lost"] | None = None
+    async def _keep(
+        self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog
+    ) -> Literal["cancelled", "lost"] | ReelrayError:
+        """Renews the lease until the caller cancels, a deadline passes or the lease is lost, then stops the work."""
+        reason: Literal["cancelled", "lost"] | ReelrayError | None = None
         async with self.store.watch(claim.job_id) as changes:
             while reason is None:
                 try:
                     if await self.store.heartbeat(claim, self.queue.lease_s):
                         reason = "cancelled"
-                    else:
-                        await changes.changed(self.queue.lease_s / 3)
+                    elif (reason := watchdog.overdue()) is None:
+                        await changes.changed(min(self.queue.lease_s / 3, watchdog.due_in_s()))
                 except LeaseLost:
                     reason = "lost"
                 except StoreAway:

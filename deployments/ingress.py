@@ -31,7 +31,7 @@ from deployments.proxy import queue_base, service_base
 from deployments.schemas import ENDPOINTS, Endpoint, error_failure, validation_failure
 from deployments.settings import Settings
 from deployments.storage import FileStore
-from deployments.submission import is_set, max_queue_length, new_job
+from deployments.submission import idempotency, idempotency_key, is_set, max_queue_length, new_job
 from engines.errors import BadRequest, BodyTooLarge, QueueFull, ReelrayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,14 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
     owner = await _owner(request)
     new = new_job(endpoint.id, owner, request.headers, request.query_params, settings.queue.max_attempts)
     limit = max_queue_length(request.query_params)
+    idempotency_key(request.headers)  # a bad one is told before megabytes are read
     body = await _read_body(request, settings.max_body_bytes)
-    if limit is not None and await store.queued(endpoint.id, at_most=limit + 1) > limit:
+    new = replace(new, idempotency=idempotency(request.headers, endpoint.id, body, settings.queue.idempotency_s))
+    if (
+        limit is not None
+        and await store.queued(endpoint.id, at_most=limit + 1) > limit
+        and not await store.repeated(new)  # a repeat adds nothing, and a caller who is told 429 does not learn of the job
+    ):
         raise QueueFull(f"More than {limit} requests are waiting already.")
 
     failure = None

@@ -6,7 +6,7 @@ from typing import Any
 from deployments.fetch import download_folder, fetch_all
 from deployments.schemas import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages import Done, Note, Stream
+from deployments.stages import TURN, Done, Note, Stream
 from deployments.threaded import InThread, paced
 from engines.registry import build_stage
 from engines.spec import Conditioning, OnProgress, ShouldStop
@@ -27,6 +27,7 @@ class Preprocess:
         returns once the stage has stopped and the files are gone.
         """
         started = time.monotonic()
+        yield TURN
         parsed = self.endpoint.input.model_validate(job_input)
         with download_folder() as folder:
             media = await fetch_all(parsed.media(), self.fetch_settings, folder)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from deployments.schemas import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 
@@ -31,18 +32,64 @@ class FetchSettings(_Strict):
     max_redirects: int = Field(5, ge=0)
 
 
+class Deadlines(_Strict):
+    """For one attempt at a job, in seconds.
+
+    run_s: from its claim on, waiting for its stages' turns included; past it the job fails as `generation_timeout`.
+    idle_s: without a step or frame noted by a stage whose turn has come; past it the attempt is stopped and counted.
+    """
+
+    run_s: float = Field(7200.0, gt=0)
+    idle_s: float = Field(600.0, gt=0)
+
+
 class QueueSettings(_Strict):
     """Leases, retries and how many jobs of an endpoint are worked on at once.
 
     lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
-    of a killed service starts again. max_attempts: claims of one job before it fails as `runner_disconnected`.
+    of a killed service starts again. max_attempts: claims of one job before its last error is its
+    end; which errors are tried again, and when, is said in `jobs/retry.py`.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded.
+    decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds, if that
+    job is kept so long.
+    deadlines: by endpoint's id, where the defaults do not do.
+    low_after_s: a job of low priority goes behind all others; once the first of these has waited so long, in seconds, every
+    fourth job that an endpoint starts is one of them.
     """
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
     max_in_flight: int = Field(3, ge=1)
+    idempotency_s: float = Field(86_400.0, gt=0)
+    low_after_s: float = Field(600.0, ge=0)
+    deadlines: dict[str, Deadlines] = {}
+
+    @field_validator("deadlines")
+    @classmethod
+    def _of_known_endpoints(cls, deadlines: dict[str, Deadlines]) -> dict[str, Deadlines]:
+        if unknown := deadlines.keys() - ENDPOINTS.keys():
+            raise ValueError(f"there are no endpoints {', '.join(sorted(unknown))}")
+        return deadlines
+
+    def deadlines_of(self, endpoint: str) -> Deadlines:
+        """An endpoint's own, or the defaults."""
+        return self.deadlines.get(endpoint, Deadlines())
+
+
+class RetentionSettings(_Strict):
+    """How long things are kept, in seconds; None is for ever.
+
+    jobs_s: a job after its end, with its logs. files_s: an output file, where its caller's
+    `X-Fal-Object-Lifecycle-Preference` does not say otherwise; max_files_s: the most that one may say.
+    """
+
+    jobs_s: float | None = Field(30 * 86_400.0, gt=0)
+    files_s: float | None = Field(7 * 86_400.0, gt=0)
+    max_files_s: float = Field(366 * 86_400.0, gt=0)
+
+    def keep_file_s(self, wish_s: float | None) -> float | None:
+        """How long a file is kept whose caller wished for `wish_s`."""
+        return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
 
 
 class Settings(_Strict):
@@ -65,6 +112,7 @@ class Settings(_Strict):
     max_body_bytes: int = Field(64_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
+    retention: RetentionSettings = RetentionSettings()
     animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
     controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
 

@@ -1,7 +1,7 @@
 """How a dispatcher reaches the three stages of an endpoint.
 
-Each answers with a stream: notes for the caller's log, then `Done`, then its product. Conditioning and latents stay where they
-were made and go on as references: their bytes never visit the dispatcher. The clip does, to be stored.
+Each answers with a stream: `TURN`, notes for the caller's log, then `Done`, then its product. Conditioning and latents stay
+where they were made and go on as references: their bytes never visit the dispatcher. The clip does, to be stored.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +19,10 @@ class Note:
     level: str = "INFO"
 
 
+TURN = Note("")
+"""The first note of every stage: its turn has come. It has no line in the log."""
+
+
 @dataclass(frozen=True)
 class Done:
     """The product follows. seconds: of work, without waiting for a turn."""
@@ -28,7 +32,7 @@ class Done:
 
 OnNote = Callable[[Note], Awaitable[None]]
 Stream = AsyncIterator[Any]
-"""Notes, then `Done`, then the product."""
+"""`TURN`, notes, then `Done`, then the product."""
 
 
 class Stages(Protocol):

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,20 @@ class FileStore:
     def __init__(self, url: str):
         self._fs, self._root = fsspec.core.url_to_fs(url)
 
-    async def put(self, name_hint: str, data: bytes, content_type: str) -> StoredFile:
-        """Keeps `data`; on return it is durable, and no reader ever sees half of it.
+    def new_name(self, name_hint: str, content_type: str) -> str:
+        """A name for `put` that nobody can guess.
 
         name_hint: what the download should be called, e.g. "video.mp4"; its suffix gives way to that of `content_type`.
         """
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name_hint).stem).strip("-")[:64] or "file"
-        name = f"{secrets.token_hex(16)}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
+        return f"{secrets.token_hex(16)}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
+
+    async def put(self, name_hint: str, data: bytes, content_type: str, name: str | None = None) -> StoredFile:
+        """Keeps `data`; on return it is durable, and no reader ever sees half of it.
+
+        name: from `new_name`, where it must be known beforehand; else it is made here of `name_hint`, see there.
+        """
+        name = name or self.new_name(name_hint, content_type)
         await asyncio.to_thread(self._write, self._path(name), data)
         return StoredFile(URL_PREFIX + name, len(data))
 
@@ -73,6 +81,19 @@ class FileStore:
             # No handle stays open between chunks: a reader who goes away mid-file leaves nothing behind.
             end = min(begin + CHUNK_BYTES, stop)
             yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
+
+    async def delete(self, name: str) -> None:
+        """Lets the file at "/files/<name>" go, if it is there."""
+        if _NAME.fullmatch(name):
+            await asyncio.to_thread(self._delete, self._path(name))
+
+    def _delete(self, path: str) -> None:
+        folder = path.rpartition("/")[0]
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+        if isinstance(self._fs, LocalFileSystem):
+            with suppress(FileNotFoundError):
+                self._fs.rmdir(folder)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -13,6 +13,7 @@
     │   ├── ValueTooLarge               422  less_than_equal
     │   ├── FileDownloadError           422  file_download_error
     │   ├── FileTooLarge                422  file_too_large
+    │   ├── GenerationTimeout           504  generation_timeout
     │   └── GenerationFailed            500  internal_server_error
     ├── RequestError                detail is a string, error_type beside it (fal: request errors)
     │   ├── BadRequest                  400  bad_request
@@ -20,10 +21,12 @@
     │   ├── NotFound                    404  not_found
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
+    │   ├── IdempotencyKeyReused        422  idempotency_key_reused
     │   ├── Cancelled                   499  client_cancelled
     │   ├── InternalError               500  internal_error
     │   ├── RunnerFailed                500  runner_server_error
     │   ├── RunnerDisconnected          503  runner_disconnected
+    │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
     │   └── StartTimeout                504  request_timeout
     └── WeightsError                the operator's: a checkpoint that does not fit
@@ -139,6 +142,13 @@ class FileTooLarge(ModelError):
     status = 422
 
 
+class GenerationTimeout(ModelError):
+    """The generation took longer than this service allows."""
+
+    type = "generation_timeout"
+    status = 504
+
+
 class GenerationFailed(ModelError):
     """The model produced values that are not numbers."""
 
@@ -184,6 +194,14 @@ class QueueFull(RequestError):
     status = 429
 
 
+class IdempotencyKeyReused(RequestError):
+    """The idempotency key was used for another request already."""
+
+    # 422 as in the IETF's draft-ietf-httpapi-idempotency-key-header; neither of fal's clients repeats it
+    type = "idempotency_key_reused"
+    status = 422
+
+
 class Cancelled(RequestError):
     """The request was cancelled."""
 
@@ -207,6 +225,14 @@ class RunnerDisconnected(RequestError):
     """The runner died or could not be reached while it worked on this request."""
 
     type = "runner_disconnected"
+    status = 503
+    retryable = True
+
+
+class RunnerStalled(RequestError):
+    """The runner made no progress on this request for too long."""
+
+    type = "runner_connection_timeout"
     status = 503
     retryable = True
 

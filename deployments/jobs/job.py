@@ -61,8 +61,24 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Idempotency:
+    """Makes a submission repeatable: for `keep_s` seconds its owner's `key` stands for one job.
+
+    fingerprint: of what was submitted; another one under the same key is a mistake of the caller's.
+    """
+
+    key: str
+    fingerprint: bytes
+    keep_s: float = 86_400.0
+
+
+@dataclass(frozen=True)
 class NewJob:
-    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails."""
+    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
+
+    files_s: how long its files are kept, in seconds; None: as long as the operator says. store_io: false lets its input go at
+    its end, and the rest within hours.
+    """
 
     endpoint: str
     input: dict[str, Any]
@@ -71,6 +87,9 @@ class NewJob:
     start_timeout_s: float | None = None
     max_attempts: int = 10
     webhook_url: str | None = None
+    idempotency: Idempotency | None = None
+    files_s: float | None = None
+    store_io: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ class Claim:
     input: dict[str, Any]
     attempt: int
     max_attempts: int
+    files_s: float | None
 
 
 @dataclass(frozen=True)

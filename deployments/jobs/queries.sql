@@ -4,20 +4,47 @@
 -- name: submit
 -- One durable job at the end of its owner's line: its turn follows the owner's last, or is the one being served. Where
 -- nothing waits, running jobs tell the turn, so that one of them that comes back keeps its place. Says nothing if the id is
--- taken: the caller has lost the answer and asks again.
-INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, state, turn)
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', greatest(
+-- taken: the caller has lost the answer and asks again. Nor if the caller's idempotency key $9 is: a job stands for it already,
+-- see `repeated`. A key is free again when its time is over, or for another body when its own was no valid input ($12).
+WITH kept AS (
+    INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
+    SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
+    WHERE $9::text IS NOT NULL
+    ON CONFLICT (owner, key) DO UPDATE SET
+        fingerprint = excluded.fingerprint,
+        job_id = excluded.job_id,
+        expires_at = excluded.expires_at,
+        rejected = excluded.rejected
+    WHERE taken.expires_at <= now() OR (taken.rejected AND taken.fingerprint <> excluded.fingerprint)
+    RETURNING job_id
+)
+INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, state, turn)
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 'queued', greatest(
     coalesce(
-        (SELECT min(turn) FROM jobs WHERE state = 'queued' AND endpoint = $2 AND priority = $4),
+        least(
+            (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
+            (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NOT NULL AND endpoint = $2 AND priority = $4)
+        ),
         (SELECT max(turn) FROM jobs WHERE state = 'running' AND endpoint = $2 AND priority = $4),
         0
     ),
     (SELECT max(turn) + 1 FROM jobs
      WHERE state = 'queued' AND endpoint = $2 AND priority = $4 AND coalesce(owner, '') = coalesce($3, ''))
 )
+WHERE $9::text IS NULL OR EXISTS (SELECT FROM kept)
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
     priority, turn, number, jobs_ahead(endpoint, priority, turn, number) AS ahead
+
+-- name: repeated
+-- The job that an idempotency key stands for, and whether it was given with the same body.
+SELECT job_id, fingerprint = $3 AS same FROM idempotency_keys WHERE owner = coalesce($1, '') AND key = $2 AND expires_at > now()
+
+-- name: sweep_keys
+-- Forgets idempotency keys whose time is over. One that is just being taken again is not deleted: it is locked.
+DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+))
 
 -- name: submit_failed
 -- Closes a job that was submitted in the same transaction.
@@ -33,7 +60,7 @@ FROM jobs WHERE id = $1
 -- Every thousandth job in line, from the first: what tells a place beyond where `jobs_ahead` counts.
 SELECT priority, turn, number FROM (
     SELECT priority, turn, number, row_number() OVER (ORDER BY priority, turn, number) AS place
-    FROM jobs WHERE state = 'queued' AND endpoint = $1
+    FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $1
 ) AS line
 WHERE place % 1000 = 1 ORDER BY place
 
@@ -60,25 +87,8 @@ SELECT state, pg_notify('reelray', id::text) FROM found
 SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 LIMIT $2) AS waiting
 
 -- name: claim
--- The first job of each endpoint that nobody else is taking, and of those the most urgent, then the oldest.
-UPDATE jobs SET
-    state = 'running',
-    attempt = attempt + 1,
-    token = $2,
-    started_at = now(),
-    lease_until = now() + make_interval(secs => $3),
-    reason = NULL
-WHERE id = (
-    SELECT head.id FROM unnest($1::text[]) AS served (endpoint)
-    CROSS JOIN LATERAL (
-        SELECT id, priority, number FROM jobs
-        WHERE state = 'queued' AND endpoint = served.endpoint AND (start_by IS NULL OR start_by > now())
-        ORDER BY priority, turn, number LIMIT 1
-        FOR UPDATE SKIP LOCKED
-    ) AS head
-    ORDER BY head.priority, head.number LIMIT 1
-)
-RETURNING id AS job_id, token, endpoint, input, attempt, max_attempts
+-- Starts an attempt at the next job. The function says which that is, and what a row of nulls means.
+SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s FROM claim_job($1, $2, $3, $4, $5, $6)
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.
@@ -109,12 +119,14 @@ WITH closed AS (
 SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = $3
 
 -- name: requeue
--- Gives a job back, to go where a lost attempt goes; $5 holds the failures by state. Answers as `close` does.
+-- Gives a job back, to go where a lost attempt goes, and not to be tried again for $6 seconds; $5 holds the failures by state.
+-- Answers as `close` does.
 WITH returned AS (
     UPDATE jobs SET
         state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
+        not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id
@@ -122,16 +134,21 @@ WITH returned AS (
 SELECT id FROM returned UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = 'queued'
 
 -- name: sweep_leases
--- Takes jobs from workers that fell silent; $1 holds the failures by state. A job that somebody else is just writing is left
--- for the next sweep. The token goes: whatever that worker still has to say comes too late.
+-- Takes jobs from workers that fell silent; $1 holds the failures by state, and as `overran` that of a job which its worker
+-- should have ended. A job that somebody else is just writing is left for the next sweep. The token goes: whatever that worker
+-- still has to say comes too late.
 WITH due AS (
-    SELECT id FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+    SELECT
+        id,
+        run_by <= now() AND NOT cancel_requested AS overran,
+        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true) AS next
+    FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
-    state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true),
-    failure = $1::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true),
+    state = CASE WHEN due.overran THEN 'failed' ELSE due.next END,
+    failure = $1::json -> CASE WHEN due.overran THEN 'overran' ELSE due.next END,
     token = NULL,
-    reason = 'lease expired'
+    reason = CASE WHEN due.overran THEN 'run deadline passed' ELSE 'lease expired' END
 FROM due WHERE jobs.id = due.id
 RETURNING jobs.id
 
@@ -143,13 +160,72 @@ WITH due AS (
 UPDATE jobs SET state = 'failed', failure = $1, reason = 'start deadline passed' FROM due WHERE jobs.id = due.id
 RETURNING jobs.id
 
+-- name: sweep_delays
+-- Returns jobs that have waited long enough for their next attempt to their places in the order.
+WITH due AS (
+    SELECT id FROM jobs WHERE state = 'queued' AND not_before <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+), returned AS (
+    UPDATE jobs SET not_before = NULL FROM due WHERE jobs.id = due.id RETURNING jobs.id
+)
+SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
+
+-- name: add_file
+-- A file that is about to be written.
+INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2))
+
+-- name: expired_files
+-- Files whose time is over and which nobody else is just deleting.
+SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+
+-- name: forget_files
+-- Those that are gone.
+DELETE FROM stored_files WHERE name = ANY ($1::text[])
+
+-- name: postpone_files
+-- Those that could not be deleted do not stand in the way of the others.
+UPDATE stored_files SET expires_at = now() + interval '1 hour' WHERE name = ANY ($1::text[])
+
+-- name: expire_jobs
+-- Deletes jobs that ended $1 seconds ago (null: none), with all that belongs to them.
+WITH due AS (
+    SELECT id FROM jobs WHERE finished_at <= now() - make_interval(secs => $1) LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
+
+-- name: expire_unstored_jobs
+-- The same for those whose payloads are not to be stored: $1 seconds are for fetching the result, $2 where a webhook is still due.
+WITH due AS (
+    SELECT id FROM jobs
+    WHERE NOT store_io AND finished_at <= now() - make_interval(secs => $1)
+        AND (webhook_url IS NULL OR finished_at <= now() - make_interval(secs => $2))
+    LIMIT $3 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
+
+-- name: pause
+-- From its commit on no job of the endpoint is claimed. A pause that is repeated began when it did.
+INSERT INTO paused_endpoints (endpoint) VALUES ($1) ON CONFLICT (endpoint) DO NOTHING
+
+-- name: resume
+-- Ends a pause and tells whoever waits for work.
+WITH resumed AS (DELETE FROM paused_endpoints WHERE endpoint = $1 RETURNING endpoint)
+SELECT endpoint, pg_notify('reelray', 'work') FROM resumed
+
+-- name: queue_status
+-- One endpoint, for its operator.
+SELECT
+    (SELECT count(*) FROM jobs WHERE state = 'queued' AND endpoint = $1) AS queued,
+    (SELECT count(*) FROM jobs WHERE state = 'queued' AND not_before IS NOT NULL AND endpoint = $1) AS delayed,
+    (SELECT count(*) FROM jobs WHERE state = 'running' AND endpoint = $1) AS running,
+    (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
+
 -- name: create_key
 -- Says nothing if the id is taken, see `submit`.
-INSERT INTO api_keys (id, name, hash) VALUES ($1, $2, $3) ON CONFLICT (id) DO NOTHING
+INSERT INTO api_keys (id, name, hash, max_running) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING
 
 -- name: list_keys
 -- Revoked ones included.
-SELECT id, name, created_at, revoked_at FROM api_keys ORDER BY created_at, id
+SELECT id, name, created_at, revoked_at, max_running FROM api_keys ORDER BY created_at, id
 
 -- name: revoke_key
 -- A key stays listed after its end.

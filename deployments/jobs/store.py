@@ -8,10 +8,12 @@ call may be repeated after a lost connection, and is, for a few seconds: a datab
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -26,12 +28,23 @@ from deployments.jobs.depth import STEP, Depth, Place
 from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
 from deployments.jobs.listener import Changes, Listener
 from deployments.schemas import error_failure
-from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
+from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, ReelrayError, RunnerDisconnected, StartTimeout
 
 RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
 KEY_CACHE_S = 2.0
 """How long a revoked API key may still be taken, by a process that has just seen it."""
+LOW_AFTER_S = 600.0
+"""How long low priority is only that; see `JobStore.claim`."""
+LOW_SHARE = 4
+EXPIRY_BATCH = 100
+"""What is deleted in one transaction: an input may be megabytes, and a file a round trip to an object store."""
+UNSTORED_S = 3600.0
+"""For fetching the result of a job whose payloads are not to be stored; fal gives the same (protocol page 2.4)."""
+UNSTORED_WEBHOOK_S = 3 * 3600.0
+"""The same where a webhook was asked for: its retries go on for two hours."""
+
+logger = logging.getLogger(__name__)
 
 _MIGRATION_LOCK = 0x7265656C
 _AWAY = (
@@ -60,12 +73,23 @@ class StoreAway(Exception):
 
 @dataclass(frozen=True)
 class ApiKey:
-    """An API key as its operator may see it; the secret is nowhere."""
+    """An API key as its operator may see it; the secret is nowhere. max_running: of its jobs at once, None without a limit."""
 
     id: str
     name: str
     created_at: datetime
     revoked_at: datetime | None
+    max_running: int | None
+
+
+@dataclass(frozen=True)
+class QueueStatus:
+    """One endpoint's queue. delayed: those of the queued that wait for their next attempt. paused_at: None while it is open."""
+
+    queued: int
+    delayed: int
+    running: int
+    paused_at: datetime | None
 
 
 class JobStore:
@@ -76,6 +100,7 @@ class JobStore:
         self._listener = listener
         self._depths: dict[str, Depth] = {}
         self._owners: dict[bytes, tuple[str, float]] = {}
+        self._claimed: Counter[tuple[str, ...]] = Counter()
 
     @classmethod
     async def open(cls, url: str, *, max_connections: int = 8) -> Self:
@@ -100,28 +125,54 @@ class JobStore:
     # For the door.
 
     async def submit(self, new: NewJob) -> Job:
-        """Queues a job. When this returns, the job survives any crash."""
-        job_id = _new_id()
-        rows = await self._fetch("submit", *_submission(job_id, new))
-        if rows:
-            return await self._job(rows[0])
-        job = await self.get(job_id)  # a first try had been committed, only its answer was lost
-        assert job is not None
-        return job
+        """Queues a job. When this returns, the job survives any crash.
+
+        With an idempotency key that stands for a job already, that one is the answer. Raises `IdempotencyKeyReused` if that
+        was another submission.
+        """
+        while True:
+            job_id = _new_id()
+            rows = await self._fetch("submit", *_submission(job_id, new))
+            if rows:
+                return await self._job(rows[0])
+            if job := await self._submitted(job_id, new):
+                return job
 
     async def submit_failed(self, new: NewJob, failure: Failure) -> Job:
-        """Records a job that has failed before it could begin, so that its webhook tells of it."""
-        job_id = _new_id()
+        """Records a job that has failed before it could begin, so that its webhook tells of it.
 
+        An idempotency key stands for it until the same owner submits another body under it.
+        """
+
+        while True:
+            job_id = _new_id()
+            if job := await self._submitted(await self._submit_failed(job_id, new, failure), new):
+                return job
+
+    async def _submit_failed(self, job_id: UUID, new: NewJob, failure: Failure) -> UUID:
         async def both(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             async with connection.transaction():
-                await connection.fetch(_SQL["submit"], *_submission(job_id, new))
+                await connection.fetch(_SQL["submit"], *_submission(job_id, new, rejected=True))
                 return list(await connection.fetch(_SQL["submit_failed"], job_id, asdict(failure)))
 
         await self._outlast(both)
-        job = await self.get(job_id)
-        assert job is not None
-        return job
+        return job_id
+
+    async def _submitted(self, job_id: UUID, new: NewJob) -> Job | None:
+        """What came of a submission that made no row under this id, or need not have: the job of a first try whose answer was
+        lost, or that of its idempotency key. None: the key came free in between, try again."""
+        return await self.get(job_id) or await self.repeated(new)
+
+    async def repeated(self, new: NewJob) -> Job | None:
+        """The job of an earlier submission that this one repeats. Raises `IdempotencyKeyReused`."""
+        if new.idempotency is None:
+            return None
+        rows = await self._fetch("repeated", new.owner, new.idempotency.key, new.idempotency.fingerprint)
+        if not rows:
+            return None
+        if not rows[0]["same"]:
+            raise IdempotencyKeyReused
+        return await self.get(rows[0]["job_id"])
 
     async def get(self, job_id: UUID) -> Job | None:
         """The job as it stands. Its position is exact to 1,000, beyond that to a thousand and some seconds old."""
@@ -151,13 +202,24 @@ class JobStore:
 
     # For the dispatcher.
 
-    async def claim(self, endpoints: Sequence[str], lease_s: float) -> Claim | None:
-        """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting.
+    async def claim(
+        self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None, low_after_s: float = LOW_AFTER_S
+    ) -> Claim | None:
+        """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting that may run,
+        for its endpoint may be paused or its key have all the jobs running that it may.
 
+        run_s: how long the attempt may take; should its worker die, the job is not tried again after that. low_after_s: low
+        priority goes behind all others, but once the first such job has waited this long, every `LOW_SHARE`th claim takes it
+        before them. So neither can keep the other waiting for ever: a flood of low jobs gets that share and no more.
         A claim whose answer was lost is swept up when its lease ends; this then takes the job after it.
         """
-        rows = await self._fetch("claim", list(endpoints), uuid4(), lease_s)
-        return Claim(**rows[0]) if rows else None
+        served = tuple(endpoints)
+        low_first = (self._claimed[served] + 1) % LOW_SHARE == 0
+        while rows := await self._fetch("claim", served, uuid4(), lease_s, run_s, low_first, low_after_s):
+            if rows[0]["job_id"] is not None:
+                self._claimed[served] += 1
+                return Claim(**rows[0])
+        return None
 
     async def heartbeat(self, claim: Claim, lease_s: float) -> bool:
         """Keeps the job for `lease_s` more seconds. True: its caller wants it cancelled. Raises `LeaseLost`."""
@@ -181,22 +243,25 @@ class JobStore:
         """Closes the job as its caller asked. Raises `LeaseLost`."""
         await self._close(claim, JobState.CANCELLED, None, _failure(Cancelled), {})
 
-    async def requeue(self, claim: Claim, reason: str, *, counted: bool) -> None:
+    async def requeue(self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0) -> None:
         """Gives the job back, to its old place in the order; cancels it if that was asked for.
 
         counted: the attempt failed, and the last one fails the job; otherwise it does not count (we are shutting down).
-        Raises `LeaseLost`.
+        wait_s: seconds for which it is not tried again. Raises `LeaseLost`.
         """
-        args = (claim.job_id, claim.token, _storable(reason), counted, _lost_attempt_failures())
+        args = (claim.job_id, claim.token, _storable(reason), counted, _lost_attempt_failures(), wait_s)
         _held(await self._fetch("requeue", *args))
 
     async def sweep(self) -> int:
-        """Takes jobs from workers that fell silent and fails those past their start deadline, 1,000 of each at most.
+        """Takes jobs from workers that fell silent and fails those past a deadline, 1,000 of each at most.
 
         Any number of processes may do so at once. How many jobs it changed.
         """
-        expired = await self._fetch("sweep_leases", _lost_attempt_failures())
+        overran = {"overran": _failure(GenerationTimeout)}
+        expired = await self._fetch("sweep_leases", _lost_attempt_failures() | overran)
         overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
+        await self._fetch("sweep_delays")
+        await self._fetch("sweep_keys")
         return len(expired) + len(overdue)
 
     @asynccontextmanager
@@ -205,13 +270,66 @@ class JobStore:
         with self._listener.subscribed("work") as changes:
             yield changes
 
+    # Retention.
+
+    async def add_file(self, name: str, keep_s: float) -> None:
+        """Notes a file before it is written, so that it will expire whatever becomes of its job."""
+        await self._fetch("add_file", name, keep_s)
+
+    async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
+        """Deletes files whose time is over, `EXPIRY_BATCH` at most, and forgets them. How many it found.
+
+        delete: of a file that may be gone already; its error postpones the file. Any number of processes may do so at once.
+        """
+
+        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            async with connection.transaction():  # holds the rows: nobody else deletes the same files meanwhile
+                rows = list(await connection.fetch(_SQL["expired_files"], EXPIRY_BATCH))
+                gone, stuck = list[str](), list[str]()
+                for name in (row["name"] for row in rows):
+                    try:
+                        await delete(name)
+                        gone.append(name)
+                    except Exception:  # each kind of file store has errors of its own, and none may stop the dispatcher
+                        logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
+                        stuck.append(name)
+                await connection.fetch(_SQL["forget_files"], gone)
+                await connection.fetch(_SQL["postpone_files"], stuck)
+                return rows
+
+        return len(await self._outlast(expire))
+
+    async def expire_jobs(self, jobs_s: float | None) -> int:
+        """Deletes jobs that ended `jobs_s` seconds ago (None: none) and, sooner, those not to be stored, with their events, logs
+        and webhooks; `EXPIRY_BATCH` of each at most. How many."""
+        old = await self._fetch("expire_jobs", jobs_s, EXPIRY_BATCH)
+        unstored = await self._fetch("expire_unstored_jobs", UNSTORED_S, UNSTORED_WEBHOOK_S, EXPIRY_BATCH)
+        return len(old) + len(unstored)
+
+    # For the operator.
+
+    async def pause(self, endpoint: str) -> None:
+        """Lets no more jobs of the endpoint start, anywhere, from now on; those that run go on, new ones are accepted."""
+        await self._fetch("pause", endpoint)
+
+    async def resume(self, endpoint: str) -> bool:
+        """Ends a pause. False: there was none."""
+        return bool(await self._fetch("resume", endpoint))
+
+    async def queue_status(self, endpoint: str) -> QueueStatus:
+        """How an endpoint's queue stands. It counts the jobs, so it takes 50 ms a million."""
+        return QueueStatus(**(await self._fetch("queue_status", endpoint))[0])
+
     # API keys.
 
-    async def create_key(self, name: str) -> str:
-        """Makes a key and answers its secret, `<id>:<256 random bits>`, which is kept as a hash only and so never shown again."""
+    async def create_key(self, name: str, max_running: int | None = None) -> str:
+        """Makes a key and answers its secret, `<id>:<256 random bits>`, which is kept as a hash only and so never shown again.
+
+        max_running: how many of its jobs may run at once, at all endpoints together; the others wait and block nobody.
+        """
         key_id = secrets.token_hex(8)
         secret = f"{key_id}:{secrets.token_urlsafe(32)}"
-        await self._fetch("create_key", key_id, _storable(name), _hash(secret))
+        await self._fetch("create_key", key_id, _storable(name), _hash(secret), max_running)
         return secret
 
     async def list_keys(self) -> list[ApiKey]:
@@ -288,7 +406,11 @@ class JobStore:
 
 
 async def migrate(url: str) -> None:
-    """Applies the migrations that this database does not have yet, all or none; who comes at the same time waits."""
+    """Applies the migrations that this database does not have yet, all or none; who comes at the same time waits.
+
+    Each is remembered by its name, not by a number up to which all are: one that was written beside a later one is applied
+    after it where that was there first, so each must do without those that are newer.
+    """
     connection = await asyncpg.connect(url)
     try:
         async with connection.transaction():
@@ -326,16 +448,18 @@ def _new_id() -> UUID:
     return UUID(int=high << 64 | 0b10 << 62 | chance & (1 << 62) - 1)
 
 
-def _submission(job_id: UUID, new: NewJob) -> tuple[object, ...]:
+def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> tuple[object, ...]:
     first = (job_id, new.endpoint, new.owner, new.priority, new.input)
-    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url)
+    once = (new.idempotency.key, new.idempotency.fingerprint, new.idempotency.keep_s) if new.idempotency else (None, None, None)
+    kept = (new.files_s, new.store_io)
+    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected, *kept)
 
 
-def _failure(error: type[Cancelled] | type[StartTimeout] | type[RunnerDisconnected]) -> dict[str, Any]:
+def _failure(error: type[ReelrayError]) -> dict[str, Any]:
     return asdict(error_failure(error()))
 
 
-def _lost_attempt_failures() -> dict[JobState, dict[str, Any]]:
+def _lost_attempt_failures() -> dict[str, dict[str, Any]]:
     return {JobState.CANCELLED: _failure(Cancelled), JobState.FAILED: _failure(RunnerDisconnected)}
 
 

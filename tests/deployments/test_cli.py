@@ -120,16 +120,29 @@ def test_a_published_pickle_becomes_safetensors(tmp_path: Path):
 def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):
     with embedded() as settings:
         options = ("--config", config(tmp_path, home=str(settings.home)))
-        secret = run("keys", "create", "studio", *options).stdout.strip()
+        secret = run("keys", "create", "studio", "--max-running", 37, *options).stdout.strip()
         key_id, _, _ = secret.partition(":")
         listed = run("keys", "list", *options).stdout
         assert key_id in listed
         assert "studio" in listed
         assert secret not in listed
+        assert "37" in listed.replace(key_id, "")
         assert run("keys", "revoke", key_id, *options).exit_code == 0
         again = run("keys", "revoke", key_id, *options)
         assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
+
+
+def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
+    with embedded() as settings:
+        options = ("--config", config(tmp_path, home=str(settings.home)))
+        assert run("queue", "status", "controlnext", *options).stdout == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
+        paused = run("queue", "pause", "controlnext", "--drain", *options).stdout
+        assert paused.startswith("fal-ai/controlnext: paused since 20")
+        assert run("queue", "status", "controlnext", *options).stdout == paused
+        assert run("queue", "resume", "controlnext", *options).exit_code == 0
+        again = run("queue", "resume", "controlnext", *options)
+        assert (again.exit_code, again.stderr) == (1, "fal-ai/controlnext is not paused\n")
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "gateway", "render", "submit", "status", "result", "cancel"])

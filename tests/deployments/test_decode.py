@@ -6,7 +6,7 @@ import torch
 
 from deployments.decode import Decode
 from deployments.settings import Settings
-from deployments.stages import Done, Note
+from deployments.stages import TURN, Done, Note
 from engines.errors import Cancelled
 from engines.spec import Latents, Progress
 from tests.fakes import CLIP, EndlessStage, LocalStages
@@ -24,7 +24,8 @@ async def test_the_clip_comes_after_its_progress(monkeypatch: pytest.MonkeyPatch
                 on_progress(Progress("frame", done, 100))
             return CLIP
 
-    *notes, done, clip = [item async for item in replica(monkeypatch, Stage()).run(None)]  # type: ignore[arg-type]
+    turn, *notes, done, clip = [item async for item in replica(monkeypatch, Stage()).run(None)]  # type: ignore[arg-type]
+    assert turn == TURN
     assert notes == [Note("frame 1/100"), Note("frame 100/100")]
     assert isinstance(done, Done)
     assert clip is CLIP
@@ -34,13 +35,15 @@ async def test_one_call_at_a_time_is_worked_on_and_a_cancelled_one_makes_room(mo
     stage = EndlessStage()
     wrapper = replica(monkeypatch, stage)
     first, second = wrapper.run(None), wrapper.run(None)  # type: ignore[arg-type]
+    assert await anext(first) == TURN
     await anext(first)
     waiting = asyncio.ensure_future(anext(second))
     await asyncio.sleep(0.05)
     assert (stage.running, waiting.done()) == (1, False)
     await first.aclose()  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
-        assert (await waiting).message == "frame 1/1000000"
+        assert await waiting == TURN
+        assert (await anext(second)).message == "frame 1/1000000"
     assert stage.running == 1
     await second.aclose()  # type: ignore[attr-defined]
     assert stage.running == 0

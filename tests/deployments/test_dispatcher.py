@@ -1,7 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import pytest
@@ -13,6 +13,7 @@ from deployments.settings import QueueSettings, Settings
 from deployments.stages import Stages
 from deployments.storage import FileStore
 from engines.errors import FileDownloadError, RunnerDisconnected
+from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
 
 QUICK = QueueSettings(lease_s=0.6, max_attempts=3, max_in_flight=2)
@@ -180,18 +181,100 @@ async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(stor
     assert job.attempt > 1, "the lease ran out and the job was done again"
 
 
-async def test_a_file_store_that_is_away_costs_an_attempt_and_not_the_job(store: JobStore, files: FileStore, monkeypatch):
-    put, failures = files.put, iter([OSError("No space left on device")])
+async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr(files, "put", _full)
+    stages = ScriptedStages(nothing)
+    async with dispatching(store, files, stages):
+        job_id = await submit(store)
+        await until(store, job_id, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
+        await asyncio.sleep(1.5)  # sweeps come and go
+        assert stages.calls == 1, "no attempt is burnt while the disk stays full"
+        monkeypatch.undo()
+        await execute(database, "UPDATE jobs SET not_before = now()")
+        job = await ended(store, job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
 
-    async def full_once(*args: Any) -> Any:
-        if failure := next(failures, None):
-            raise failure
-        return await put(*args)
 
-    monkeypatch.setattr(files, "put", full_once)
+async def gone(files: FileStore, name: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            if await files.size(name) is None:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_file_is_kept_as_long_as_its_caller_wished_and_then_deleted(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr("deployments.dispatcher.EXPIRY_INTERVAL_S", 0.1)
     async with dispatching(store, files, ScriptedStages(nothing)):
+        for wish_s, kept_days in ((None, 7), (86_400.0, 1), (1e9, 366)):
+            new = NewJob(endpoint=ENDPOINT, input=INPUT, files_s=wish_s)
+            job = await ended(store, (await store.submit(new)).id)
+            assert job.result is not None
+            name = job.result["video"]["url"].removeprefix("/files/")
+            await execute(database, f"UPDATE stored_files SET expires_at = expires_at - interval '{kept_days} days 1 second'")
+            await gone(files, name)
+
+
+async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr(files, "put", _full)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
+
+
+async def _full(*_: object) -> NoReturn:
+    raise OSError("No space left on device")
+
+
+def with_deadlines(**deadlines: float) -> QueueSettings:
+    return QueueSettings.model_validate({**QUICK.model_dump(), "deadlines": {ENDPOINT: deadlines}})
+
+
+async def test_a_job_past_its_run_deadline_fails_at_once_and_frees_the_stage(store: JobStore, files: FileStore):
+    stages = ScriptedStages(for_ever)
+    async with dispatching(store, files, stages, with_deadlines(run_s=0.3)):
+        job = await ended(store, await submit(store))
+        assert not stages.running
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (1, 504, "generation_timeout")
+    assert job.failure.body["detail"][0]["type"] == "generation_timeout"
+
+
+async def test_an_attempt_that_stands_still_is_stopped_and_the_job_tried_again(store: JobStore, files: FileStore):
+    stalls = iter([1])
+
+    async def stall_once(job_input: dict[str, Any]) -> None:
+        if next(stalls, None):
+            await for_ever(job_input)
+
+    async with dispatching(store, files, ScriptedStages(stall_once), with_deadlines(idle_s=0.2)):
         job = await ended(store, await submit(store))
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_a_job_that_always_stands_still_fails_in_the_end(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(for_ever), with_deadlines(idle_s=0.1)):
+        job = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.error_type) == (3, "runner_connection_timeout")
+
+
+async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
+    store: JobStore, files: FileStore, local_stages: LocalStages
+):
+    another_job = local_stages.denoise_replica.turn
+    async with another_job, dispatching(store, files, local_stages, with_deadlines(idle_s=0.5)):
+        job_id = await submit(store, num_inference_steps=1)
+        await until(store, job_id, lambda job: job.attempt == 1)
+        await asyncio.sleep(1.2)
+        job = await store.get(job_id)
+        assert job is not None
+        assert (job.state, job.attempt) == (JobState.RUNNING, 1)
 
 
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):

@@ -27,6 +27,7 @@ ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
 LEASE_S = 30.0
 INPUT = {"prompt": "a city at night"}
+MEDIA = {"image_url": "https://a.example/i.png", "video_url": "https://a.example/v.mp4"}
 
 
 @pytest.fixture
@@ -130,7 +131,11 @@ async def test_what_the_caller_left_open_is_drawn_once(client: httpx.AsyncClient
         ({}, {"fal_webhook": "https://h.example/w?x=1"}, {"webhook_url": "https://h.example/w?x=1"}),
         ({}, {"fal_max_queue_length": "0"}, {}),
         ({"X-Fal-Runner-Hint": "lora:a", "X-Fal-Store-IO": "0", "x-app-fal-disable-fallback": "1"}, {}, {}),
-        ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {}),
+        ({}, {}, {"files_s": None, "store_io": True}),
+        ({"X-Fal-Store-IO": "0"}, {}, {"store_io": False}),
+        ({"X-Fal-Store-IO": "1"}, {}, {"store_io": True}),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {"files_s": 3600.0}),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'}, {}, {"files_s": None}),
     ],
 )
 async def test_submit_options(
@@ -149,6 +154,16 @@ async def test_submit_options(
     ("headers", "query"),
     [
         ({"X-Fal-Queue-Priority": "urgent"}, {}),
+        *(
+            ({"X-Fal-Object-Lifecycle-Preference": value}, {})
+            for value in (
+                "",
+                "{",
+                "[]",
+                "7",
+                *(f'{{"expiration_duration_seconds":{n}}}' for n in ("0", "-1", "true", '"1d"', "NaN")),
+            )
+        ),
         *(({"X-Fal-Request-Timeout": value}, {}) for value in ("soon", "0", "-1", "nan", "inf", "1e300", "")),
         *(
             ({}, {"fal_webhook": url})
@@ -212,6 +227,61 @@ async def test_a_full_queue_is_told(client: httpx.AsyncClient) -> None:
         assert (await client.post(SUBMIT, json=INPUT, params=limited)).status_code == 200
     full = await client.post(SUBMIT, json=INPUT, params=limited)
     assert (full.status_code, full.json()["error_type"]) == (429, "queue_full")
+
+
+KEYED = {"Idempotency-Key": "render 7"}
+
+
+async def test_a_repeat_under_its_key_is_answered_with_the_same_job(client: httpx.AsyncClient, store: JobStore) -> None:
+    bodies = (b'{"prompt": "x", "seed": 1}', b'{"seed":1, "prompt":"x"}')
+    first, again = [await client.post(SUBMIT, content=body, headers=KEYED) for body in bodies]
+    assert again.json() == first.json()
+    assert again.headers["x-fal-request-id"] == first.json()["request_id"]
+    assert await store.queued(ENDPOINT) == 1
+
+
+async def test_a_key_given_with_another_body_is_an_error_that_no_client_retries(client: httpx.AsyncClient) -> None:
+    assert (await client.post(SUBMIT, json=INPUT, headers=KEYED)).status_code == 200
+    other = await client.post(SUBMIT, json={**INPUT, "seed": 1}, headers=KEYED)
+    assert (other.status_code, other.json()["error_type"]) == (422, "idempotency_key_reused")
+    assert other.headers["x-fal-error-type"] == "idempotency_key_reused"
+    elsewhere = await client.post("/queue/fal-ai/controlnext", json=MEDIA, headers=KEYED)
+    assert elsewhere.json()["error_type"] == "idempotency_key_reused"
+
+
+async def test_equal_submissions_without_a_key_are_two_jobs(client: httpx.AsyncClient) -> None:
+    assert (await submitted(client))["request_id"] != (await submitted(client))["request_id"]
+
+
+@pytest.mark.parametrize("key", [b"", b"k" * 256, b"a\x01b", b"a\x7fb", b"a\x85b"])
+async def test_a_bad_key_is_a_bad_request(key: bytes, alone: httpx.AsyncClient) -> None:
+    response = await alone.post(SUBMIT, json=INPUT, headers=[(b"Idempotency-Key", key)])
+    assert (response.status_code, response.json()["error_type"]) == (400, "bad_request")
+
+
+async def test_a_key_of_255_characters_is_a_good_one(client: httpx.AsyncClient) -> None:
+    assert (await client.post(SUBMIT, json=INPUT, headers={"Idempotency-Key": "k" * 255})).status_code == 200
+
+
+async def test_an_input_that_was_refused_does_not_use_up_its_key(client: httpx.AsyncClient) -> None:
+    assert (await client.post(SUBMIT, json={}, headers=KEYED)).status_code == 422
+    assert (await client.post(SUBMIT, json=INPUT, headers=KEYED)).status_code == 200
+
+
+async def test_a_refused_input_with_a_webhook_does_not_use_up_its_key(client: httpx.AsyncClient) -> None:
+    hook = {"fal_webhook": "https://h.example/"}
+    refused, again = [await client.post(SUBMIT, json={}, headers=KEYED, params=hook) for _ in range(2)]
+    assert refused.json()["request_id"] == again.json()["request_id"]
+    mended = await client.post(SUBMIT, json=INPUT, headers=KEYED, params=hook)
+    assert mended.status_code == 200
+    assert mended.json()["request_id"] != refused.json()["request_id"]
+
+
+async def test_a_repeat_is_never_told_that_the_queue_is_full(client: httpx.AsyncClient) -> None:
+    limited = {"fal_max_queue_length": "0"}
+    first, again = [await client.post(SUBMIT, json=INPUT, headers=KEYED, params=limited) for _ in range(2)]
+    assert (again.status_code, again.json()["request_id"]) == (200, first.json()["request_id"])
+    assert (await client.post(SUBMIT, json=INPUT, params=limited)).status_code == 429
 
 
 async def test_a_body_at_the_limit_passes_and_one_above_does_not(client: httpx.AsyncClient) -> None:

@@ -11,7 +11,7 @@ import torch
 from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.settings import FetchSettings, Settings
-from deployments.stages import Done, Note, Stream
+from deployments.stages import TURN, Done, Note, Stream
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError
 from engines.spec import Progress
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
@@ -62,7 +62,8 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
             seen.extend(downloads(temporary))
             return Conditioned()
 
-    *notes, done, product = await listen(replica(Stage()).run(INPUT))
+    turn, *notes, done, product = await listen(replica(Stage()).run(INPUT))
+    assert turn == TURN
     assert notes == [Note("pose 1/1"), Note("the prompt was cut", "WARN")]
     assert isinstance(done, Done)
     assert isinstance(product, Conditioned)
@@ -76,6 +77,7 @@ async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
 ):
     stage = EndlessStage()
     stream = replica(stage).run(INPUT)
+    assert await anext(stream) == TURN
     assert (await anext(stream)).message == "frame 1/1000000"
     assert stage.running
     assert downloads(temporary) == [b"hi"]
@@ -108,8 +110,9 @@ async def test_several_calls_are_worked_on_at_once(replica: Callable[[Any], Prep
     stage = EndlessStage()
     wrapper = replica(stage)
     async with aclosing(wrapper.run(INPUT)) as one, aclosing(wrapper.run(INPUT)) as other:  # type: ignore[type-var]
-        await anext(one)
-        await anext(other)
+        for stream in (one, other):
+            assert await anext(stream) == TURN
+            await anext(stream)
         assert stage.running == 2
 
 

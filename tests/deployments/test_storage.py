@@ -29,6 +29,24 @@ async def test_bytes_come_back_as_they_were_put(files: FileStore) -> None:
     assert await read(files, stored, 0, 10) == b"0123456789"
 
 
+async def test_a_deleted_file_is_gone_and_may_be_deleted_again(files: FileStore) -> None:
+    name = files.new_name("video.mp4", "video/mp4")
+    stored = await files.put("video.mp4", b"0123456789", "video/mp4", name)
+    assert name_of(stored) == name
+    other = await files.put("video.mp4", b"other", "video/mp4")
+    for _ in range(2):
+        await files.delete(name)
+        assert await files.size(name) is None
+    assert await files.size(name_of(other)) == 5
+
+
+async def test_nothing_outside_the_store_can_be_deleted(files: FileStore, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.mp4"
+    outside.write_bytes(b"x")
+    await files.delete("../outside.mp4")
+    assert outside.exists()
+
+
 async def test_a_part_is_read_without_the_rest(files: FileStore) -> None:
     stored = await files.put("video.mp4", b"0123456789", "video/mp4")
     assert await read(files, stored, 3, 7) == b"3456"

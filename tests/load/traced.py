@@ -15,7 +15,7 @@ from deployments import app
 from deployments.dispatcher import Dispatcher
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
-from deployments.settings import QueueSettings, Settings
+from deployments.settings import Settings
 from deployments.stages import Stages
 from deployments.storage import FileStore
 
@@ -56,11 +56,11 @@ class TracedStore(Timed):
 class TracedDispatcher(Dispatcher):
     """A dispatcher whose store, files and stages are timed. Each job has its own task, so its own laps."""
 
-    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], queue: QueueSettings):
+    def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], *settings: Any):
         timed: Any = {endpoint: Timed(each) for endpoint, each in stages.items()}
         traced_store: Any = TracedStore(store)
         timed_files: Any = Timed(files)
-        super().__init__(traced_store, timed_files, timed, queue)
+        super().__init__(traced_store, timed_files, timed, *settings)
 
     async def _work(self, claim: Claim) -> None:
         _laps.set({"claimed": time.time()})

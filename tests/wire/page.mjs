@@ -34,6 +34,7 @@ const operations = {
     return stream.done();
   },
   submit: () => fal.queue.submit(id, options),
+  submitAll: () => Promise.all(options.submits.map((each) => fal.queue.submit(id, each))),
   status: () => fal.queue.status(id, options),
   result: () => fal.queue.result(id, options),
   cancel: () => fal.queue.cancel(id, options),

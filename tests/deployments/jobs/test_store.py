@@ -1,14 +1,14 @@
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from deployments.jobs.job import TRANSITIONS, Claim, Failure, Job, JobState, LeaseLost, NewJob
-from deployments.jobs.store import _RESOURCES, JobStore, load_queries
+from deployments.jobs.store import _RESOURCES, JobStore, load_queries, migrate
 from deployments.schemas import error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
 from tests.conftest import execute, of_database
@@ -17,13 +17,6 @@ ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {"prompt": "a cat"}, webhook_url="https://example.com/hook")
 FAILURE = Failure(422, {"detail": [{"loc": ["body", "seed"], "msg": "no", "type": "x"}]}, "no", "x", {"X-Fal-Needs-Retry": "0"})
 METRICS = {"inference_time": 1.5}
-
-
-@pytest.fixture
-async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(database)
-    yield connection
-    await connection.close()
 
 
 async def claimed(store: JobStore, lease_s: float = 60.0) -> Claim:
@@ -547,10 +540,27 @@ async def test_stores_that_open_at_once_migrate_once(postgres: str) -> None:
     connection = await asyncpg.connect(url)
     applied = await connection.fetch("SELECT name FROM schema_migrations")
     await connection.close()
-    assert [row["name"] for row in applied] == ["0001_jobs.sql"]
+    assert {row["name"] for row in applied} == {file.name for file in _RESOURCES.joinpath("migrations").iterdir()}
     for opened in stores:
         await opened.close()
     await execute(postgres, "DROP DATABASE empty WITH (FORCE)")
+
+
+async def test_migration_that_was_written_beside_a_later_one_is_applied_after_it(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.jobs.store._RESOURCES", tmp_path)
+    migrations = tmp_path / "migrations"
+    migrations.mkdir()
+    await execute(postgres, "CREATE DATABASE branched")
+    url = of_database(postgres, "branched")
+    (migrations / "0001_a.sql").write_text("CREATE TABLE a ()")
+    (migrations / "0003_c.sql").write_text("ALTER TABLE a ADD c integer")
+    await migrate(url)
+    (migrations / "0002_b.sql").write_text("ALTER TABLE a ADD b integer")
+    await migrate(url)
+    await execute(url, "SELECT b, c FROM a")
+    await execute(postgres, "DROP DATABASE branched WITH (FORCE)")
 
 
 def test_every_query_is_explained() -> None:

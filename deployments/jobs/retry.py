@@ -1,0 +1,60 @@
+"""Which of our errors are tried again, how often and after how long: every such decision, as pure functions of one table.
+
+    what went wrong      tried again        waits before attempt 2, 3, 4, ... (in seconds, give or take a quarter)
+    RunnerDisconnected   max_attempts       0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
+    RunnerStalled        3, max_attempts    as above; each attempt may cost the whole idle deadline
+    StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not mended in a second; ten attempts last 20 min
+    lost lease           max_attempts       0: the lease itself has been waited for
+    all else             never              what the model or we refuse once is refused again
+
+`max_attempts` is the job's own (`queue.max_attempts`), and 1 where its caller sent `X-Fal-No-Retry`: then nothing is tried
+again, a lost lease neither. An attempt that we gave up ourselves, at a shutdown, does not count. Lost leases are decided where
+they are found, by `sweep_leases` in `queries.sql`.
+"""
+
+from dataclasses import dataclass
+
+from engines.errors import ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
+
+JITTER = 0.25
+"""Share by which a wait differs either way, so that jobs that failed together do not come back together."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """first_s, second_s: waits before the second and third attempt; then they double, up to `longest_s`. All in seconds.
+
+    attempts: no more than these, however many the job has left.
+    """
+
+    first_s: float
+    second_s: float
+    longest_s: float
+    attempts: int = 1_000_000
+
+
+POLICIES: dict[type[ReelrayError], Policy] = {
+    RunnerDisconnected: Policy(first_s=0.0, second_s=1.0, longest_s=30.0),
+    RunnerStalled: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, attempts=3),
+    StorageFailed: Policy(first_s=5.0, second_s=10.0, longest_s=300.0),
+}
+
+
+def policy_of(error: ReelrayError) -> Policy | None:
+    """The table's row for an error; None: it is never tried again."""
+    return next((POLICIES[kind] for kind in type(error).__mro__ if kind in POLICIES), None)
+
+
+def wait_s(policy: Policy, attempt: int, draw: float = 0.5) -> float:
+    """Seconds before the attempt after `attempt`, which counts from 1. draw: from 0 to 1, where in the jitter."""
+    # the exponent is bounded: attempts are an operator's number, and 2.0**2000 is an error
+    usual = policy.first_s if attempt == 1 else policy.second_s * 2.0 ** min(attempt - 2, 60)
+    return min(usual, policy.longest_s) * (1 + JITTER * (2 * draw - 1))
+
+
+def next_attempt_in(error: ReelrayError, attempt: int, max_attempts: int, draw: float = 0.5) -> float | None:
+    """Seconds until a job is tried again whose `attempt`, from 1, ended in `error`; None: not again, the error is its end."""
+    policy = policy_of(error)
+    if policy is None or attempt >= min(max_attempts, policy.attempts):
+        return None
+    return wait_s(policy, attempt, draw)

@@ -1,0 +1,173 @@
+import asyncio
+from dataclasses import replace
+from uuid import UUID
+
+import asyncpg
+
+from deployments.jobs.job import Claim, Idempotency, NewJob
+from deployments.jobs.store import EXPIRY_BATCH, UNSTORED_S, UNSTORED_WEBHOOK_S, JobStore
+
+ENDPOINT = "fal-ai/fake"
+NEW = NewJob(ENDPOINT, {"prompt": "a secret"})
+UNSTORED = replace(NEW, store_io=False)
+DAY_S = 86_400.0
+
+
+async def running(store: JobStore, new: NewJob = NEW) -> Claim:
+    await store.submit(new)
+    claim = await store.claim([ENDPOINT], 60)
+    assert claim is not None
+    return claim
+
+
+async def done(store: JobStore, new: NewJob = NEW) -> UUID:
+    claim = await running(store, new)
+    await store.log(claim, "step 1/4")
+    await store.succeed(claim, {"seed": 1}, {})
+    return claim.job_id
+
+
+async def age(sql: asyncpg.Connection, seconds: float) -> None:
+    await sql.execute("UPDATE jobs SET finished_at = finished_at - make_interval(secs => $1)", seconds)
+
+
+async def counts(sql: asyncpg.Connection) -> list[int]:
+    tables = ("jobs", "job_events", "job_logs", "webhook_outbox", "idempotency_keys")
+    return [await sql.fetchval(f"SELECT count(*) FROM {table}") for table in tables]
+
+
+async def input_of(sql: asyncpg.Connection, job_id: UUID) -> str:
+    text: str = await sql.fetchval("SELECT input::text FROM jobs WHERE id = $1", job_id)
+    return text
+
+
+# Jobs.
+
+
+async def test_job_goes_with_all_that_belongs_to_it_when_its_time_is_over(store: JobStore, sql: asyncpg.Connection) -> None:
+    await done(store, replace(NEW, webhook_url="https://h.example/", idempotency=Idempotency("key", b"")))
+    await age(sql, 29 * DAY_S)
+    assert await store.expire_jobs(30 * DAY_S) == 0
+    await age(sql, DAY_S)
+    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await counts(sql) == [0] * 5
+
+
+async def test_jobs_that_have_not_ended_and_those_kept_for_ever_stay(store: JobStore, sql: asyncpg.Connection) -> None:
+    await done(store)
+    await running(store)
+    await store.submit(NEW)
+    await sql.execute("UPDATE jobs SET created_at = created_at - interval '10 years'")
+    await age(sql, 3650 * DAY_S)
+    assert await store.expire_jobs(None) == 0
+    assert await store.expire_jobs(30 * DAY_S) == 1
+
+
+async def test_jobs_expire_in_batches_and_once_each_whoever_sweeps(
+    database: str, store: JobStore, sql: asyncpg.Connection
+) -> None:
+    for _ in range(8):
+        await done(store)
+    await sql.execute("UPDATE jobs SET finished_at = finished_at - interval '1 year'")
+    other = await JobStore.open(database)
+    expired = await asyncio.gather(*(through.expire_jobs(DAY_S) for _ in range(3) for through in (store, other)))
+    await other.close()
+    assert sum(expired) == 8
+    assert EXPIRY_BATCH < 1000
+
+
+# Payloads that are not to be stored.
+
+
+async def test_input_that_is_not_to_be_stored_goes_with_the_jobs_end_and_not_before(
+    store: JobStore, sql: asyncpg.Connection
+) -> None:
+    claim = await running(store, UNSTORED)
+    await store.requeue(claim, "the runner died", counted=True)
+    again = await store.claim([ENDPOINT], 60)
+    assert again is not None
+    assert again.input == NEW.input
+    await store.succeed(again, {"seed": 1}, {})
+    assert await input_of(sql, again.job_id) == "{}"
+    job = await store.get(again.job_id)
+    assert job is not None
+    assert job.result == {"seed": 1}, "its caller has not fetched it yet"
+
+
+async def test_input_goes_also_when_the_job_never_ran(store: JobStore, sql: asyncpg.Connection) -> None:
+    job = await store.submit(UNSTORED)
+    await store.request_cancel(job.id)
+    assert await input_of(sql, job.id) == "{}"
+    kept = await store.submit(NEW)
+    await store.request_cancel(kept.id)
+    assert "a secret" in await input_of(sql, kept.id)
+
+
+async def test_job_that_is_not_to_be_stored_goes_when_its_result_could_be_fetched_and_its_webhook_told(
+    store: JobStore, sql: asyncpg.Connection
+) -> None:
+    await done(store)
+    plain = await done(store, UNSTORED)
+    hooked = await done(store, replace(UNSTORED, webhook_url="https://h.example/"))
+    assert await store.expire_jobs(30 * DAY_S) == 0
+    await age(sql, UNSTORED_S)
+    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.get(plain) is None
+    await age(sql, UNSTORED_WEBHOOK_S - UNSTORED_S)
+    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.get(hooked) is None
+    assert (await counts(sql))[0] == 1
+
+
+# Files.
+
+
+async def test_files_are_deleted_when_their_time_is_over_and_not_before(store: JobStore, sql: asyncpg.Connection) -> None:
+    deleted: list[str] = []
+
+    async def delete(name: str) -> None:
+        deleted.append(name)
+
+    await store.add_file("a/video.mp4", DAY_S)
+    await store.add_file("b/video.mp4", 2 * DAY_S)
+    assert await store.expire_files(delete) == 0
+    await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '1 day'")
+    assert await store.expire_files(delete) == 1
+    assert await store.expire_files(delete) == 0
+    assert deleted == ["a/video.mp4"]
+
+
+async def test_file_that_cannot_be_deleted_is_tried_again_later_and_stops_no_other(
+    store: JobStore, sql: asyncpg.Connection
+) -> None:
+    deleted: list[str] = []
+
+    async def delete(name: str) -> None:
+        if name == "a":
+            raise PermissionError
+        deleted.append(name)
+
+    for name in ("a", "b"):
+        await store.add_file(name, DAY_S)
+    await sql.execute("UPDATE stored_files SET expires_at = now()")
+    assert await store.expire_files(delete) == 2
+    assert await store.expire_files(delete) == 0
+    assert deleted == ["b"]
+    assert [row["name"] for row in await sql.fetch("SELECT name FROM stored_files WHERE expires_at > now()")] == ["a"]
+
+
+async def test_concurrent_sweeps_delete_each_file_once(database: str, store: JobStore, sql: asyncpg.Connection) -> None:
+    deleted: list[str] = []
+
+    async def delete(name: str) -> None:
+        await asyncio.sleep(0.001)
+        deleted.append(name)
+
+    for i in range(EXPIRY_BATCH + 20):
+        await store.add_file(f"{i:04}", DAY_S)
+    await sql.execute("UPDATE stored_files SET expires_at = now()")
+    other = await JobStore.open(database)
+    while sum(await asyncio.gather(*(through.expire_files(delete) for through in (store, other)))):
+        pass
+    await other.close()
+    assert sorted(deleted) == [f"{i:04}" for i in range(EXPIRY_BATCH + 20)]
