@@ -17,6 +17,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,8 +39,8 @@ CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
 and zstd have no such bound, and no image or video needs any."""
 
 CONNECTION_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup)
-"""What a stranger's URL or server can make `send` raise, beside `Refused`; their texts may name addresses. ValueError: a host that
-IDNA refuses; a port beyond 65535 overflows or fails in a group."""
+"""What a stranger's URL or server can make `send` raise, beside `Refused`; their texts may name addresses. ValueError: a host
+that IDNA refuses; a port beyond 65535 overflows or fails in a group."""
 
 NOT_PUBLIC = "The host does not resolve to a public address."  # also where it does not resolve: which names exist inside is ours
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -216,7 +217,8 @@ async def send(
 async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]:
     """All addresses of `host`; odd spellings of addresses ("127.1", "0x7f000001") come out of the resolver as what they mean."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_resolvers(), look_up)
     except (OSError, UnicodeError) as exc:
         raise Refused(NOT_PUBLIC) from exc
     addresses = list(dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found))
@@ -251,6 +253,13 @@ async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> Non
         if size > max_bytes:
             raise _TooLarge
         await _write(file, chunk)
+
+
+@functools.cache
+def _resolvers() -> ThreadPoolExecutor:
+    """Threads for looking names up, in place of asyncio's few: a name server that is silent holds one for half a minute, longer
+    than anybody waits, and must not hold up whoever asks for another name."""
+    return ThreadPoolExecutor(256, "resolver")
 
 
 @functools.cache

@@ -62,7 +62,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class NewJob:
-    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails."""
+    """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
+
+    service_url: where its caller reached the service, for the URLs in the webhook.
+    """
 
     endpoint: str
     input: dict[str, Any]
@@ -71,6 +74,7 @@ class NewJob:
     start_timeout_s: float | None = None
     max_attempts: int = 10
     webhook_url: str | None = None
+    service_url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 -- One durable job at the end of its owner's line: its turn follows the owner's last, or is the one being served. Where
 -- nothing waits, running jobs tell the turn, so that one of them that comes back keeps its place. Says nothing if the id is
 -- taken: the caller has lost the answer and asks again.
-INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, state, turn)
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, 'queued', greatest(
+INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, service_url, state, turn)
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $9, 'queued', greatest(
     coalesce(
         (SELECT min(turn) FROM jobs WHERE state = 'queued' AND endpoint = $2 AND priority = $4),
         (SELECT max(turn) FROM jobs WHERE state = 'running' AND endpoint = $2 AND priority = $4),

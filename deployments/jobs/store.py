@@ -205,6 +205,18 @@ class JobStore:
         with self._listener.subscribed("work") as changes:
             yield changes
 
+    # For the tables beside the jobs.
+
+    async def outlast(self, work: Callable[[asyncpg.Connection], Any]) -> list[asyncpg.Record]:
+        """Does `work`, which may be repeated, on a connection, with the endurance of every call here. Raises `StoreAway`."""
+        return await self._outlast(work)
+
+    @asynccontextmanager
+    async def watch_subject(self, subject: str) -> AsyncIterator[Changes]:
+        """Hears everything that the database says about `subject` from now on."""
+        with self._listener.subscribed(subject) as changes:
+            yield changes
+
     # API keys.
 
     async def create_key(self, name: str) -> str:
@@ -328,7 +340,7 @@ def _new_id() -> UUID:
 
 def _submission(job_id: UUID, new: NewJob) -> tuple[object, ...]:
     first = (job_id, new.endpoint, new.owner, new.priority, new.input)
-    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url)
+    return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, new.service_url)
 
 
 def _failure(error: type[Cancelled] | type[StartTimeout] | type[RunnerDisconnected]) -> dict[str, Any]:
