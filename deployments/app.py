@@ -1,4 +1,5 @@
-"""The graph that `serve_config.yaml` deploys: ingress, dispatcher and three stages an endpoint; the only file that knows all.
+"""The graph that `serve_config.yaml` deploys: ingress, dispatcher (with a courier beside it) and three stages an endpoint; the
+only file that knows all.
 
 Placement, replicas and autoscaling are the YAML's: what stands here are only each deployment's name and arguments.
 """
@@ -9,11 +10,13 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.courier import Courier
 from deployments.decode import Decode
 from deployments.demo import write_missing_weights
 from deployments.denoise import Denoise
 from deployments.dispatcher import Dispatcher
 from deployments.ingress import create_app
+from deployments.jobs.outbox import Outbox
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore
 from deployments.logs import configure_logging
@@ -25,7 +28,10 @@ from deployments.storage import FileStore
 
 
 class DispatcherReplica:
-    """Runs a dispatcher for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles."""
+    """Runs a dispatcher and a courier for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles.
+
+    Together, because both nearly always wait and may be any number: there is nothing to place or to scale apart.
+    """
 
     def __init__(self, settings: Settings, handles: dict[str, tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]]):
         configure_logging()
@@ -36,14 +42,16 @@ class DispatcherReplica:
     async def _run(self) -> None:
         store = await JobStore.open(await asyncio.to_thread(database_url, self.settings))
         try:
-            settings = self.settings
-            files = FileStore(settings.files_url)
-            await Dispatcher(store, files, self.stages, settings.queue, settings.retention).run()
+            settings, files = self.settings, FileStore(self.settings.files_url)
+            dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(dispatcher.run())
+                group.create_task(Courier(Outbox(store), settings).run())
         finally:
             await store.close()
 
     def check_health(self) -> None:
-        """Raises what ended the dispatcher, and Serve starts another."""
+        """Raises what ended either of the two, and Serve starts another replica."""
         if self.task.done():
             self.task.result()
 

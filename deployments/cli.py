@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from uuid import UUID
 
 import typer
 from pydantic import ValidationError
@@ -31,6 +32,8 @@ keys = typer.Typer(help="API keys, for a service whose settings say auth: keys."
 app.add_typer(keys, name="keys")
 queue = typer.Typer(help="The endpoints' queues, for the operator.", no_args_is_help=True)
 app.add_typer(queue, name="queue")
+webhooks = typer.Typer(help="The webhooks that the service delivers.", no_args_is_help=True)
+app.add_typer(webhooks, name="webhooks")
 
 console = Console()
 errors = Console(stderr=True)
@@ -262,6 +265,58 @@ def _described(endpoint_id: str, status: "QueueStatus") -> str:
     return f"{endpoint_id}: {state}, {status.queued} waiting{delayed}, {status.running} running"
 
 
+@webhooks.command("show")
+def webhooks_show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
+    """Show how it stands with a request's webhook, and every attempt."""
+    from deployments.jobs.outbox import Attempt, Outbox, Webhook
+
+    job_id = _job_id(request_id)
+
+    async def read(store: "JobStore") -> tuple[Webhook | None, list[Attempt]]:
+        return await Outbox(store).get(job_id), await Outbox(store).attempts(job_id)
+
+    webhook, attempts = _in_store(config, read)
+    if webhook is None:
+        raise typer.Exit(_fail(f"there is no webhook of {request_id}"))
+    _print(f"{webhook.status}: {webhook.url}")
+    if webhook.next_attempt_at is not None:
+        _print(f"next attempt {webhook.next_attempt_at:%Y-%m-%d %H:%M:%S}")
+    table = Table("at", "attempt", "status", "error", "seconds")
+    for tried in attempts:
+        status = "" if tried.status is None else str(tried.status)
+        table.add_row(f"{tried.at:%Y-%m-%d %H:%M:%S}", str(tried.attempt), status, tried.error or "", f"{tried.duration_s:.2f}")
+    console.print(table)
+
+
+@webhooks.command("redeliver")
+def webhooks_redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
+    """Send a request's webhook again, delivered or not, with all its retries."""
+    from deployments.jobs.outbox import Outbox
+
+    job_id = _job_id(request_id)
+    if not _in_store(config, lambda store: Outbox(store).redeliver(job_id)):
+        raise typer.Exit(_fail(f"there is no webhook of {request_id}"))
+
+
+@webhooks.command("rotate-key")
+def webhooks_rotate_key(
+    overlap_h: Annotated[
+        float,
+        typer.Option(
+            "--overlap-hours",
+            min=0,
+            help="How long the new key is published before it signs, and the old ones after that. 0 ends the old ones at once:"
+            " for a key that was stolen; receivers that keep keys refuse our webhooks until they fetch them anew.",
+        ),
+    ] = 25.0,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Make a new key to sign webhooks with, and print its id."""
+    from deployments.jobs.outbox import Outbox
+
+    _print(_in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)
+
+
 def read_input(path: Path) -> Any:
     """The JSON in a file. Values of `*_url` fields that name a file beside it become data URIs: the service cannot read it."""
     try:
@@ -331,6 +386,13 @@ def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
             return asyncio.run(run(url))
     except (OSError, RuntimeError) as exc:
         raise typer.Exit(_fail(f"the database cannot be reached: {exc}")) from exc
+
+
+def _job_id(request_id: str) -> UUID:
+    try:
+        return UUID(request_id)
+    except ValueError as exc:
+        raise typer.Exit(_fail(f"{request_id} is not a request's id")) from exc
 
 
 @contextmanager

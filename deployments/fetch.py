@@ -5,6 +5,8 @@ public, and the connection goes to an address that was checked, not to the name:
 elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
 
 A download goes to disk as it comes: several large videos at once are more than a replica's memory is for.
+
+`send` is the same door for whatever else is sent to a stranger's URL (`courier.py`).
 """
 
 import asyncio
@@ -15,6 +17,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +37,10 @@ CONNECT_TIMEOUT_S = 10.0
 CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
 """At most 1 : 1032, so that one network chunk of 64 kB decodes to at most 66 MB before the cap is checked. Stacked ones, brotli
 and zstd have no such bound, and no image or video needs any."""
+
+CONNECTION_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup)
+"""What a stranger's URL or server can make `send` raise, beside `Refused`; their texts may name addresses. ValueError: a host
+that IDNA refuses; a port beyond 65535 overflows or fails in a group."""
 
 NOT_PUBLIC = "The host does not resolve to a public address."  # also where it does not resolve: which names exist inside is ours
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -71,8 +78,8 @@ async def fetch_all(urls: Mapping[str, str], settings: FetchSettings, folder: Pa
     return files
 
 
-class _Refused(Exception):
-    """The file will not be had; the text is for the caller."""
+class Refused(Exception):
+    """The file will not be had, or the request not be sent; the text is for the caller."""
 
 
 class _TooLarge(Exception):
@@ -116,13 +123,12 @@ async def _fetch(url: str, settings: FetchSettings, loc: tuple[str, str], file: 
     except _TooLarge as exc:
         message = f"The file is larger than {settings.max_bytes} bytes."
         raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
-    except _Refused as exc:
+    except Refused as exc:
         raise FileDownloadError(f"The file could not be downloaded: {exc}", loc) from exc
     except TimeoutError as exc:
         message = f"The file could not be downloaded: it took longer than {settings.timeout_s:g} s."
         raise FileDownloadError(message, loc) from exc
-    # Their texts may name addresses. ValueError: a host that IDNA refuses; a port beyond 65535 overflows or fails in a group
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup) as exc:
+    except CONNECTION_ERRORS as exc:
         raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
 
 
@@ -133,7 +139,7 @@ def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
     """
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise _Refused("a data URI must be of the form data:<type>;base64,<data>.")
+        raise Refused("a data URI must be of the form data:<type>;base64,<data>.")
     encoded = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii", "replace")
     encoded = encoded.translate(None, b" \t\n\f\r").rstrip(b"=")
     if len(encoded) * 3 // 4 > max_bytes:
@@ -141,45 +147,63 @@ def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
     try:
         return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except binascii.Error as exc:
-        raise _Refused("the data URI is not valid base64.") from exc
+        raise Refused("the data URI is not valid base64.") from exc
 
 
 async def _download(url: str, settings: FetchSettings, file: BinaryIO) -> None:
     """Follows redirects by hand, so that each hop is checked like the first."""
     hop = httpx.URL(url)
-    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # the whole is timed by our caller
-    # trust_env: a proxy from the environment would resolve the name again, and reach what we must not.
-    async with httpx.AsyncClient(trust_env=False, verify=_tls(), timeout=timeout, follow_redirects=False) as client:
+    async with new_client() as client:
         for _ in range(settings.max_redirects + 1):
-            response = await _get(client, hop, settings.allow_private)
+            response = await send(client, "GET", hop, {"accept": "*/*"}, allow_private=settings.allow_private)
             try:
                 if response.has_redirect_location:
                     hop = hop.join(response.headers["location"])
                     continue
                 if response.status_code != 200:
-                    raise _Refused(f"the server answered with status {response.status_code}.")
+                    raise Refused(f"the server answered with status {response.status_code}.")
                 return await _read(response, settings.max_bytes, file)
             finally:
                 await response.aclose()
-    raise _Refused(f"more than {settings.max_redirects} redirects.")
+    raise Refused(f"more than {settings.max_redirects} redirects.")
 
 
-async def _get(client: httpx.AsyncClient, url: httpx.URL, allow_private: bool) -> httpx.Response:
-    """The response's head, from the first address of the host that can be connected to."""
+def new_client() -> httpx.AsyncClient:
+    """A client for `send`. Not to be shared between hosts: a kept connection is found again by its address, whatever name the
+    certificate was verified for. The whole is timed by whoever sends."""
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+    # trust_env: a proxy from the environment would resolve the name again, and reach what we must not.
+    return httpx.AsyncClient(trust_env=False, verify=_tls(), timeout=timeout, follow_redirects=False)
+
+
+async def send(
+    client: httpx.AsyncClient,
+    method: str,
+    url: httpx.URL,
+    headers: Mapping[str, str],
+    content: bytes | None = None,
+    *,
+    allow_private: bool,
+) -> httpx.Response:
+    """The response's head, from the first address of the host that can be connected to; close it. Follows no redirect.
+
+    allow_private: also to the operator's own network. Raises `Refused` and `CONNECTION_ERRORS`.
+    """
     if url.scheme not in ("http", "https") or not url.host:
-        raise _Refused("only http and https URLs are fetched.")
+        raise Refused("only http and https URLs are fetched.")
     host = url.raw_host.decode("ascii")
     failure: httpx.TransportError | None = None
     for address in await _resolve(host, url.port or {"http": 80, "https": 443}[url.scheme], allow_private):
         request = client.build_request(
-            "GET",
+            method,
             url.copy_with(host=str(address)),
             headers={
                 "host": url.netloc.decode("ascii"),
                 "user-agent": USER_AGENT,
-                "accept": "*/*",
                 "accept-encoding": "identity",
+                **headers,
             },
+            content=content,
             extensions={"sni_hostname": host},
         )
         try:
@@ -193,12 +217,13 @@ async def _get(client: httpx.AsyncClient, url: httpx.URL, allow_private: bool) -
 async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]:
     """All addresses of `host`; odd spellings of addresses ("127.1", "0x7f000001") come out of the resolver as what they mean."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_resolvers(), look_up)
     except (OSError, UnicodeError) as exc:
-        raise _Refused(NOT_PUBLIC) from exc
+        raise Refused(NOT_PUBLIC) from exc
     addresses = list(dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found))
     if not allow_private and not all(is_public(address) for address in addresses):
-        raise _Refused(NOT_PUBLIC)
+        raise Refused(NOT_PUBLIC)
     return addresses
 
 
@@ -218,7 +243,7 @@ def is_public(address: IPAddress) -> bool:
 async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> None:
     """Writes the decoded body."""
     if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
-        raise _Refused("its content encoding is not supported.")
+        raise Refused("its content encoding is not supported.")
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _TooLarge
@@ -228,6 +253,13 @@ async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> Non
         if size > max_bytes:
             raise _TooLarge
         await _write(file, chunk)
+
+
+@functools.cache
+def _resolvers() -> ThreadPoolExecutor:
+    """Threads for looking names up, in place of asyncio's few: a name server that is silent holds one for half a minute, longer
+    than anybody waits, and must not hold up whoever asks for another name."""
+    return ThreadPoolExecutor(256, "resolver")
 
 
 @functools.cache

@@ -21,9 +21,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from deployments import webhook_listing as listing
 from deployments import wire
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
+from deployments.jobs.outbox import Outbox, Webhook
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.middleware import add_middleware, failure_response
@@ -32,6 +34,7 @@ from deployments.schemas import ENDPOINTS, Endpoint, error_failure, validation_f
 from deployments.settings import Settings
 from deployments.storage import FileStore
 from deployments.submission import idempotency, idempotency_key, is_set, max_queue_length, new_job
+from deployments.webhooks import jwks
 from engines.errors import BadRequest, BodyTooLarge, QueueFull, ReelrayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ STREAM_INTERVAL_S = 3.0
 
 HEALTH_TIMEOUT_S = 2.0
 BODY_TIMEOUT_S = 60.0
+
+JWKS_MAX_AGE_S = 3600
 
 OUTAGES = (StoreAway, TimeoutError)
 
@@ -65,6 +70,7 @@ class TextRoute(APIRoute):
 
 
 queue = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+webhooks = APIRouter(prefix="/webhooks/deliveries", tags=["webhooks"], route_class=TextRoute)
 house = APIRouter(route_class=TextRoute)
 
 
@@ -91,6 +97,7 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
         if endpoint.model in served:
             _add_submit_route(app, endpoint)
     app.include_router(queue)
+    app.include_router(webhooks)
     app.include_router(house)
     add_middleware(app)
     app.add_exception_handler(ReelrayError, _on_error)
@@ -122,6 +129,8 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
     settings, store = _settings(request), _store(request)
     owner = await _owner(request)
     new = new_job(endpoint.id, owner, request.headers, request.query_params, settings.queue.max_attempts)
+    if new.webhook_url is not None:
+        new = replace(new, service_url=service_base(request.scope, settings.public_url))
     limit = max_queue_length(request.query_params)
     idempotency_key(request.headers)  # a bad one is told before megabytes are read
     body = await _read_body(request, settings.max_body_bytes)
@@ -223,6 +232,43 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
     return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
 
 
+@webhooks.get("")
+async def list_webhooks(request: Request, since: str = "", cursor: str = "", limit: str = "50") -> Response:
+    """The caller's webhooks, oldest first: what a receiver that was down has missed. One appears seconds after its job's end.
+
+    since: ISO 8601 or seconds since 1970, at or after which the job ended. cursor: the `next_cursor` of the page before, to go on
+    from there at any time; it outweighs `since`. limit: 1 to 100.
+    """
+    owner = await _owner(request)
+    after = listing.start(since, cursor)
+    page = await _outbox(request).page(owner, after, listing.limit(limit))
+    return JSONResponse(listing.page(page, after))
+
+
+@webhooks.get("/{request_id}")
+async def webhook(request: Request, request_id: str) -> Response:
+    """A request's webhook and the log of its attempts."""
+    found = await _webhook(request, request_id)
+    return JSONResponse(listing.entry(found) | {"log": listing.log(await _outbox(request).attempts(found.job_id))})
+
+
+@webhooks.post("/{request_id}/redeliver")
+async def redeliver(request: Request, request_id: str) -> Response:
+    """Sends a webhook again, delivered or not, with all its retries."""
+    found = await _webhook(request, request_id)
+    if not await _outbox(request).redeliver(found.job_id):
+        raise _UnknownRequest
+    return JSONResponse({"status": "REDELIVERY_REQUESTED"}, 202)
+
+
+@house.get("/.well-known/jwks.json")
+@house.get("/rest/.well-known/jwks.json", include_in_schema=False)  # where it is for who reaches us as rest.fal.ai
+async def keys(request: Request) -> Response:
+    """The public keys that webhooks are signed with, as a JSON Web Key Set."""
+    published = await _outbox(request).published_keys()
+    return JSONResponse(jwks(published), headers={"cache-control": f"public, max-age={JWKS_MAX_AGE_S}"})
+
+
 @house.head("/files/{name:path}", include_in_schema=False)
 @house.get("/files/{name:path}")
 async def file(request: Request, name: str) -> Response:
@@ -240,7 +286,7 @@ async def health(request: Request) -> Response:
 
 
 class _UnknownRequest(Exception):
-    """There is no such job, or it is another caller's."""
+    """There is no such job, or no webhook of it, or it is another caller's."""
 
 
 async def _job(request: Request, app: str, request_id: str) -> Job:
@@ -255,6 +301,20 @@ async def _job(request: Request, app: str, request_id: str) -> Job:
         raise _UnknownRequest
     request.state.request_id = str(job.id)
     return job
+
+
+async def _webhook(request: Request, request_id: str) -> Webhook:
+    """The webhook of the job that a path names."""
+    owner = await _owner(request)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise _UnknownRequest from None
+    found = await _outbox(request).get(job_id)
+    if found is None or found.owner != owner:
+        raise _UnknownRequest
+    request.state.request_id = str(job_id)
+    return found
 
 
 async def _owner(request: Request) -> str | None:
@@ -294,6 +354,10 @@ def _settings(request: Request) -> Settings:
 def _store(request: Request) -> JobStore:
     store: JobStore = request.app.state.store
     return store
+
+
+def _outbox(request: Request) -> Outbox:
+    return Outbox(_store(request))
 
 
 def _request_failure(status: int, error_type: str, detail: str) -> Failure:

@@ -92,13 +92,27 @@ class RetentionSettings(_Strict):
         return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
 
 
+class WebhookSettings(_Strict):
+    """How webhooks are delivered. Where to is a caller's word, so `fetch.allow_private` holds for it as well.
+
+    timeout_s: from looking up the receiver's name to the head of its answer. max_in_flight: deliveries at once of one courier, of
+    which there is one in each dispatcher. max_per_receiver: at once to one host and port, of all couriers: a receiver that is
+    slow or dead holds so many and no more.
+    """
+
+    timeout_s: float = Field(15.0, gt=0, le=30)
+    max_in_flight: int = Field(128, ge=1)
+    max_per_receiver: int = Field(4, ge=1)
+
+
 class Settings(_Strict):
     """The service.
 
     home: folder for everything the embedded defaults keep (database, files, demo weights).
     database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
     files: an fsspec URL for outputs; None keeps them under `home`.
-    public_url: scheme and host that callers use, where the Host header does not tell.
+    public_url: scheme and host that callers use, where the Host header does not tell. A webhook names its files by the address
+    that its job was submitted to.
     auth: "open" serves everybody who can connect; "keys" asks for an API key made by `reelray keys create`.
     max_body_bytes: of a submission, data URIs included.
     animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
@@ -113,6 +127,7 @@ class Settings(_Strict):
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
     controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
 

@@ -21,6 +21,7 @@ NO_TORCH = [
     "deployments.gateway",
     "deployments.cli",
     "deployments.dispatcher",
+    "deployments.courier",
     "deployments.jobs.store",
     "engines.spec",
     "engines.registry",

@@ -78,6 +78,7 @@ class NewJob:
 
     files_s: how long its files are kept, in seconds; None: as long as the operator says. store_io: false lets its input go at
     its end, and the rest within hours.
+    service_url: where its caller reached the service, for the URLs in the webhook.
     """
 
     endpoint: str
@@ -90,6 +91,7 @@ class NewJob:
     idempotency: Idempotency | None = None
     files_s: float | None = None
     store_io: bool = True
+    service_url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ WITH kept AS (
     WHERE taken.expires_at <= now() OR (taken.rejected AND taken.fingerprint <> excluded.fingerprint)
     RETURNING job_id
 )
-INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, state, turn)
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 'queued', greatest(
+INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, state, turn)
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -186,19 +186,23 @@ DELETE FROM stored_files WHERE name = ANY ($1::text[])
 UPDATE stored_files SET expires_at = now() + interval '1 hour' WHERE name = ANY ($1::text[])
 
 -- name: expire_jobs
--- Deletes jobs that ended $1 seconds ago (null: none), with all that belongs to them.
+-- Deletes jobs that ended $1 seconds ago (null: none), with all that belongs to them; not while their webhook is still to be
+-- delivered.
 WITH due AS (
-    SELECT id FROM jobs WHERE finished_at <= now() - make_interval(secs => $1) LIMIT $2 FOR UPDATE SKIP LOCKED
+    SELECT id FROM jobs
+    WHERE finished_at <= now() - make_interval(secs => $1)
+        AND NOT EXISTS (SELECT FROM webhook_outbox WHERE job_id = jobs.id AND next_attempt_at IS NOT NULL)
+    LIMIT $2 FOR UPDATE SKIP LOCKED
 )
 DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
 
 -- name: expire_unstored_jobs
--- The same for those whose payloads are not to be stored: $1 seconds are for fetching the result, $2 where a webhook is still due.
+-- The same for those whose payloads are not to be stored: $1 seconds are for fetching the result.
 WITH due AS (
     SELECT id FROM jobs
     WHERE NOT store_io AND finished_at <= now() - make_interval(secs => $1)
-        AND (webhook_url IS NULL OR finished_at <= now() - make_interval(secs => $2))
-    LIMIT $3 FOR UPDATE SKIP LOCKED
+        AND NOT EXISTS (SELECT FROM webhook_outbox WHERE job_id = jobs.id AND next_attempt_at IS NOT NULL)
+    LIMIT $2 FOR UPDATE SKIP LOCKED
 )
 DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
 

@@ -41,8 +41,6 @@ EXPIRY_BATCH = 100
 """What is deleted in one transaction: an input may be megabytes, and a file a round trip to an object store."""
 UNSTORED_S = 3600.0
 """For fetching the result of a job whose payloads are not to be stored; fal gives the same (protocol page 2.4)."""
-UNSTORED_WEBHOOK_S = 3 * 3600.0
-"""The same where a webhook was asked for: its retries go on for two hours."""
 
 logger = logging.getLogger(__name__)
 
@@ -301,9 +299,9 @@ class JobStore:
 
     async def expire_jobs(self, jobs_s: float | None) -> int:
         """Deletes jobs that ended `jobs_s` seconds ago (None: none) and, sooner, those not to be stored, with their events, logs
-        and webhooks; `EXPIRY_BATCH` of each at most. How many."""
+        and webhooks; `EXPIRY_BATCH` of each at most. A job stays while its webhook is still to be delivered. How many."""
         old = await self._fetch("expire_jobs", jobs_s, EXPIRY_BATCH)
-        unstored = await self._fetch("expire_unstored_jobs", UNSTORED_S, UNSTORED_WEBHOOK_S, EXPIRY_BATCH)
+        unstored = await self._fetch("expire_unstored_jobs", UNSTORED_S, EXPIRY_BATCH)
         return len(old) + len(unstored)
 
     # For the operator.
@@ -319,6 +317,18 @@ class JobStore:
     async def queue_status(self, endpoint: str) -> QueueStatus:
         """How an endpoint's queue stands. It counts the jobs, so it takes 50 ms a million."""
         return QueueStatus(**(await self._fetch("queue_status", endpoint))[0])
+
+    # For the tables beside the jobs.
+
+    async def outlast(self, work: Callable[[asyncpg.Connection], Any]) -> list[asyncpg.Record]:
+        """Does `work`, which may be repeated, on a connection, with the endurance of every call here. Raises `StoreAway`."""
+        return await self._outlast(work)
+
+    @asynccontextmanager
+    async def watch_subject(self, subject: str) -> AsyncIterator[Changes]:
+        """Hears everything that the database says about `subject` from now on."""
+        with self._listener.subscribed(subject) as changes:
+            yield changes
 
     # API keys.
 
@@ -451,7 +461,7 @@ def _new_id() -> UUID:
 def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> tuple[object, ...]:
     first = (job_id, new.endpoint, new.owner, new.priority, new.input)
     once = (new.idempotency.key, new.idempotency.fingerprint, new.idempotency.keep_s) if new.idempotency else (None, None, None)
-    kept = (new.files_s, new.store_io)
+    kept = (new.files_s, new.store_io, new.service_url)
     return (*first, new.start_timeout_s, new.max_attempts, new.webhook_url, *once, rejected, *kept)
 
 

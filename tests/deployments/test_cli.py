@@ -1,6 +1,8 @@
+import asyncio
 import json
 import pickle
 from pathlib import Path
+from uuid import UUID
 
 import av
 import pytest
@@ -10,6 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from deployments.cli import app, how_far, read_input
+from deployments.jobs.job import NewJob
+from deployments.jobs.outbox import Outbox
+from deployments.jobs.postgres import visited
+from deployments.jobs.store import JobStore
 from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
 from tests.conftest import embedded
@@ -143,6 +149,32 @@ def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
         assert run("queue", "resume", "controlnext", *options).exit_code == 0
         again = run("queue", "resume", "controlnext", *options)
         assert (again.exit_code, again.stderr) == (1, "fal-ai/controlnext is not paused\n")
+
+
+def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path):
+    async def ended(url: str) -> UUID:
+        store = await JobStore.open(url)
+        job = await store.submit(NewJob("e", {}, webhook_url="http://h.example/hook"))
+        await store.request_cancel(job.id)
+        [delivery] = await Outbox(store).claim(1, 1, 60)
+        await Outbox(store).finish(delivery, 500, "The receiver answered 500.", 0.25, None)
+        await store.close()
+        return job.id
+
+    with embedded() as settings:
+        options = ("--config", config(tmp_path, home=str(settings.home)))
+        with visited(settings) as url:
+            job_id = asyncio.run(ended(url))
+        shown = run("webhooks", "show", job_id, *options).stdout
+        assert "failed: http://h.example/hook" in shown
+        assert "The receiver answered 500." in shown
+        assert run("webhooks", "redeliver", job_id, *options).exit_code == 0
+        assert "pending: http://h.example/hook" in run("webhooks", "show", job_id, *options).stdout
+        unknown = run("webhooks", "redeliver", UUID(int=0), *options)
+        assert (unknown.exit_code, unknown.stderr) == (1, f"there is no webhook of {UUID(int=0)}\n")
+        assert "is not a request's id" in run("webhooks", "redeliver", "x", *options).stderr
+        kid = run("webhooks", "rotate-key", "--overlap-hours", "0", *options).stdout.strip()
+        assert len(kid) == 16
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "gateway", "render", "submit", "status", "result", "cancel"])

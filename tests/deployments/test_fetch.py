@@ -70,11 +70,11 @@ def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
     """Every host name resolves to these addresses; returns the names that were asked for."""
     asked: list[str] = []
 
-    async def getaddrinfo(self: object, host: str, port: int, **kwargs: object) -> list[tuple[object, ...]]:
+    def getaddrinfo(host: str, port: int, **kwargs: object) -> list[tuple[object, ...]]:
         asked.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return asked
 
 
@@ -195,10 +195,10 @@ async def test_unknown_and_private_hosts_are_told_alike(monkeypatch: pytest.Monk
     resolving_to(monkeypatch, "10.0.0.1")
     private = await refusal("http://db.internal/", CLOSED)
 
-    async def unknown(self: object, *args: object, **kwargs: object) -> None:
+    def unknown(*args: object, **kwargs: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", unknown)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert await refusal("http://nothing.internal/", CLOSED) == private
 
 

@@ -22,6 +22,8 @@ CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
         {"animatediff": {"weight": "demo"}},
         {"animatediff": {"weights": {"base": {"folder": "/x", "branch": "main"}}}},
         {"queue": {"lease_s": 0}},
+        {"webhooks": {"timeout": 3}},
+        {"webhooks": {"timeout_s": 31}},
         {"auth": "none"},
         {"retention": {"jobs_s": 0}},
         {"retention": {"job_s": 60}},

@@ -5,6 +5,7 @@ import base64
 import io
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
@@ -22,6 +23,7 @@ from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
 from tests.conftest import embedded
+from tests.deployments.receiver import answering, is_signed, receiving
 from tests.e2e.files import serving
 from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient
@@ -87,6 +89,21 @@ async def test_the_page_submits_follows_and_fetches(service: Service, page_clien
     result = await page("result", ENDPOINT, requestId=request_id)
     assert result.value["requestId"] == request_id
     assert result.value["data"]["video"]["url"].startswith(service.url)
+
+
+async def test_webhooks_arrive_signed(service: Service):
+    async with receiving(answering(500, 200)) as receiver, httpx.AsyncClient(base_url=service.url) as http:
+        submission = {"json": {"prompt": "a red ball", "seed": 3}, "params": {"fal_webhook": receiver.url()}}
+        request_id = (await http.post(f"/queue/{ENDPOINT}", **submission)).json()["request_id"]
+        await receiver.arrival(2)  # the second is the first retry
+        result = await http.get(f"/queue/{ENDPOINT}/requests/{request_id}")
+        keys = (await http.get("/.well-known/jwks.json")).json()
+    first, second = receiver.received
+    assert first.body == second.body
+    assert second.json["payload"] == result.json()
+    assert second.json["payload"]["video"]["url"].startswith(service.url)
+    assert is_signed(first, keys, time.time())
+    assert is_signed(second, keys, time.time())
 
 
 async def test_the_status_stream_passes_through_serve_as_it_happens(service: Service, page_client: Callable[[str], PageClient]):

@@ -1,0 +1,111 @@
+-- Every statement of the webhook outbox. Times are the database's.
+
+-- name: claim
+-- Takes up to $2 webhooks that are due: from every receiver in turn, no more than $3 of one receiver in hand at a time, whoever
+-- holds them. One index probe a receiver, not a walk over a dead one's backlog. The second look at due rows is under the lock:
+-- another courier may have been faster.
+WITH RECURSIVE receivers AS (
+    (SELECT receiver FROM webhook_outbox WHERE next_attempt_at IS NOT NULL ORDER BY receiver LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT following.receiver FROM webhook_outbox AS following
+        WHERE following.next_attempt_at IS NOT NULL AND following.receiver > receivers.receiver
+        ORDER BY following.receiver LIMIT 1
+    ) FROM receivers WHERE receivers.receiver IS NOT NULL
+), candidates AS (
+    SELECT waiting.job_id FROM receivers
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS deliveries FROM webhook_outbox WHERE lease_until > now() AND receiver = receivers.receiver
+    ) AS in_hand
+    CROSS JOIN LATERAL (
+        SELECT job_id, next_attempt_at, row_number() OVER (ORDER BY next_attempt_at) AS place FROM webhook_outbox
+        WHERE receiver = receivers.receiver AND next_attempt_at <= now()
+        ORDER BY next_attempt_at LIMIT greatest($3 - in_hand.deliveries, 0)
+    ) AS waiting
+    ORDER BY in_hand.deliveries + waiting.place, waiting.next_attempt_at LIMIT $2
+), due AS (
+    SELECT job_id FROM webhook_outbox
+    WHERE job_id = ANY (ARRAY(SELECT job_id FROM candidates)) AND next_attempt_at <= now()
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE webhook_outbox SET
+    token = $1,
+    lease_until = now() + make_interval(secs => $4),
+    next_attempt_at = now() + make_interval(secs => $4),
+    attempts = attempts + 1,
+    tries = tries + 1
+FROM due JOIN jobs ON jobs.id = due.job_id
+WHERE webhook_outbox.job_id = due.job_id
+RETURNING webhook_outbox.job_id, webhook_outbox.token, url, webhook_outbox.owner, tries, body,
+    CASE WHEN body IS NULL THEN result END AS result, CASE WHEN body IS NULL THEN failure END AS failure, service_url
+
+-- name: keep_body
+-- What every delivery sends; the first that asks decides.
+UPDATE webhook_outbox SET body = coalesce(body, $3) WHERE job_id = $1 AND token = $2 RETURNING body
+
+-- name: finish
+-- Writes down an attempt and when the next one is due (null: none is). The token goes: asked twice, it is written once.
+WITH tried AS (
+    UPDATE webhook_outbox SET
+        token = NULL,
+        lease_until = NULL,
+        next_attempt_at = now() + make_interval(secs => $6),
+        delivered_at = CASE WHEN $4::text IS NULL THEN now() ELSE delivered_at END,
+        last_status = $3,
+        last_error = $4
+    WHERE job_id = $1 AND token = $2
+    RETURNING job_id, attempts
+)
+INSERT INTO webhook_deliveries (job_id, at, attempt, status, error, duration_s)
+SELECT job_id, clock_timestamp() - make_interval(secs => $5), attempts, $3, $4, $5 FROM tried
+
+-- name: release
+-- Gives a webhook back whose attempt was broken off, as if it had not begun.
+UPDATE webhook_outbox SET
+    token = NULL, lease_until = NULL, next_attempt_at = now(), attempts = attempts - 1, tries = tries - 1
+WHERE job_id = $1 AND token = $2
+
+-- name: redeliver
+-- Queues a webhook again with all its tries. One that is just being sent is not sent twice for that.
+WITH queued AS (
+    UPDATE webhook_outbox SET next_attempt_at = CASE WHEN lease_until > now() THEN next_attempt_at ELSE now() END, tries = 0
+    WHERE job_id = $1 RETURNING job_id
+)
+SELECT job_id, pg_notify('reelray', 'webhooks') FROM queued
+
+-- name: get
+-- One webhook.
+SELECT job_id, owner, url, created_at, next_attempt_at, attempts, delivered_at, last_status, last_error, body
+FROM webhook_outbox WHERE job_id = $1
+
+-- name: attempts
+-- What was tried, in order.
+SELECT at, attempt, status, error, duration_s FROM webhook_deliveries WHERE job_id = $1 ORDER BY id
+
+-- name: list
+-- An owner's webhooks, oldest first, after a place in that order and not before a time. The last $5 seconds are left out: what
+-- commits late must not come to lie before a place already passed.
+SELECT job_id, owner, url, created_at, next_attempt_at, attempts, delivered_at, last_status, last_error, body
+FROM webhook_outbox
+WHERE coalesce(owner, '') = coalesce($1, '') AND (created_at, job_id) > ($2, $3)
+    AND created_at < clock_timestamp() - make_interval(secs => $5)
+ORDER BY created_at, job_id LIMIT $4
+
+-- name: signing_key
+-- The newest of the keys that sign by now; should a clock have been set back before all of them, the one that will first.
+SELECT id, private_key, public_key FROM signing_keys WHERE retired_at IS NULL OR retired_at > now()
+ORDER BY signs_from <= now() DESC, abs(extract(epoch FROM signs_from - now())), created_at DESC LIMIT 1
+
+-- name: published_keys
+-- The keys a receiver may meet, the next one included; newest first.
+SELECT id, private_key, public_key FROM signing_keys WHERE retired_at IS NULL OR retired_at > now() ORDER BY created_at DESC, id
+
+-- name: retire_keys
+-- Says when the keys before this one go: those that have no end yet; at no overlap, all at once.
+UPDATE signing_keys SET retired_at = now() + 2 * make_interval(secs => $2)
+WHERE id <> $1 AND (retired_at IS NULL OR retired_at > now() + 2 * make_interval(secs => $2))
+
+-- name: add_key
+-- A new newest key. Says nothing if there is one: another process was faster.
+INSERT INTO signing_keys (id, private_key, public_key, signs_from)
+VALUES ($1, $2, $3, now() + make_interval(secs => $4)) ON CONFLICT DO NOTHING RETURNING id
