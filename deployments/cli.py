@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deployments.client import QueueClient
+from deployments.jobs.keys import DEFAULT_SCOPES, Scope
 from deployments.schemas import ENDPOINTS, Endpoint, validation_failure
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
@@ -201,20 +202,41 @@ def keys_create(
     max_running: Annotated[
         int | None, typer.Option(min=1, help="Most of its jobs that run at once; no limit by default.")
     ] = None,
+    scope: Annotated[
+        list[Scope],
+        typer.Option(help="What it may do; may be repeated. admin: read, and the rest, for the jobs of every key."),
+    ] = list(DEFAULT_SCOPES),  # noqa: B006  # typer wants a list
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Make a key and print its secret, this once."""
-    _print(_in_store(config, lambda store: store.create_key(name, max_running)))
+    _print(_in_store(config, lambda store: store.create_key(name, max_running, list(dict.fromkeys(scope)))))
 
 
 @keys.command("list")
 def keys_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
-    table = Table("id", "name", "max running", "created", "revoked")
+    table = Table("id", "name", "scopes", "max running", "created", "old secret until", "revoked")
     for key in _in_store(config, lambda store: store.list_keys()):
-        revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
-        table.add_row(key.id, key.name, str(key.max_running or ""), f"{key.created_at:%Y-%m-%d %H:%M}", revoked)
+        limit = str(key.max_running or "")
+        times = (f"{time:%Y-%m-%d %H:%M}" if time else "" for time in (key.created_at, key.old_secret_until, key.revoked_at))
+        table.add_row(key.id, key.name, ", ".join(key.scopes), limit, *times)
     console.print(table)
+
+
+@keys.command("rotate")
+def keys_rotate(
+    key_id: str,
+    overlap_h: Annotated[
+        float,
+        typer.Option("--overlap-hours", min=0, help="How long the old secret is still good. 0: not at all, it was stolen."),
+    ] = 24.0,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Give a key another secret and print it, this once; its jobs stay its own."""
+    secret = _in_store(config, lambda store: store.rotate_key(key_id, overlap_h * 3600))
+    if secret is None:
+        raise typer.Exit(_fail(f"there is no key {key_id}"))
+    _print(secret)
 
 
 @keys.command("revoke")

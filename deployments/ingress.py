@@ -23,8 +23,10 @@ from starlette.requests import ClientDisconnect
 
 from deployments import webhook_listing as listing
 from deployments import wire
+from deployments.access import Caller, identify
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
+from deployments.jobs.keys import Scope
 from deployments.jobs.outbox import Outbox, Webhook
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
@@ -35,7 +37,7 @@ from deployments.settings import Settings
 from deployments.storage import FileStore
 from deployments.submission import idempotency, idempotency_key, is_set, max_queue_length, new_job
 from deployments.webhooks import jwks
-from engines.errors import BadRequest, BodyTooLarge, QueueFull, ReelrayError, Unauthorized
+from engines.errors import BadRequest, BodyTooLarge, QueueFull, ReelrayError
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +129,9 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
 async def _submit(request: Request, endpoint: Endpoint) -> Response:
     """Writes the job, then answers with its id."""
     settings, store = _settings(request), _store(request)
-    owner = await _owner(request)
-    new = new_job(endpoint.id, owner, request.headers, request.query_params, settings.queue.max_attempts)
+    caller = await _caller(request, endpoint.id)
+    caller.require(Scope.SUBMIT)
+    new = new_job(endpoint.id, caller.owner, request.headers, request.query_params, settings.queue.max_attempts)
     if new.webhook_url is not None:
         new = replace(new, service_url=service_base(request.scope, settings.public_url))
     limit = max_queue_length(request.query_params)
@@ -165,7 +168,7 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
 @queue.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
     """Where a request stands, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
-    job = await _job(request, app, request_id)
+    job = await _job(request, app, request_id, Scope.READ)
     lines = await _store(request).logs(job.id) if is_set(logs) else None
     body = wire.status(job, lines, queue_base(request.scope, _settings(request).public_url))
     return JSONResponse(body, 200 if job.state.ended else 202)
@@ -174,7 +177,7 @@ async def status(request: Request, app: str, request_id: str, logs: str = "0") -
 @queue.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
     """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed."""
-    job = await _job(request, app, request_id)
+    job = await _job(request, app, request_id, Scope.READ)
     queue_url = queue_base(request.scope, _settings(request).public_url)
     events = _status_events(_store(request), job.id, is_set(logs), queue_url)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -212,7 +215,7 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
 @queue.get("/{app:path}/requests/{request_id}/response")
 async def result(request: Request, app: str, request_id: str) -> Response:
     """The output of a completed request, or the error it ended in; 400 before that: any 2xx would pass for the output."""
-    job = await _job(request, app, request_id)
+    job = await _job(request, app, request_id, Scope.READ)
     if not job.state.ended:
         raise BadRequest("Request is still in progress")
     if failure := wire.failure_of(job):
@@ -223,7 +226,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
 @queue.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
     """Takes a waiting request out of the queue, and asks a running one to stop."""
-    job = await _job(request, app, request_id)
+    job = await _job(request, app, request_id, Scope.SUBMIT)
     found = await _store(request).request_cancel(job.id)
     if found is None:
         raise _UnknownRequest
@@ -239,23 +242,24 @@ async def list_webhooks(request: Request, since: str = "", cursor: str = "", lim
     since: ISO 8601 or seconds since 1970, at or after which the job ended. cursor: the `next_cursor` of the page before, to go on
     from there at any time; it outweighs `since`. limit: 1 to 100.
     """
-    owner = await _owner(request)
+    caller = await _caller(request)
+    caller.require(Scope.READ)
     after = listing.start(since, cursor)
-    page = await _outbox(request).page(owner, after, listing.limit(limit))
+    page = await _outbox(request).page(caller.owner, after, listing.limit(limit))
     return JSONResponse(listing.page(page, after))
 
 
 @webhooks.get("/{request_id}")
 async def webhook(request: Request, request_id: str) -> Response:
     """A request's webhook and the log of its attempts."""
-    found = await _webhook(request, request_id)
+    found = await _webhook(request, request_id, Scope.READ)
     return JSONResponse(listing.entry(found) | {"log": listing.log(await _outbox(request).attempts(found.job_id))})
 
 
 @webhooks.post("/{request_id}/redeliver")
 async def redeliver(request: Request, request_id: str) -> Response:
     """Sends a webhook again, delivered or not, with all its retries."""
-    found = await _webhook(request, request_id)
+    found = await _webhook(request, request_id, Scope.SUBMIT)
     if not await _outbox(request).redeliver(found.job_id):
         raise _UnknownRequest
     return JSONResponse({"status": "REDELIVERY_REQUESTED"}, 202)
@@ -289,43 +293,39 @@ class _UnknownRequest(Exception):
     """There is no such job, or no webhook of it, or it is another caller's."""
 
 
-async def _job(request: Request, app: str, request_id: str) -> Job:
-    """The job that a path names. Another caller's, or one of another endpoint, is unknown to this one."""
-    owner = await _owner(request)
+async def _job(request: Request, app: str, request_id: str, scope: Scope) -> Job:
+    """The job that a path names, for a caller with `scope`. One that is out of its reach, or of another endpoint, is unknown."""
+    caller = await _caller(request, app)
     try:
         job_id = UUID(request_id)
     except ValueError:
         raise _UnknownRequest from None
     job = await _store(request).get(job_id)
-    if job is None or job.owner != owner or wire.app_id(job.endpoint) != wire.app_id(app):
+    if job is None or not caller.reaches(job.owner) or wire.app_id(job.endpoint) != wire.app_id(app):
         raise _UnknownRequest
+    caller.require(scope)
     request.state.request_id = str(job.id)
     return job
 
 
-async def _webhook(request: Request, request_id: str) -> Webhook:
-    """The webhook of the job that a path names."""
-    owner = await _owner(request)
+async def _webhook(request: Request, request_id: str, scope: Scope) -> Webhook:
+    """The webhook of the job that a path names, for a caller with `scope`."""
+    caller = await _caller(request)
     try:
         job_id = UUID(request_id)
     except ValueError:
         raise _UnknownRequest from None
     found = await _outbox(request).get(job_id)
-    if found is None or found.owner != owner:
+    if found is None or not caller.reaches(found.owner):
         raise _UnknownRequest
+    caller.require(scope)
     request.state.request_id = str(job_id)
     return found
 
 
-async def _owner(request: Request) -> str | None:
-    """Whose key the request carries; None if the service is open. Raises `Unauthorized`."""
-    if _settings(request).auth == "open":
-        return None
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    owner = await _store(request).owner_of(secret.strip()) if scheme.lower() in ("key", "bearer") else None
-    if owner is None:
-        raise Unauthorized
-    return owner
+async def _caller(request: Request, app: str | None = None) -> Caller:
+    """Who asks; app: of which app, if of one. Raises `Unauthorized`, `Forbidden`."""
+    return await identify(request, _settings(request).auth, _store(request), app)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -18,6 +18,7 @@
     ├── RequestError                detail is a string, error_type beside it (fal: request errors)
     │   ├── BadRequest                  400  bad_request
     │   ├── Unauthorized                401  unauthorized
+    │   ├── Forbidden                   403  forbidden
     │   ├── NotFound                    404  not_found
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
@@ -171,6 +172,14 @@ class Unauthorized(RequestError):
 
     type = "unauthorized"
     status = 401
+
+
+class Forbidden(RequestError):
+    """The API key does not allow this."""
+
+    # neither of fal's clients repeats a 403
+    type = "forbidden"
+    status = 403
 
 
 class NotFound(RequestError):

@@ -224,17 +224,40 @@ SELECT
     (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
 
 -- name: create_key
--- Says nothing if the id is taken, see `submit`.
-INSERT INTO api_keys (id, name, hash, max_running) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING
+-- A key with its first secret. Changes nothing if the id is taken, see `submit`.
+WITH made AS (
+    INSERT INTO api_keys (id, name, max_running, scopes) VALUES ($1, $2, $4, $5) ON CONFLICT (id) DO NOTHING RETURNING id
+)
+INSERT INTO api_key_secrets (key_id, hash) SELECT id, $3 FROM made
+
+-- name: lock_key
+-- One rotation of a key at a time: each sees the secret that the one before has made.
+SELECT id FROM api_keys WHERE id = $1 AND revoked_at IS NULL FOR UPDATE
+
+-- name: retire_secrets
+-- Every secret of a key but the new one ends in $3 seconds, or as it was to end before.
+UPDATE api_key_secrets SET expires_at = least(expires_at, now() + make_interval(secs => $3)) WHERE key_id = $1 AND hash <> $2
+
+-- name: add_secret
+-- Changes nothing if a first try has added it.
+INSERT INTO api_key_secrets (key_id, hash) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING
 
 -- name: list_keys
 -- Revoked ones included.
-SELECT id, name, created_at, revoked_at, max_running FROM api_keys ORDER BY created_at, id
+SELECT id, name, created_at, revoked_at, max_running, scopes,
+    (SELECT max(expires_at) FROM api_key_secrets WHERE key_id = api_keys.id AND expires_at > now()) AS old_secret_until
+FROM api_keys ORDER BY created_at, id
 
 -- name: revoke_key
 -- A key stays listed after its end.
 UPDATE api_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL RETURNING id
 
--- name: owner_of
--- The key that this is the hash of.
-SELECT id FROM api_keys WHERE hash = $1 AND revoked_at IS NULL
+-- name: find_secret
+-- The secret that this is the hash of.
+SELECT secret.id, key_id, scopes, token_key FROM api_key_secrets AS secret JOIN api_keys ON api_keys.id = key_id
+WHERE secret.hash = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+
+-- name: get_secret
+-- The same by its id.
+SELECT secret.id, key_id, scopes, token_key FROM api_key_secrets AS secret JOIN api_keys ON api_keys.id = key_id
+WHERE secret.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())

@@ -26,6 +26,7 @@ import asyncpg
 
 from deployments.jobs.depth import STEP, Depth, Place
 from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
+from deployments.jobs.keys import DEFAULT_SCOPES, ApiKey, KeySecret, Scope
 from deployments.jobs.listener import Changes, Listener
 from deployments.schemas import error_failure
 from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, ReelrayError, RunnerDisconnected, StartTimeout
@@ -33,7 +34,7 @@ from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, R
 RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
 KEY_CACHE_S = 2.0
-"""How long a revoked API key may still be taken, by a process that has just seen it."""
+"""How long an API key or secret that has ended may still be taken, by a process that has just seen it."""
 LOW_AFTER_S = 600.0
 """How long low priority is only that; see `JobStore.claim`."""
 LOW_SHARE = 4
@@ -70,17 +71,6 @@ class StoreAway(Exception):
 
 
 @dataclass(frozen=True)
-class ApiKey:
-    """An API key as its operator may see it; the secret is nowhere. max_running: of its jobs at once, None without a limit."""
-
-    id: str
-    name: str
-    created_at: datetime
-    revoked_at: datetime | None
-    max_running: int | None
-
-
-@dataclass(frozen=True)
 class QueueStatus:
     """One endpoint's queue. delayed: those of the queued that wait for their next attempt. paused_at: None while it is open."""
 
@@ -97,7 +87,7 @@ class JobStore:
         self._pool = pool
         self._listener = listener
         self._depths: dict[str, Depth] = {}
-        self._owners: dict[bytes, tuple[str, float]] = {}
+        self._secrets: dict[bytes | UUID, tuple[KeySecret, float]] = {}
         self._claimed: Counter[tuple[str, ...]] = Counter()
 
     @classmethod
@@ -332,15 +322,35 @@ class JobStore:
 
     # API keys.
 
-    async def create_key(self, name: str, max_running: int | None = None) -> str:
+    async def create_key(self, name: str, max_running: int | None = None, scopes: Sequence[Scope] = DEFAULT_SCOPES) -> str:
         """Makes a key and answers its secret, `<id>:<256 random bits>`, which is kept as a hash only and so never shown again.
 
         max_running: how many of its jobs may run at once, at all endpoints together; the others wait and block nobody.
         """
         key_id = secrets.token_hex(8)
-        secret = f"{key_id}:{secrets.token_urlsafe(32)}"
-        await self._fetch("create_key", key_id, _storable(name), _hash(secret), max_running)
+        secret = _new_secret(key_id)
+        await self._fetch("create_key", key_id, _storable(name), _hash(secret), max_running, list(scopes))
         return secret
+
+    async def rotate_key(self, key_id: str, overlap_s: float) -> str | None:
+        """Gives a key another secret and answers it; those it had end in `overlap_s`. None: there is no such key, or no longer.
+
+        What belongs to the key stays its own. Tokens end with the secret that they were asked for with.
+        """
+        key_id = _storable(key_id)
+        secret = _new_secret(key_id)
+
+        async def rotate(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            async with connection.transaction():
+                rows = list(await connection.fetch(_SQL["lock_key"], key_id))
+                if rows:
+                    await connection.fetch(_SQL["retire_secrets"], key_id, _hash(secret), overlap_s)
+                    await connection.fetch(_SQL["add_secret"], key_id, _hash(secret))
+                return rows
+
+        rotated = await self._outlast(rotate)
+        self._secrets.clear()
+        return secret if rotated else None
 
     async def list_keys(self) -> list[ApiKey]:
         """Every key, the revoked ones included."""
@@ -349,23 +359,30 @@ class JobStore:
     async def revoke_key(self, key_id: str) -> bool:
         """Ends a key, within `KEY_CACHE_S` everywhere. False: there is no such key, or no longer."""
         revoked = await self._fetch("revoke_key", _storable(key_id))
-        self._owners.clear()
+        self._secrets.clear()
         return bool(revoked)
 
-    async def owner_of(self, secret: str) -> str | None:
-        """The id of the key with this secret; None: nobody's."""
-        digest = _hash(secret)
-        owner, until = self._owners.get(digest, ("", 0.0))
-        if time.monotonic() < until:
-            return owner
-        self._owners.pop(digest, None)
+    async def find_secret(self, secret: str) -> KeySecret | None:
+        """What is known of a secret; None: nobody's, or no longer."""
+        return await self._known_secret("find_secret", _hash(secret))
+
+    async def get_secret(self, secret_id: UUID) -> KeySecret | None:
+        """The same by its id, for who has a token."""
+        return await self._known_secret("get_secret", secret_id)
+
+    async def _known_secret(self, query: str, name: bytes | UUID) -> KeySecret | None:
+        if known := self._secrets.get(name):
+            secret, until = known
+            if time.monotonic() < until:
+                return secret
+            self._secrets.pop(name, None)
         asked_at = time.monotonic()
-        rows = await self._fetch("owner_of", digest)
+        rows = await self._fetch(query, name)
         if not rows:
             return None
-        owner = str(rows[0]["id"])
-        self._owners[digest] = (owner, asked_at + KEY_CACHE_S)
-        return owner
+        secret = KeySecret(**rows[0])
+        self._secrets[name] = (secret, asked_at + KEY_CACHE_S)
+        return secret
 
     async def _close(
         self,
@@ -483,6 +500,10 @@ def _held(rows: list[asyncpg.Record]) -> list[asyncpg.Record]:
 def _storable(text: str) -> str:
     """Text that PostgreSQL takes: without NUL and lone surrogates."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _new_secret(key_id: str) -> str:
+    return f"{key_id}:{secrets.token_urlsafe(32)}"
 
 
 def _hash(secret: str) -> bytes:

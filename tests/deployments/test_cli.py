@@ -133,9 +133,17 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert "studio" in listed
         assert secret not in listed
         assert "37" in listed.replace(key_id, "")
+        assert "submit, read" in listed
+        assert run("keys", "create", "dashboard", "--scope", "admin", *options).exit_code == 0
+        assert "admin" in run("keys", "list", *options).stdout
+        assert run("keys", "create", "x", "--scope", "write", *options).exit_code == 2
+        rotated = run("keys", "rotate", key_id, "--overlap-hours", 1, *options).stdout.strip()
+        assert rotated.startswith(f"{key_id}:")
+        assert rotated != secret
         assert run("keys", "revoke", key_id, *options).exit_code == 0
         again = run("keys", "revoke", key_id, *options)
         assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
+        assert run("keys", "rotate", key_id, *options).exit_code == 1
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
 
 

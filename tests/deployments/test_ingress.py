@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from deployments import ingress
 from deployments.ingress import create_app
 from deployments.jobs.job import Claim, Job, NewJob
+from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings, Settings
@@ -569,6 +570,76 @@ async def test_keys_keep_callers_apart(settings: Settings, store: JobStore) -> N
         own = await client.get(links["status_url"], headers={"authorization": f"Bearer {one}"})
         assert own.status_code == 202
         assert (await client.get("/health")).status_code == 200
+
+
+@pytest.fixture
+async def closed(settings: Settings, store: JobStore) -> AsyncIterator[httpx.AsyncClient]:
+    """Calls a door that asks for keys."""
+    async with calling(create_app(settings.model_copy(update={"auth": "keys"}), store)) as client:
+        yield client
+
+
+def bearing(secret: str) -> dict[str, str]:
+    return {"authorization": f"Key {secret}"}
+
+
+def is_forbidden(response: httpx.Response) -> bool:
+    assert response.status_code != 403 or response.json()["error_type"] == response.headers["x-fal-error-type"] == "forbidden"
+    return response.status_code == 403
+
+
+async def changed_scopes(scope: str, connection: Any) -> Any:
+    return await connection.fetch("UPDATE api_keys SET scopes = ARRAY[$1]", scope)
+
+
+async def test_a_key_does_what_its_scopes_say(closed: httpx.AsyncClient, store: JobStore) -> None:
+    secret = await store.create_key("both")
+    links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(secret))).json()
+    status, stream, response = links["status_url"], f"{links['status_url']}/stream", links["response_url"]
+    reads = [("GET", status), ("GET", stream), ("GET", response), ("GET", "/webhooks/deliveries")]
+    writes = [("POST", SUBMIT), ("PUT", links["cancel_url"])]
+    for scope, allowed, refused in (("submit", writes, reads), ("read", reads, writes)):
+        await store.outlast(partial(changed_scopes, scope))
+        store._secrets.clear()
+        for method, url in refused:
+            assert is_forbidden(await closed.request(method, url, headers=bearing(secret))), (scope, method, url)
+        for method, url in allowed:
+            if url != stream:  # it would last until the job ends
+                assert not is_forbidden(await closed.request(method, url, headers=bearing(secret))), (scope, method, url)
+
+
+@pytest.mark.parametrize("scope", Scope)
+async def test_a_job_out_of_reach_is_unknown_whatever_the_scopes(
+    scope: Scope, closed: httpx.AsyncClient, store: JobStore
+) -> None:
+    mine, other = await store.create_key("mine"), await store.create_key("other", scopes=[scope])
+    links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
+    for method, url in (("GET", links["status_url"]), ("GET", links["response_url"]), ("PUT", links["cancel_url"])):
+        foreign = await closed.request(method, url, headers=bearing(other))
+        assert foreign.status_code != 404 if scope == "admin" else foreign.json() == {"status": "NOT_FOUND"}
+
+
+async def test_an_admin_reads_every_job_and_cancels_if_it_may_submit(closed: httpx.AsyncClient, store: JobStore) -> None:
+    mine = await store.create_key("mine")
+    reader, operator = await store.create_key("r", scopes=["admin"]), await store.create_key("o", scopes=["admin", "submit"])
+    links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
+    assert (await closed.get(links["status_url"], headers=bearing(reader))).status_code == 202
+    assert is_forbidden(await closed.put(links["cancel_url"], headers=bearing(reader)))
+    assert is_forbidden(await closed.post(SUBMIT, json=INPUT, headers=bearing(reader)))
+    assert (await closed.put(links["cancel_url"], headers=bearing(operator))).status_code == 202
+    assert (await closed.get(links["status_url"], headers=bearing(mine))).json()["error_type"] == "client_cancelled"
+
+
+async def test_a_rotated_key_keeps_its_jobs(closed: httpx.AsyncClient, store: JobStore) -> None:
+    old = await store.create_key("studio")
+    links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(old))).json()
+    new = await store.rotate_key(old.partition(":")[0], 3600)
+    assert new is not None
+    for secret in (old, new):
+        assert (await closed.get(links["status_url"], headers=bearing(secret))).status_code == 202
+    assert await store.rotate_key(old.partition(":")[0], 0) is not None
+    for secret in (old, new):
+        assert (await closed.get(links["status_url"], headers=bearing(secret))).status_code == 401
 
 
 # Every answer
