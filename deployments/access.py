@@ -4,12 +4,14 @@ The order of the refusals tells a stranger nothing: first who asks (401), then w
 scopes), then whether the key has the scope (403).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
+from deployments import tokens
 from deployments.jobs.keys import DEFAULT_SCOPES, KeySecret, Scope
 from deployments.jobs.store import JobStore
+from deployments.schemas import TokenRequest
 from engines.errors import Forbidden, Unauthorized
 
 
@@ -34,17 +36,40 @@ ANYBODY = Caller(None, frozenset(DEFAULT_SCOPES))
 
 
 async def identify(request: Request, auth: str, store: JobStore, app: str | None = None) -> Caller:
-    """Who asks. auth: as in the settings. Raises `Unauthorized`."""
+    """Who asks, by the key in the header, or where there is none by the token in the query. auth: as in the settings.
+
+    app: whose path this is; without one tokens are not taken. Raises `Unauthorized`, `Forbidden`.
+    """
     if auth == "open":
         return ANYBODY
-    secret = await shown_secret(request, store)
-    if secret is None:
+    if "authorization" in request.headers or app is None:
+        return _caller(await shown_secret(request, store))
+    token = tokens.read(request.query_params.get("fal_jwt_token", ""))
+    secret = await store.get_secret(token.secret_id) if token else None
+    if token is None or secret is None or not token.is_genuine(secret):
         raise Unauthorized
+    if not token.allows(app):
+        raise Forbidden("The token is not for this app.")
+    caller = _caller(secret)
+    return replace(caller, scopes=caller.scopes - {Scope.ADMIN})  # a page is nobody's operator
+
+
+async def issued_token(request: Request, auth: str, store: JobStore, asked: TokenRequest) -> str:
+    """A token for who shows a key; where the service is open, for anybody. Raises `Unauthorized`."""
+    if auth == "open":
+        return tokens.issue_for_anybody(asked.allowed_apps, asked.token_expiration)
+    return tokens.issue(await shown_secret(request, store), asked.allowed_apps, asked.token_expiration)
+
+
+async def shown_secret(request: Request, store: JobStore) -> KeySecret:
+    """The API key in the request's header. Raises `Unauthorized`."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    found = await store.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None
+    if found is None:
+        raise Unauthorized
+    return found
+
+
+def _caller(secret: KeySecret) -> Caller:
     scopes = frozenset(map(Scope, secret.scopes))
     return Caller(secret.key_id, scopes | {Scope.READ} if Scope.ADMIN in scopes else scopes)
-
-
-async def shown_secret(request: Request, store: JobStore) -> KeySecret | None:
-    """The API key in the request's header, if it is a good one."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    return await store.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None

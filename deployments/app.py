@@ -7,7 +7,9 @@ Placement, replicas and autoscaling are the YAML's: what stands here are only ea
 import asyncio
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from deployments.courier import Courier
@@ -69,8 +71,9 @@ class IngressReplica:
 
 
 def build(args: Settings) -> serve.Application:
-    """The application. Serve reads `args` of the YAML as `Settings` and refuses what they do not know."""
+    """The application. Serve reads `args` of the YAML as `Settings` and refuses what they do not know. Raises `Exposed`."""
     settings = args
+    settings.refuse_exposure(_listening_host())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
     for endpoint in ENDPOINTS.values():
@@ -85,6 +88,16 @@ def build(args: Settings) -> serve.Application:
     dispatcher = _deploy(DispatcherReplica, "dispatcher").bind(settings, handles)
     ingress = serve.ingress(lambda: create_app(settings))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
+
+
+def _listening_host() -> str | None:
+    """Where Serve listens, which a builder is not told; None where there is no Serve.
+
+    Asked of the controller that started this build, because the YAML's `http_options` only count when Serve starts: what is
+    deployed into a running Serve gets that one's host. No public call tells it.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    return None if client is None else client.http_config.host
 
 
 def _deploy(replica: type, name: str) -> Any:

@@ -80,7 +80,8 @@ def gateway(
     """Host the ingress alone, beside the cluster: it keeps accepting and answering while Ray is down."""
     from deployments.gateway import run
 
-    run(config, host, port, workers)
+    with _clear_errors():
+        run(config, host, port, workers)
 
 
 @app.command()

@@ -17,8 +17,10 @@ GRACE_S = 5
 
 
 def run(config: Path, host: str, port: int, workers: int) -> None:
-    """Serves until interrupted. Workers are processes of their own and find `config` in the environment."""
-    threading.Thread(target=keep_running, args=(load_settings(config),), daemon=True).start()
+    """Serves until interrupted. Workers are processes of their own and find `config` in the environment. Raises `Exposed`."""
+    settings = load_settings(config)
+    settings.refuse_exposure(host)
+    threading.Thread(target=keep_running, args=(settings,), daemon=True).start()
     os.environ[CONFIG_VARIABLE] = str(config.absolute())
     uvicorn.run(
         "deployments.gateway:app",

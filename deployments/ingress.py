@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments import webhook_listing as listing
 from deployments import wire
-from deployments.access import Caller, identify
+from deployments.access import Caller, identify, issued_token
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
 from deployments.jobs.keys import Scope
@@ -32,7 +32,7 @@ from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.middleware import add_middleware, failure_response
 from deployments.proxy import queue_base, service_base
-from deployments.schemas import ENDPOINTS, Endpoint, error_failure, validation_failure
+from deployments.schemas import ENDPOINTS, Endpoint, TokenRequest, error_failure, validation_failure
 from deployments.settings import Settings
 from deployments.storage import FileStore
 from deployments.submission import idempotency, idempotency_key, is_set, max_queue_length, new_job
@@ -46,6 +46,7 @@ STREAM_INTERVAL_S = 3.0
 
 HEALTH_TIMEOUT_S = 2.0
 BODY_TIMEOUT_S = 60.0
+MAX_TOKEN_BODY_BYTES = 10_000
 
 JWKS_MAX_AGE_S = 3600
 
@@ -101,7 +102,7 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
     app.include_router(queue)
     app.include_router(webhooks)
     app.include_router(house)
-    add_middleware(app)
+    add_middleware(app, settings)
     app.add_exception_handler(ReelrayError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(_UnknownRequest, _on_unknown_request)
@@ -271,6 +272,23 @@ async def keys(request: Request) -> Response:
     """The public keys that webhooks are signed with, as a JSON Web Key Set."""
     published = await _outbox(request).published_keys()
     return JSONResponse(jwks(published), headers={"cache-control": f"public, max-age={JWKS_MAX_AGE_S}"})
+
+
+@house.post("/rest/tokens/")
+@house.post("/rest/tokens", include_in_schema=False)
+@house.post("/rest/tokens/realtime", include_in_schema=False)
+async def token(request: Request) -> Response:
+    """A short-lived token to give to a page instead of the API key, as a bare JSON string.
+
+    Queue paths take it as the query parameter `fal_jwt_token`. It may what the key may, except `admin`, at the apps named, and
+    ends with the key, or with the secret that it was asked for with.
+    """
+    try:
+        asked = TokenRequest.model_validate_json(await _read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
+    except ValidationError as exc:
+        return failure_response(validation_failure(exc))
+    made = await issued_token(request, _settings(request).auth, _store(request), asked)
+    return JSONResponse(made, headers={"cache-control": "no-store"})
 
 
 @house.head("/files/{name:path}", include_in_schema=False)

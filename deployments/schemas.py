@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from deployments.jobs.job import Failure
@@ -43,6 +43,8 @@ def _fetchable(value: str) -> str:
         raise PydanticKnownError("url_scheme", {"expected_schemes": "'http', 'https' or 'data'"})
     return value
 
+
+MAX_TOKEN_S = 3600
 
 MAX_AREA = 1024 * 576
 """Pixels of a ControlNeXt frame: what the model was trained on. Larger ones cost memory and look worse."""
@@ -248,6 +250,23 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint("fal-ai/controlnext", "controlnext", "controlnext", ControlNeXtInput, VideoOutput),
     )
 }
+
+
+class TokenRequest(BaseModel):
+    """What a token is asked to be good for. Unknown fields are refused: one might ask for less than we would give."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allowed_apps: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        min_length=1, max_length=20, description="Aliases, or ids of endpoints.", examples=[["animatediff-sparsectrl-lcm"]]
+    )
+    token_expiration: Int = Field(
+        120,
+        ge=1,
+        le=MAX_TOKEN_S,
+        description="In seconds; `duration` is another name for it.",
+        validation_alias=AliasChoices("token_expiration", "duration"),
+    )
 
 
 def validation_failure(exc: ValidationError) -> Failure:

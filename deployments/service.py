@@ -38,12 +38,14 @@ class ServiceFailed(ReelrayError):
 def running(config: Path, *, host: str | None = None, port: int | None = None, dashboard: bool = False) -> Iterator[str]:
     """Starts everything in `config`, yields the service's URL once it answers, and stops everything.
 
-    Jobs in hand at the end go back to the queue. Raises `ServiceFailed` with what the deployment that failed had to say.
+    Jobs in hand at the end go back to the queue. Raises `ServiceFailed` with what the deployment that failed had to say,
+    and `Exposed`.
     """
     schema = ServeDeploySchema.model_validate(yaml.safe_load(config.read_text()))
     schema.http_options.host = host or schema.http_options.host
     schema.http_options.port = schema.http_options.port if port is None else port
     settings = load_settings(config)
+    settings.refuse_exposure(schema.http_options.host)
     _check_free(schema.http_options.host, schema.http_options.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
     signal.signal(signal.SIGTERM, _exit)

@@ -5,6 +5,7 @@ Unknown keys are refused at every level, so a misspelt option never passes for i
 
 import os
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from deployments.schemas import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
+from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
 """Environment variable with the path of the YAML, for processes that are started without a command line of ours."""
@@ -113,7 +115,10 @@ class Settings(_Strict):
     files: an fsspec URL for outputs; None keeps them under `home`.
     public_url: scheme and host that callers use, where the Host header does not tell. A webhook names its files by the address
     that its job was submitted to.
-    auth: "open" serves everybody who can connect; "keys" asks for an API key made by `reelray keys create`.
+    auth: "open" serves everybody who can connect, so it is refused where the service listens on more than loopback; "keys" asks
+    for an API key made by `reelray keys create`.
+    open_to_network: an open service may listen on the network. Without it, web pages may submit to an open service only if they
+    come from this machine or from `public_url`; with it, also from the very host that they call.
     max_body_bytes: of a submission, data URIs included.
     animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
     """
@@ -123,6 +128,7 @@ class Settings(_Strict):
     files: str | None = None
     public_url: str | None = None
     auth: Literal["open", "keys"] = "open"
+    open_to_network: bool = False
     max_body_bytes: int = Field(64_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
@@ -141,6 +147,14 @@ class Settings(_Strict):
         """The folder of the demo checkpoints, one folder a model in it."""
         return self.home / "weights" / "demo"
 
+    def refuse_exposure(self, host: str | None) -> None:
+        """Raises `Exposed` if everybody in the network could use the service that listens on `host`. None: it listens nowhere."""
+        if self.auth == "open" and not self.open_to_network and not (host is None or is_loopback(host)):
+            raise Exposed(
+                f"auth: open serves everybody who can connect, and {host or 'an empty host'} is more than loopback. Set"
+                " auth: keys and make some with `reelray keys create`, or open_to_network: true if that is meant."
+            )
+
     def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
         """Model name -> its engine's config, with "demo" turned into folders. Models that are left out are absent."""
         configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
@@ -153,6 +167,18 @@ class Settings(_Strict):
                 controlnext = replace(controlnext, weights=ControlNeXtWeights.demo(self.demo_weights / "controlnext"))
             configs["controlnext"] = controlnext
         return configs
+
+
+class Exposed(ReelrayError):
+    """An open service would listen on the network."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to who listens on `host`. Of names only localhost is known to be."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def load_settings(config: Path) -> Settings:

@@ -123,6 +123,12 @@ def test_a_published_pickle_becomes_safetensors(tmp_path: Path):
     assert not (tmp_path / "evil.safetensors").exists()
 
 
+def test_an_open_gateway_is_not_started_on_the_network(tmp_path: Path):
+    refused = run("gateway", "--host", "0.0.0.0", "--config", config(tmp_path, home=str(tmp_path)))
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("auth: open serves everybody who can connect, and 0.0.0.0 is more than loopback.")
+
+
 def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):
     with embedded() as settings:
         options = ("--config", config(tmp_path, home=str(settings.home)))

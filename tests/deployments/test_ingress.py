@@ -511,7 +511,7 @@ async def test_proxy_refuses_every_other_target(target: str | None, alone: httpx
     assert UUID(response.headers["x-fal-request-id"])
 
 
-@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/tokens/"])
+@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/storage/upload/initiate"])
 async def test_parts_that_are_not_served_are_not_found(target: str, alone: httpx.AsyncClient) -> None:
     response = await alone.post("/api/fal/proxy", json=INPUT, headers={"x-fal-target-url": target})
     assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
@@ -716,6 +716,44 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
 )
 async def test_other_pages_may_not_read(origin: str, alone: httpx.AsyncClient) -> None:
     assert "access-control-allow-origin" not in (await alone.get("/nowhere", headers={"origin": origin})).headers
+
+
+async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx.AsyncClient, store: JobStore) -> None:
+    page = {"origin": "https://evil.example", "content-type": "text/plain"}  # which a browser sends without asking first
+    rebound = {"origin": "http://door:8000"}  # a page whose own name leads here: its origin is the host that it calls
+    for headers in (page, rebound, {"origin": "null"}, {"origin": ""}, {"origin": "http://localhost.evil.example"}):
+        for path, target in ((SUBMIT, {}), ("/api/fal/proxy", {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}"})):
+            assert is_forbidden(await client.post(path, json=INPUT, headers=headers | target))
+        assert is_forbidden(await client.put(f"{SUBMIT}/requests/{uuid4()}/cancel", headers=headers))
+        assert is_forbidden(await client.post("/rest/tokens/", headers=headers))
+    assert await store.queued(ENDPOINT) == 0
+    assert (await client.get("/health", headers=page)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "origin", "host"),
+    [
+        ({}, "http://localhost:3000", "127.0.0.1:8000"),
+        ({}, "http://127.0.0.1:8000", "127.0.0.1:8000"),  # fal's client in a page that the service itself shows
+        ({}, None, "door:8000"),
+        ({"public_url": "https://Video.Example:443/fal"}, "https://video.example", "door:8000"),
+        ({"open_to_network": True}, "http://door:8000", "door:8000"),
+        ({"open_to_network": True}, "https://door", "door"),
+        ({"auth": "keys"}, "https://studio.example", "door:8000"),  # it has no key unless it was given one
+    ],
+)
+async def test_these_pages_may_submit(
+    settings_of: dict[str, Any], origin: str | None, host: str, settings: Settings, store: JobStore
+) -> None:
+    headers = {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}", "host": host} | ({"origin": origin} if origin else {})
+    headers |= bearing(await store.create_key("studio"))
+    async with calling(create_app(settings.model_copy(update=settings_of), store)) as client:
+        assert (await client.post("/api/fal/proxy", json=INPUT, headers=headers)).status_code == 200
+
+
+async def test_a_service_open_to_the_network_still_refuses_strangers_pages(settings: Settings) -> None:
+    async with calling(create_app(settings.model_copy(update={"open_to_network": True}))) as client:
+        assert is_forbidden(await client.post(SUBMIT, json=INPUT, headers={"origin": "https://evil.example"}))
 
 
 async def test_openapi_describes_the_endpoint(alone: httpx.AsyncClient) -> None:

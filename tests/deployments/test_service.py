@@ -4,6 +4,12 @@ from pathlib import Path
 import pytest
 
 from deployments.service import ServiceFailed, running
+from deployments.settings import Exposed
+
+
+def test_an_open_service_is_not_started_on_the_network():
+    with pytest.raises(Exposed), running(Path("serve_config.yaml"), host="0.0.0.0"):
+        pass
 
 
 def test_a_taken_port_is_told_at_once():

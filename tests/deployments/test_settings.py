@@ -8,7 +8,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from deployments.settings import Settings, load_settings
+from deployments.settings import Exposed, Settings, load_settings
 from engines.source import Source
 
 CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
@@ -46,6 +46,26 @@ def test_a_misspelt_or_impossible_setting_is_refused(args: dict[str, Any]):
 def test_serve_refuses_args_that_the_settings_do_not_know():
     with pytest.raises(ValidationError, match="databse"):
         call_user_app_builder_with_args_if_necessary(build, {"databse": "embedded"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.5", "door.example", "localhost.example", "::ffff:10.0.0.5"])
+def test_an_open_service_is_refused_on_the_network(host: str):
+    with pytest.raises(Exposed, match="auth: keys"):
+        Settings().refuse_exposure(host)
+    Settings(auth="keys").refuse_exposure(host)
+    Settings(open_to_network=True).refuse_exposure(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "::1", "[::1]", None])
+def test_an_open_service_may_listen_on_loopback(host: str | None):
+    Settings().refuse_exposure(host)
+
+
+def test_what_serve_deploy_builds_is_refused_where_serve_listens_on_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("deployments.app._listening_host", lambda: "0.0.0.0")
+    with pytest.raises(Exposed):
+        build(Settings(home=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -200,6 +200,31 @@ async def test_submit_of_unknown_outcome_is_not_repeated(
     assert wire.count("POST", ENDPOINT) == 1
 
 
+async def test_a_page_follows_a_request_with_a_token_in_place_of_the_key(
+    settings: Settings, store: JobStore, files: FileStore
+) -> None:
+    secret = await store.create_key("studio")
+    wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
+    async with listening(wire) as url, working(store, files):
+        page = PageClient(url, key=secret)
+        submitted = await page("submit", ENDPOINT, input=INPUT)
+        request_id = submitted.value["request_id"]
+        followed = await page("streamStatus", ENDPOINT, requestId=request_id, logs=True, connectionMode="client")
+    assert followed.error is None
+    assert followed.value["status"] == "COMPLETED"
+    assert wire.count("POST", "https://rest.fal.ai/tokens/") == 1
+    assert wire.count("GET", f"/queue/{ENDPOINT}/requests/{request_id}/status/stream") == 1
+
+
+async def test_a_missing_scope_is_told_and_not_retried(settings: Settings, store: JobStore) -> None:
+    wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
+    async with listening(wire) as url:
+        refused = await PageClient(url, key=await store.create_key("r", scopes=["read"]))("submit", ENDPOINT, input=INPUT)
+    assert refused.error is not None
+    assert (refused.error["status"], refused.error["body"]["error_type"]) == (403, "forbidden")
+    assert wire.count("POST", ENDPOINT) == 1
+
+
 async def test_keys(settings: Settings, store: JobStore, page_client: Callable[[str], PageClient]) -> None:
     secret = await store.create_key("studio")
     async with listening(create_app(settings.model_copy(update={"auth": "keys"}), store)) as url:

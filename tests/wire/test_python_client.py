@@ -4,11 +4,14 @@ from collections.abc import AsyncIterator
 
 import fal_client
 import fal_client.client
+import httpx
 import pytest
 
+from deployments.ingress import create_app
 from deployments.jobs.store import JobStore
+from deployments.settings import Settings
 from deployments.storage import FileStore
-from tests.wire.service import ENDPOINT, Wire, working
+from tests.wire.service import ENDPOINT, Wire, listening, working
 
 INPUT = {"prompt": "Drone footage, futuristic city at night", "seed": 42}
 
@@ -68,3 +71,31 @@ async def test_invalid_input_raises_at_submit_with_the_field(client: fal_client.
     assert isinstance(detail, list)
     assert detail[0]["loc"] == ["body", "num_inference_steps"]
     assert len(wire.requests) == 1
+
+
+async def test_token_is_taken_in_place_of_the_key(settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with listening(create_app(settings.model_copy(update={"auth": "keys"}), store)) as url:
+        monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{url}/queue/")
+        monkeypatch.setattr(fal_client.client, "REST_URL", f"{url}/rest")
+        client = fal_client.AsyncClient(key=await store.create_key("studio"))
+        handle = await client.submit(ENDPOINT, INPUT)
+        token = await client._get_realtime_token(ENDPOINT)  # `realtime` begins with it, and goes on to what we do not serve yet
+        await (await client._client).aclose()
+        async with httpx.AsyncClient() as page:
+            answer = await page.get(handle.status_url, params={"fal_jwt_token": token})
+            assert (answer.status_code, answer.json()["status"]) == (202, "IN_QUEUE")
+            assert (await page.get(handle.status_url)).status_code == 401
+
+
+async def test_missing_scope_is_told_and_not_retried(
+    settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
+    async with listening(wire) as url:
+        monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{url}/queue/")
+        client = fal_client.AsyncClient(key=await store.create_key("reader", scopes=["read"]))
+        with pytest.raises(fal_client.FalClientHTTPError) as caught:
+            await client.submit(ENDPOINT, INPUT)
+        await (await client._client).aclose()
+    assert (caught.value.status_code, caught.value.error_type) == (403, "forbidden")
+    assert wire.count("POST", ENDPOINT) == 1
