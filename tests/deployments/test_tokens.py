@@ -103,8 +103,8 @@ async def test_token_has_the_scopes_of_its_key_and_never_admin(client: httpx.Asy
     links = (await client.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
     reader = await token_for(client, await store.create_key("r", scopes=["read"]))
     assert (await submit_with(client, reader)).status_code == 403
-    for other in ([["admin"]], [["admin", "submit"]]):
-        used = {"fal_jwt_token": await token_for(client, await store.create_key("o", scopes=other[0]))}
+    for scopes in (["admin"], ["admin", "submit"]):
+        used = {"fal_jwt_token": await token_for(client, await store.create_key("o", scopes=scopes))}
         for method, url in (("GET", links["status_url"]), ("PUT", links["cancel_url"])):
             assert (await client.request(method, url, params=used)).status_code == 404
 

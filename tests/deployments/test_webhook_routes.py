@@ -235,6 +235,27 @@ async def test_an_owner_sees_the_log_and_has_a_webhook_sent_again(
     assert receiver.received[0].body == receiver.received[1].body
 
 
+async def test_a_key_sees_and_redelivers_as_its_scopes_say(
+    store: JobStore, settings: Settings, database: str, receiver: Receiver
+) -> None:
+    closed = settings.model_copy(update={"auth": "keys"})
+    mine = await store.create_key("mine", scopes=["submit"])
+    reader, operator = await store.create_key("r", scopes=["admin"]), await store.create_key("o", scopes=["admin", "submit"])
+    async with calling(closed, store) as client:
+
+        async def answers(secret: str) -> list[int]:
+            key = {"authorization": f"Key {secret}"}
+            path = f"/webhooks/deliveries/{request_id}"
+            seen = [await client.get(path, headers=key), await client.post(f"{path}/redeliver", headers=key)]
+            return [response.status_code for response in seen]
+
+        client.headers["authorization"] = f"Key {mine}"
+        request_id = await submitted(client, receiver.url())
+        await client.put(f"{SUBMIT}/requests/{request_id}/cancel")
+        await settled(database)
+        assert [await answers(secret) for secret in (mine, reader, operator)] == [[403, 202], [200, 403], [200, 202]]
+
+
 async def test_another_keys_webhooks_are_unknown(store: JobStore, settings: Settings, database: str, receiver: Receiver) -> None:
     closed = settings.model_copy(update={"auth": "keys"})
     mine, other = await store.create_key("mine"), await store.create_key("other")
