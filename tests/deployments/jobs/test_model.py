@@ -1,0 +1,390 @@
+"""The job store against `model.py`, in random stories made by Hypothesis, on the real database with a clock that the test moves.
+
+The clock: the test's database has functions `now()` and `clock_timestamp()` of its own in the schema `public`, which read one
+row, and its sessions search `public` before `pg_catalog`. They are there before the migrations run, so that column defaults
+and triggers, whose names are resolved where they are made, have them too. Other than moving rows in time, this cannot miss a
+column, tests deadlines to the second, and lets the model know every timestamp. Two differences are left: within a transaction
+the fake time is read by every statement, where the real `now()` is the transaction's start (the clock never moves inside a
+call, so they agree); and the real clock moves, where this one stands still between rules. The store is not touched, only its
+URL. Python's clocks in it (`Depth`, the cache of keys, how long a call outlasts an outage) have no part in these stories.
+
+In CI the stories are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest tests/deployments/jobs/test_model.py --timeout=0` tells that
+many new ones.
+"""
+
+import asyncio
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from deployments.jobs.job import TRANSITIONS, Claim, Failure, Idempotency, JobState, LeaseLost, NewJob
+from deployments.jobs.store import _RESOURCES, JobStore, migrate
+from engines.errors import IdempotencyKeyReused
+from tests.conftest import execute, of_database
+from tests.deployments.jobs.model import Model, ModelJob
+
+EXAMPLES = os.environ.get("REELRAY_MODEL_EXAMPLES")
+BEGAN = datetime(2030, 1, 1, tzinfo=UTC)
+ENDPOINTS = ["fal-ai/fake", "fal-ai/other"]
+SERVED = [[ENDPOINTS[0]], [ENDPOINTS[1]], ENDPOINTS]
+PROCESSES = 2
+FAILURE = Failure(422, {"detail": "no"}, "no", "bad_input", {})
+CLOCK = f"""
+CREATE TABLE clock AS SELECT '{BEGAN.isoformat()}'::timestamptz AS at;
+CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock';
+CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock';
+"""
+SNAPSHOT = """
+SELECT id, state, attempt, cancel_requested, token, lease_until, run_by, not_before, created_at, started_at, finished_at,
+    failure ->> 'error_type' AS error_type,
+    CASE WHEN state = 'queued' THEN jobs_ahead(endpoint, priority, turn, number) END AS position,
+    (SELECT json_agg(json_build_array(state, attempt, reason) ORDER BY id) FROM job_events WHERE job_id = jobs.id) AS events,
+    (SELECT array_agg(message ORDER BY seq) FROM job_logs WHERE job_id = jobs.id) AS logs,
+    (SELECT array_agg(url) FROM webhook_outbox WHERE job_id = jobs.id) AS webhooks
+FROM jobs
+"""
+EXACT = ("state", "attempt", "cancel_requested", "error_type")
+TIMES = ("created_at", "started_at", "finished_at", "not_before")
+OVER_LIMIT = """
+SELECT owner, count(*) FROM jobs JOIN api_keys ON api_keys.id = jobs.owner
+WHERE state = 'running' GROUP BY owner, max_running HAVING count(*) > max_running
+"""
+
+seconds = st.sampled_from([10, 20, 30, 60])
+"""Few and round, so that a deadline often falls exactly on the moment at which somebody looks."""
+number = st.integers(0, 1000)
+"""Which of some; modulo their count, so that what is drawn does not depend on what the database answered."""
+
+
+def at(second: int | None) -> datetime | None:
+    return None if second is None else BEGAN + timedelta(seconds=second)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Several processes' stores on one database, their workers, their callers and an operator."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.claims: list[Claim] = []
+        self.claimed: list[Counter[tuple[str, ...]]] = [Counter() for _ in range(PROCESSES)]
+
+    @initialize()
+    def begin(self) -> None:
+        self.sql: asyncpg.Connection = self.run(asyncpg.connect(self.url))
+        self.run(self.sql.execute("DELETE FROM jobs; DELETE FROM paused_endpoints; DELETE FROM api_keys"))
+        self.run(self.sql.execute("UPDATE clock SET at = $1", BEGAN))
+        self.stores = [self.run(JobStore.open(self.url, max_connections=3)) for _ in range(PROCESSES)]
+        limits = {self.run(self.stores[0].create_key("limited", most)).partition(":")[0]: most for most in (1, 2)}
+        self.owners = [None, "free", *limits]
+        self.model = Model(limits)
+
+    def teardown(self) -> None:
+        for store in getattr(self, "stores", ()):
+            self.run(store.close())
+        if hasattr(self, "sql"):
+            self.run(self.sql.close())
+        self.runner.close()
+
+    def run(self, work: Awaitable[Any]) -> Any:
+        async def done() -> Any:
+            return await work
+
+        return self.runner.run(done())
+
+    def store(self, which: int) -> JobStore:
+        return self.stores[which % PROCESSES]
+
+    def any_job(self, which: int) -> ModelJob:
+        return list(self.model.jobs.values())[which % len(self.model.jobs)]
+
+    def any_claim(self, which: int, late: bool) -> Claim:
+        """A claim that a worker remembers. late: perhaps one that the job has gone on without."""
+        running = [claim for claim in self.claims if self.is_running(claim)]
+        among = self.claims if late or not running else running
+        return among[which % len(among)]
+
+    def is_running(self, claim: Claim) -> bool:
+        job = self.model.jobs.get(claim.job_id)
+        return job is not None and job.state is JobState.RUNNING and job.token == claim.token
+
+    def agree(self, said: Callable[[], object], done: Awaitable[object]) -> None:
+        """The store answers what the model does, be it an error."""
+        expected: object
+        answer: object
+        try:
+            expected = said()
+        except (LeaseLost, IdempotencyKeyReused) as exc:
+            expected = type(exc)
+        try:
+            answer = self.run(done)
+        except (LeaseLost, IdempotencyKeyReused) as exc:
+            answer = type(exc)
+        assert answer == expected
+
+    # Callers.
+
+    @rule(
+        which=number,
+        endpoint=st.sampled_from(ENDPOINTS[:1] * 3 + ENDPOINTS[1:]),
+        owner=number,
+        priority=st.sampled_from([0, 0, 1]),
+        start_timeout_s=st.none() | seconds,
+        max_attempts=st.integers(1, 3),
+        webhook=st.booleans(),
+        idempotency=st.none() | st.builds(Idempotency, st.sampled_from("ab"), st.sampled_from([b"1", b"2"]), seconds),
+        rejected=st.sampled_from([False, False, False, True]),
+    )
+    def submit(
+        self,
+        which: int,
+        endpoint: str,
+        owner: int,
+        priority: int,
+        start_timeout_s: int | None,
+        max_attempts: int,
+        webhook: bool,
+        idempotency: Idempotency | None,
+        rejected: bool,
+    ) -> None:
+        new = NewJob(
+            endpoint,
+            {"prompt": "a cat"},
+            owner=self.owners[owner % len(self.owners)],
+            priority=priority,
+            start_timeout_s=start_timeout_s,
+            max_attempts=max_attempts,
+            webhook_url="https://example.com/hook" if webhook else None,
+            idempotency=idempotency,
+        )
+        store = self.store(which)
+        work = store.submit_failed(new, FAILURE) if rejected else store.submit(new)
+        if self.model.makes_a_job(new):
+            made = self.run(work)
+            assert made.id not in self.model.jobs
+            job = self.model.submit(made.id, new, FAILURE.error_type if rejected else None)
+            assert (made.state, made.position) == (job.state, self.model.position(job))
+        else:
+
+            async def job_id() -> UUID:
+                return (await work).id
+
+            self.agree(lambda: (job := self.model.repeated(new)) and job.id, job_id())
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(which=number, job=number)
+    def request_cancel(self, which: int, job: int) -> None:
+        job_id = self.any_job(job).id
+        self.agree(lambda: self.model.request_cancel(job_id), self.store(which).request_cancel(job_id))
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(which=number, job=number)
+    def get(self, which: int, job: int) -> None:
+        told = self.any_job(job)
+        read = self.run(self.store(which).get(told.id))
+        assert (read.state, read.attempt, read.position) == (told.state, told.attempt, self.model.position(told))
+        assert (read.failure and read.failure.error_type) == told.error_type
+        assert read.result == ({} if told.state is JobState.SUCCEEDED else None)
+        assert [line.message for line in self.run(self.store(which).logs(told.id))] == told.logs
+
+    # Workers.
+
+    @rule(
+        which=number,
+        endpoints=st.sampled_from(SERVED),
+        lease_s=seconds,
+        run_s=st.none() | seconds,
+        low_after_s=st.sampled_from([0, 30, 600]),
+    )
+    def claim(self, which: int, endpoints: list[str], lease_s: int, run_s: int | None, low_after_s: int) -> None:
+        claimed = self.claimed[which % PROCESSES]
+        served = tuple(endpoints)
+        allowed = self.model.next(endpoints, claimed[served], low_after_s)
+        claim = self.run(self.store(which).claim(endpoints, lease_s, run_s, low_after_s))
+        assert (claim.job_id in allowed) if claim else not allowed
+        if claim:
+            claimed[served] += 1
+            self.take(claim, lease_s, run_s)
+
+    @rule(workers=st.integers(2, 4), endpoints=st.sampled_from(SERVED), lease_s=seconds)
+    def claim_at_once(self, workers: int, endpoints: list[str], lease_s: int) -> None:
+        """Workers of all processes: each gets a job of its own as long as there are any, whoever is first."""
+
+        async def claims() -> list[Claim | None]:
+            return await asyncio.gather(*(self.store(worker).claim(endpoints, lease_s) for worker in range(workers)))
+
+        answers = self.run(claims())
+        for worker, claim in enumerate(answers):
+            if claim:
+                assert claim.job_id in {job.id for job in self.model.may_start(endpoints)}
+                self.claimed[worker % PROCESSES][tuple(endpoints)] += 1
+                self.take(claim, lease_s, None)
+        assert None not in answers or not self.model.may_start(endpoints)
+
+    def take(self, claim: Claim, lease_s: int, run_s: int | None) -> None:
+        self.model.claim(claim, lease_s, run_s)
+        assert (claim.attempt, claim.input) == (self.model.jobs[claim.job_id].attempt, {"prompt": "a cat"})
+        self.claims.append(claim)
+
+    @precondition(lambda self: self.claims)
+    @rule(which=number, claim=number, late=st.booleans(), lease_s=seconds)
+    def heartbeat(self, which: int, claim: int, late: bool, lease_s: int) -> None:
+        held = self.any_claim(claim, late)
+        self.agree(lambda: self.model.heartbeat(held, lease_s), self.store(which).heartbeat(held, lease_s))
+
+    @precondition(lambda self: self.claims)
+    @rule(which=number, claim=number, late=st.booleans(), message=st.sampled_from(["step 1/4", "step 2/4"]))
+    def log(self, which: int, claim: int, late: bool, message: str) -> None:
+        held = self.any_claim(claim, late)
+        self.agree(lambda: self.model.log(held, message), self.store(which).log(held, message))
+
+    @precondition(lambda self: self.claims)
+    @rule(
+        which=number,
+        claim=number,
+        late=st.booleans(),
+        state=st.sampled_from([JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]),
+    )
+    def finish(self, which: int, claim: int, late: bool, state: JobState) -> None:
+        held, store = self.any_claim(claim, late), self.store(which)
+        work, error_type = {
+            JobState.SUCCEEDED: (lambda: store.succeed(held, {}, {}), None),
+            JobState.FAILED: (lambda: store.fail(held, FAILURE, {}), FAILURE.error_type),
+            JobState.CANCELLED: (lambda: store.cancel(held), "client_cancelled"),
+        }[state]
+        self.agree(lambda: self.model.close(held, state, error_type), work())
+
+    @precondition(lambda self: self.claims)
+    @rule(which=number, claim=number, late=st.booleans(), counted=st.booleans(), wait_s=st.just(0) | seconds)
+    def requeue(self, which: int, claim: int, late: bool, counted: bool, wait_s: int) -> None:
+        held = self.any_claim(claim, late)
+        self.agree(
+            lambda: self.model.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
+            self.store(which).requeue(held, "the runner died", counted=counted, wait_s=wait_s),
+        )
+
+    @precondition(lambda self: self.claims)
+    @rule(claim=number)
+    def worker_crashes(self, claim: int) -> None:
+        """It says no more; its lease is all that is left of it."""
+        self.claims.remove(self.any_claim(claim, late=False))
+
+    @rule(which=number)
+    def process_restarts(self, which: int) -> None:
+        process = which % PROCESSES
+        self.run(self.stores[process].close())
+        self.stores[process] = self.run(JobStore.open(self.url, max_connections=3))
+        self.claimed[process].clear()
+
+    # Time, the sweep, the operator.
+
+    @rule(seconds=seconds)
+    def time_passes(self, seconds: int) -> None:
+        self.model.now += seconds
+        self.run(self.sql.execute("UPDATE clock SET at = $1", at(self.model.now)))
+
+    @rule(which=number, processes=st.integers(1, 2))
+    def sweep(self, which: int, processes: int) -> None:
+        async def sweeps() -> int:
+            return sum(await asyncio.gather(*(self.store(which + process).sweep() for process in range(processes))))
+
+        self.agree(self.model.sweep, sweeps())
+
+    @rule(which=number, jobs_s=st.sampled_from([0, 60, 600]))
+    def expire_jobs(self, which: int, jobs_s: int) -> None:
+        self.agree(lambda: self.model.expire_jobs(jobs_s), self.store(which).expire_jobs(jobs_s))
+
+    @rule(which=number, endpoint=st.sampled_from(ENDPOINTS))
+    def pause(self, which: int, endpoint: str) -> None:
+        self.run(self.store(which).pause(endpoint))
+        self.model.paused.add(endpoint)
+
+    @rule(which=number, endpoint=st.sampled_from(ENDPOINTS))
+    def resume(self, which: int, endpoint: str) -> None:
+        assert self.run(self.store(which).resume(endpoint)) == (endpoint in self.model.paused)
+        self.model.paused.discard(endpoint)
+
+    # What always holds.
+
+    @invariant()
+    def database_is_what_the_model_is(self) -> None:
+        rows = {row["id"]: row for row in self.run(self.sql.fetch(SNAPSHOT))}
+        assert rows.keys() == self.model.jobs.keys()
+        for job_id, job in self.model.jobs.items():
+            row = rows[job_id]
+            assert {column: row[column] for column in EXACT} == {column: getattr(job, column) for column in EXACT}
+            assert [row[column] for column in TIMES] == [at(getattr(job, column)) for column in TIMES]
+            assert row["position"] == self.model.position(job)
+            assert [tuple(event) for event in json.loads(row["events"])] == job.events
+            assert (row["logs"] or []) == job.logs
+            if job.state is JobState.RUNNING:
+                assert (row["token"], row["lease_until"], row["run_by"]) == (job.token, at(job.lease_until), at(job.run_by))
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        """What must be so whatever the model says."""
+        for row in self.run(self.sql.fetch(SNAPSHOT)):
+            path = [JobState(state) for state, _, _ in json.loads(row["events"])]
+            assert path[0] is JobState.QUEUED
+            assert all(after in TRANSITIONS[before] for before, after in pairwise(path)), "so no two attempts run at once"
+            assert path[-1] == row["state"]
+            webhook = self.model.jobs[row["id"]].new.webhook_url
+            assert (row["webhooks"] or []) == ([webhook] if webhook and path[-1].ended else [])
+        assert self.run(self.sql.fetch(OVER_LIMIT)) == []
+
+
+@contextmanager
+def database_with_a_clock(server: str) -> Iterator[str]:
+    """The URL of a migrated database whose time is what its table `clock` says. What it commits need not survive it."""
+    name = f"clock_{uuid4().hex}"
+    asyncio.run(execute(server, f"CREATE DATABASE {name}"))
+    url = of_database(server, name)
+    url += ("&" if "?" in url else "?") + "search_path=public,pg_catalog&synchronous_commit=off"
+    try:
+        asyncio.run(execute(url, CLOCK))
+        asyncio.run(migrate(url))
+        yield url
+    finally:
+        asyncio.run(execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def test_store_does_what_its_model_does(postgres: str) -> None:
+    with database_with_a_clock(postgres) as url:
+        run_state_machine_as_test(
+            type("Machine", (StoreMachine,), {"url": url}),
+            settings=settings(
+                max_examples=int(EXAMPLES or 25),
+                stateful_step_count=40,
+                derandomize=EXAMPLES is None,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+def test_store_reads_no_clock_that_the_model_does_not_move() -> None:
+    files = [
+        *_RESOURCES.joinpath("migrations").iterdir(),
+        _RESOURCES.joinpath("queries.sql"),
+        _RESOURCES.joinpath("webhooks.sql"),
+    ]
+    other = re.compile(
+        r"current_(date|time)|(statement|transaction)_timestamp|localtime|timeofday|'now'|pg_catalog\.now", re.IGNORECASE
+    )
+    assert not [file.name for file in files if file.name.endswith(".sql") and other.search(file.read_text())]
