@@ -8,8 +8,8 @@ the fake time is read by every statement, where the real `now()` is the transact
 call, so they agree); and the real clock moves, where this one stands still between rules. The store is not touched, only its
 URL. Python's clocks in it (`Depth`, the cache of keys, how long a call outlasts an outage) have no part in these stories.
 
-In CI the stories are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest tests/deployments/jobs/test_model.py --timeout=0` tells that
-many new ones.
+In CI the stories are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest --timeout=0 tests/deployments/jobs/test_model.py`
+tells that many new ones.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -41,6 +42,7 @@ BEGAN = datetime(2030, 1, 1, tzinfo=UTC)
 ENDPOINTS = ["fal-ai/fake", "fal-ai/other"]
 SERVED = [[ENDPOINTS[0]], [ENDPOINTS[1]], ENDPOINTS]
 PROCESSES = 2
+KEEP_JOBS_S = 60
 FAILURE = Failure(422, {"detail": "no"}, "no", "bad_input", {})
 CLOCK = f"""
 CREATE TABLE clock AS SELECT '{BEGAN.isoformat()}'::timestamptz AS at;
@@ -65,8 +67,35 @@ WHERE state = 'running' GROUP BY owner, max_running HAVING count(*) > max_runnin
 
 seconds = st.sampled_from([10, 20, 30, 60])
 """Few and round, so that a deadline often falls exactly on the moment at which somebody looks."""
-number = st.integers(0, 1000)
+number = st.integers(0, 59)
 """Which of some; modulo their count, so that what is drawn does not depend on what the database answered."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A submission before it is known who may make one. owner: which."""
+
+    endpoint: str
+    owner: int
+    priority: int
+    start_timeout_s: int | None
+    max_attempts: int
+    webhook: bool
+    idempotency: Idempotency | None
+    rejected: bool
+
+
+wish = st.builds(
+    Wish,
+    endpoint=st.sampled_from([ENDPOINTS[0], ENDPOINTS[0], ENDPOINTS[1]]),
+    owner=st.integers(0, 3),
+    priority=st.sampled_from([0, 0, 1]),
+    start_timeout_s=st.none() | st.none() | seconds,
+    max_attempts=st.integers(1, 3),
+    webhook=st.booleans(),
+    idempotency=st.none() | st.none() | st.builds(Idempotency, st.sampled_from("ab"), st.sampled_from([b"1", b"2"]), seconds),
+    rejected=st.sampled_from([False, False, False, True]),
+)
 
 
 def at(second: int | None) -> datetime | None:
@@ -74,7 +103,10 @@ def at(second: int | None) -> datetime | None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Several processes' stores on one database, their workers, their callers and an operator."""
+    """Several processes' stores on one database, their workers, their callers and an operator.
+
+    Few rules that each do several things: Hypothesis leaves rules out of most stories, and without submits little happens.
+    """
 
     url: str
 
@@ -84,8 +116,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.claimed: list[Counter[tuple[str, ...]]] = [Counter() for _ in range(PROCESSES)]
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(wishes=st.lists(wish, min_size=3, max_size=8))
+    def begin(self, wishes: list[Wish]) -> None:
         self.sql: asyncpg.Connection = self.run(asyncpg.connect(self.url))
         self.run(self.sql.execute("DELETE FROM jobs; DELETE FROM paused_endpoints; DELETE FROM api_keys"))
         self.run(self.sql.execute("UPDATE clock SET at = $1", BEGAN))
@@ -93,6 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
         limits = {self.run(self.stores[0].create_key("limited", most)).partition(":")[0]: most for most in (1, 2)}
         self.owners = [None, "free", *limits]
         self.model = Model(limits)
+        self.call(0, wishes, None)
 
     def teardown(self) -> None:
         for store in getattr(self, "stores", ()):
@@ -139,45 +172,33 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Callers.
 
-    @rule(
-        which=number,
-        endpoint=st.sampled_from(ENDPOINTS[:1] * 3 + ENDPOINTS[1:]),
-        owner=number,
-        priority=st.sampled_from([0, 0, 1]),
-        start_timeout_s=st.none() | seconds,
-        max_attempts=st.integers(1, 3),
-        webhook=st.booleans(),
-        idempotency=st.none() | st.builds(Idempotency, st.sampled_from("ab"), st.sampled_from([b"1", b"2"]), seconds),
-        rejected=st.sampled_from([False, False, False, True]),
-    )
-    def submit(
-        self,
-        which: int,
-        endpoint: str,
-        owner: int,
-        priority: int,
-        start_timeout_s: int | None,
-        max_attempts: int,
-        webhook: bool,
-        idempotency: Idempotency | None,
-        rejected: bool,
-    ) -> None:
-        new = NewJob(
-            endpoint,
-            {"prompt": "a cat"},
-            owner=self.owners[owner % len(self.owners)],
-            priority=priority,
-            start_timeout_s=start_timeout_s,
-            max_attempts=max_attempts,
-            webhook_url="https://example.com/hook" if webhook else None,
-            idempotency=idempotency,
-        )
+    @rule(which=number, wishes=st.lists(wish, max_size=3), cancelled=st.none() | number)
+    def call(self, which: int, wishes: list[Wish], cancelled: int | None) -> None:
         store = self.store(which)
-        work = store.submit_failed(new, FAILURE) if rejected else store.submit(new)
+        for wish in wishes:
+            self.submit(store, wish)
+        if cancelled is not None and self.model.jobs:
+            job_id = self.any_job(cancelled).id
+            self.agree(lambda: self.model.request_cancel(job_id), store.request_cancel(job_id))
+        if self.model.jobs:
+            self.read(store, self.any_job(which))
+
+    def submit(self, store: JobStore, wish: Wish) -> None:
+        new = NewJob(
+            wish.endpoint,
+            {"prompt": "a cat"},
+            owner=self.owners[wish.owner],
+            priority=wish.priority,
+            start_timeout_s=wish.start_timeout_s,
+            max_attempts=wish.max_attempts,
+            webhook_url="https://example.com/hook" if wish.webhook else None,
+            idempotency=wish.idempotency,
+        )
+        work = store.submit_failed(new, FAILURE) if wish.rejected else store.submit(new)
         if self.model.makes_a_job(new):
             made = self.run(work)
             assert made.id not in self.model.jobs
-            job = self.model.submit(made.id, new, FAILURE.error_type if rejected else None)
+            job = self.model.submit(made.id, new, FAILURE.error_type if wish.rejected else None)
             assert (made.state, made.position) == (job.state, self.model.position(job))
         else:
 
@@ -186,21 +207,12 @@ class StoreMachine(RuleBasedStateMachine):
 
             self.agree(lambda: (job := self.model.repeated(new)) and job.id, job_id())
 
-    @precondition(lambda self: self.model.jobs)
-    @rule(which=number, job=number)
-    def request_cancel(self, which: int, job: int) -> None:
-        job_id = self.any_job(job).id
-        self.agree(lambda: self.model.request_cancel(job_id), self.store(which).request_cancel(job_id))
-
-    @precondition(lambda self: self.model.jobs)
-    @rule(which=number, job=number)
-    def get(self, which: int, job: int) -> None:
-        told = self.any_job(job)
-        read = self.run(self.store(which).get(told.id))
+    def read(self, store: JobStore, told: ModelJob) -> None:
+        read = self.run(store.get(told.id))
         assert (read.state, read.attempt, read.position) == (told.state, told.attempt, self.model.position(told))
         assert (read.failure and read.failure.error_type) == told.error_type
         assert read.result == ({} if told.state is JobState.SUCCEEDED else None)
-        assert [line.message for line in self.run(self.store(which).logs(told.id))] == told.logs
+        assert [line.message for line in self.run(store.logs(told.id))] == told.logs
 
     # Workers.
 
@@ -210,19 +222,25 @@ class StoreMachine(RuleBasedStateMachine):
         lease_s=seconds,
         run_s=st.none() | seconds,
         low_after_s=st.sampled_from([0, 30, 600]),
+        times=st.integers(1, 4),
+        at_once=st.booleans(),
     )
-    def claim(self, which: int, endpoints: list[str], lease_s: int, run_s: int | None, low_after_s: int) -> None:
-        claimed = self.claimed[which % PROCESSES]
-        served = tuple(endpoints)
-        allowed = self.model.next(endpoints, claimed[served], low_after_s)
-        claim = self.run(self.store(which).claim(endpoints, lease_s, run_s, low_after_s))
-        assert (claim.job_id in allowed) if claim else not allowed
-        if claim:
-            claimed[served] += 1
-            self.take(claim, lease_s, run_s)
+    def claim(
+        self, which: int, endpoints: list[str], lease_s: int, run_s: int | None, low_after_s: int, times: int, at_once: bool
+    ) -> None:
+        if at_once:
+            self.claim_at_once(endpoints, lease_s, times)
+            return
+        claimed, served = self.claimed[which % PROCESSES], tuple(endpoints)
+        for _ in range(times):
+            allowed = self.model.next(endpoints, claimed[served], low_after_s)
+            claim = self.run(self.store(which).claim(endpoints, lease_s, run_s, low_after_s))
+            assert (claim.job_id in allowed) if claim else not allowed
+            if claim:
+                claimed[served] += 1
+                self.take(claim, lease_s, run_s)
 
-    @rule(workers=st.integers(2, 4), endpoints=st.sampled_from(SERVED), lease_s=seconds)
-    def claim_at_once(self, workers: int, endpoints: list[str], lease_s: int) -> None:
+    def claim_at_once(self, endpoints: list[str], lease_s: int, workers: int) -> None:
         """Workers of all processes: each gets a job of its own as long as there are any, whoever is first."""
 
         async def claims() -> list[Claim | None]:
@@ -242,112 +260,98 @@ class StoreMachine(RuleBasedStateMachine):
         self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
-    @rule(which=number, claim=number, late=st.booleans(), lease_s=seconds)
-    def heartbeat(self, which: int, claim: int, late: bool, lease_s: int) -> None:
-        held = self.any_claim(claim, late)
-        self.agree(lambda: self.model.heartbeat(held, lease_s), self.store(which).heartbeat(held, lease_s))
-
-    @precondition(lambda self: self.claims)
-    @rule(which=number, claim=number, late=st.booleans(), message=st.sampled_from(["step 1/4", "step 2/4"]))
-    def log(self, which: int, claim: int, late: bool, message: str) -> None:
-        held = self.any_claim(claim, late)
-        self.agree(lambda: self.model.log(held, message), self.store(which).log(held, message))
-
-    @precondition(lambda self: self.claims)
     @rule(
         which=number,
         claim=number,
-        late=st.booleans(),
-        state=st.sampled_from([JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]),
+        late=st.sampled_from([False, False, True]),
+        what=st.sampled_from(["heartbeat", "log", "succeed", "fail", "cancel", "requeue", "requeue", "release", "crash"]),
+        wait_s=st.just(0) | seconds,
     )
-    def finish(self, which: int, claim: int, late: bool, state: JobState) -> None:
-        held, store = self.any_claim(claim, late), self.store(which)
-        work, error_type = {
-            JobState.SUCCEEDED: (lambda: store.succeed(held, {}, {}), None),
-            JobState.FAILED: (lambda: store.fail(held, FAILURE, {}), FAILURE.error_type),
-            JobState.CANCELLED: (lambda: store.cancel(held), "client_cancelled"),
-        }[state]
-        self.agree(lambda: self.model.close(held, state, error_type), work())
-
-    @precondition(lambda self: self.claims)
-    @rule(which=number, claim=number, late=st.booleans(), counted=st.booleans(), wait_s=st.just(0) | seconds)
-    def requeue(self, which: int, claim: int, late: bool, counted: bool, wait_s: int) -> None:
-        held = self.any_claim(claim, late)
-        self.agree(
-            lambda: self.model.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
-            self.store(which).requeue(held, "the runner died", counted=counted, wait_s=wait_s),
-        )
-
-    @precondition(lambda self: self.claims)
-    @rule(claim=number)
-    def worker_crashes(self, claim: int) -> None:
-        """It says no more; its lease is all that is left of it."""
-        self.claims.remove(self.any_claim(claim, late=False))
-
-    @rule(which=number)
-    def process_restarts(self, which: int) -> None:
-        process = which % PROCESSES
-        self.run(self.stores[process].close())
-        self.stores[process] = self.run(JobStore.open(self.url, max_connections=3))
-        self.claimed[process].clear()
+    def report(self, which: int, claim: int, late: bool, what: str, wait_s: int) -> None:
+        """crash: it says no more; its lease is all that is left of it."""
+        held, store, model = self.any_claim(claim, late), self.store(which), self.model
+        if what == "crash":
+            self.claims.remove(held)
+        elif what == "heartbeat":
+            self.agree(lambda: model.heartbeat(held, 30), store.heartbeat(held, 30))
+        elif what == "log":
+            self.agree(lambda: model.log(held, "step 1/4"), store.log(held, "step 1/4"))
+        elif what == "succeed":
+            self.agree(lambda: model.close(held, JobState.SUCCEEDED, None), store.succeed(held, {}, {}))
+        elif what == "fail":
+            self.agree(lambda: model.close(held, JobState.FAILED, FAILURE.error_type), store.fail(held, FAILURE, {}))
+        elif what == "cancel":
+            self.agree(lambda: model.close(held, JobState.CANCELLED, "client_cancelled"), store.cancel(held))
+        else:
+            counted = what == "requeue"
+            self.agree(
+                lambda: model.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
+                store.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
+            )
 
     # Time, the sweep, the operator.
 
-    @rule(seconds=seconds)
-    def time_passes(self, seconds: int) -> None:
+    @rule(which=number, seconds=seconds, sweeping=st.integers(0, 2))
+    def time_passes(self, which: int, seconds: int, sweeping: int) -> None:
+        """sweeping: so many processes sweep then, at once."""
+
+        async def sweeps() -> int:
+            return sum(await asyncio.gather(*(self.store(which + process).sweep() for process in range(sweeping))))
+
         self.model.now += seconds
         self.run(self.sql.execute("UPDATE clock SET at = $1", at(self.model.now)))
+        if sweeping:
+            self.agree(self.model.sweep, sweeps())
 
-    @rule(which=number, processes=st.integers(1, 2))
-    def sweep(self, which: int, processes: int) -> None:
-        async def sweeps() -> int:
-            return sum(await asyncio.gather(*(self.store(which + process).sweep() for process in range(processes))))
-
-        self.agree(self.model.sweep, sweeps())
-
-    @rule(which=number, jobs_s=st.sampled_from([0, 60, 600]))
-    def expire_jobs(self, which: int, jobs_s: int) -> None:
-        self.agree(lambda: self.model.expire_jobs(jobs_s), self.store(which).expire_jobs(jobs_s))
-
-    @rule(which=number, endpoint=st.sampled_from(ENDPOINTS))
-    def pause(self, which: int, endpoint: str) -> None:
-        self.run(self.store(which).pause(endpoint))
-        self.model.paused.add(endpoint)
-
-    @rule(which=number, endpoint=st.sampled_from(ENDPOINTS))
-    def resume(self, which: int, endpoint: str) -> None:
-        assert self.run(self.store(which).resume(endpoint)) == (endpoint in self.model.paused)
-        self.model.paused.discard(endpoint)
+    @rule(
+        which=number,
+        what=st.sampled_from(["restart", "pause", "resume", "resume", "expire"]),
+        endpoint=st.sampled_from(ENDPOINTS),
+    )
+    def operate(self, which: int, what: str, endpoint: str) -> None:
+        process = which % PROCESSES
+        if what == "restart":
+            self.run(self.stores[process].close())
+            self.stores[process] = self.run(JobStore.open(self.url, max_connections=3))
+            self.claimed[process].clear()
+        elif what == "pause":
+            self.run(self.stores[process].pause(endpoint))
+            self.model.paused.add(endpoint)
+        elif what == "resume":
+            assert self.run(self.stores[process].resume(endpoint)) == (endpoint in self.model.paused)
+            self.model.paused.discard(endpoint)
+        else:
+            self.agree(lambda: self.model.expire_jobs(KEEP_JOBS_S), self.stores[process].expire_jobs(KEEP_JOBS_S))
 
     # What always holds.
 
     @invariant()
-    def database_is_what_the_model_is(self) -> None:
+    def nothing_is_lost_and_every_promise_kept(self) -> None:
         rows = {row["id"]: row for row in self.run(self.sql.fetch(SNAPSHOT))}
         assert rows.keys() == self.model.jobs.keys()
-        for job_id, job in self.model.jobs.items():
-            row = rows[job_id]
-            assert {column: row[column] for column in EXACT} == {column: getattr(job, column) for column in EXACT}
-            assert [row[column] for column in TIMES] == [at(getattr(job, column)) for column in TIMES]
-            assert row["position"] == self.model.position(job)
-            assert [tuple(event) for event in json.loads(row["events"])] == job.events
-            assert (row["logs"] or []) == job.logs
-            if job.state is JobState.QUEUED:  # it means nothing later
-                assert row["not_before"] == at(job.not_before)
-            if job.state is JobState.RUNNING:
-                assert (row["token"], row["lease_until"], row["run_by"]) == (job.token, at(job.lease_until), at(job.run_by))
-
-    @invariant()
-    def promises_are_kept(self) -> None:
-        """What must be so whatever the model says."""
-        for row in self.run(self.sql.fetch(SNAPSHOT)):
-            path = [JobState(state) for state, _, _ in json.loads(row["events"])]
-            assert path[0] is JobState.QUEUED
-            assert all(after in TRANSITIONS[before] for before, after in pairwise(path)), "so no two attempts run at once"
-            assert path[-1] == row["state"]
-            webhook = self.model.jobs[row["id"]].new.webhook_url
-            assert (row["webhooks"] or []) == ([webhook] if webhook and path[-1].ended else [])
+        for job_id, row in rows.items():
+            self.is_what_the_model_says(row, self.model.jobs[job_id])
+            self.keeps_its_promises(row, self.model.jobs[job_id].new)
         assert self.run(self.sql.fetch(OVER_LIMIT)) == []
+
+    def is_what_the_model_says(self, row: asyncpg.Record, job: ModelJob) -> None:
+        assert {column: row[column] for column in EXACT} == {column: getattr(job, column) for column in EXACT}
+        assert [row[column] for column in TIMES] == [at(getattr(job, column)) for column in TIMES]
+        assert row["position"] == self.model.position(job)
+        assert [tuple(event) for event in json.loads(row["events"])] == job.events
+        assert (row["logs"] or []) == job.logs
+        if job.state is JobState.QUEUED:  # it means nothing later
+            assert row["not_before"] == at(job.not_before)
+        if job.state is JobState.RUNNING:
+            assert (row["token"], row["lease_until"], row["run_by"]) == (job.token, at(job.lease_until), at(job.run_by))
+
+    def keeps_its_promises(self, row: asyncpg.Record, new: NewJob) -> None:
+        """Whatever the model says."""
+        path = [JobState(state) for state, _, _ in json.loads(row["events"])]
+        assert path[0] is JobState.QUEUED
+        assert all(after in TRANSITIONS[before] for before, after in pairwise(path)), "so no two attempts run at once"
+        assert path[-1] == row["state"]
+        assert (row["webhooks"] or []) == ([new.webhook_url] if new.webhook_url and path[-1].ended else [])
 
 
 @contextmanager

@@ -518,9 +518,8 @@ async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
 async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store)
     async with store.watch(job.id) as changes:
-        await sql.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        await sql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         await store.log(claim, "said while nobody listened")
         assert await changes.changed(5)
         while await changes.changed(0.1):
