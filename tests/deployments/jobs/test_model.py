@@ -85,6 +85,13 @@ class Wish:
     rejected: bool
 
 
+report = st.tuples(
+    st.sampled_from(["heartbeat", "log", "succeed", "fail", "cancel", "requeue", "requeue", "release", "crash"]),
+    number,
+    st.sampled_from([False, False, True]),
+    st.just(0) | seconds,
+)
+"""What a worker says, of which claim, whether perhaps too late, and how long the job is to wait then."""
 wish = st.builds(
     Wish,
     endpoint=st.sampled_from([ENDPOINTS[0], ENDPOINTS[0], ENDPOINTS[1]]),
@@ -224,13 +231,26 @@ class StoreMachine(RuleBasedStateMachine):
         low_after_s=st.sampled_from([0, 30, 600]),
         times=st.integers(1, 4),
         at_once=st.booleans(),
+        reports=st.lists(report, max_size=3),
     )
-    def claim(
-        self, which: int, endpoints: list[str], lease_s: int, run_s: int | None, low_after_s: int, times: int, at_once: bool
+    def work(
+        self,
+        which: int,
+        endpoints: list[str],
+        lease_s: int,
+        run_s: int | None,
+        low_after_s: int,
+        times: int,
+        at_once: bool,
+        reports: list[tuple[str, int, bool, int]],
     ) -> None:
         if at_once:
             self.claim_at_once(endpoints, lease_s, times)
-            return
+        else:
+            self.claim(which, endpoints, lease_s, run_s, low_after_s, times)
+        self.report(which, reports)
+
+    def claim(self, which: int, endpoints: list[str], lease_s: int, run_s: int | None, low_after_s: int, times: int) -> None:
         claimed, served = self.claimed[which % PROCESSES], tuple(endpoints)
         for _ in range(times):
             allowed = self.model.next(endpoints, claimed[served], low_after_s)
@@ -260,16 +280,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
-    @rule(
-        which=number,
-        claim=number,
-        late=st.sampled_from([False, False, True]),
-        what=st.sampled_from(["heartbeat", "log", "succeed", "fail", "cancel", "requeue", "requeue", "release", "crash"]),
-        wait_s=st.just(0) | seconds,
-    )
-    def report(self, which: int, claim: int, late: bool, what: str, wait_s: int) -> None:
+    @rule(which=number, reports=st.lists(report, min_size=1, max_size=3))
+    def report(self, which: int, reports: list[tuple[str, int, bool, int]]) -> None:
+        for report in reports:
+            if self.claims:
+                self.report_one(self.store(which), *report)
+
+    def report_one(self, store: JobStore, what: str, claim: int, late: bool, wait_s: int) -> None:
         """crash: it says no more; its lease is all that is left of it."""
-        held, store, model = self.any_claim(claim, late), self.store(which), self.model
+        held, model = self.any_claim(claim, late), self.model
         if what == "crash":
             self.claims.remove(held)
         elif what == "heartbeat":
@@ -291,8 +310,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Time, the sweep, the operator.
 
-    @rule(which=number, seconds=seconds, sweeping=st.integers(0, 2))
-    def time_passes(self, which: int, seconds: int, sweeping: int) -> None:
+    @rule(
+        which=number,
+        seconds=seconds,
+        sweeping=st.integers(0, 2),
+        what=st.none() | st.sampled_from(["restart", "pause", "resume", "resume", "resume", "expire"]),
+        endpoint=st.sampled_from(ENDPOINTS),
+    )
+    def time_passes(self, which: int, seconds: int, sweeping: int, what: str | None, endpoint: str) -> None:
         """sweeping: so many processes sweep then, at once."""
 
         async def sweeps() -> int:
@@ -302,12 +327,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.sql.execute("UPDATE clock SET at = $1", at(self.model.now)))
         if sweeping:
             self.agree(self.model.sweep, sweeps())
+        if what:
+            self.operate(which, what, endpoint)
 
-    @rule(
-        which=number,
-        what=st.sampled_from(["restart", "pause", "resume", "resume", "expire"]),
-        endpoint=st.sampled_from(ENDPOINTS),
-    )
     def operate(self, which: int, what: str, endpoint: str) -> None:
         process = which % PROCESSES
         if what == "restart":
@@ -370,12 +392,12 @@ def database_with_a_clock(server: str) -> Iterator[str]:
 
 
 @pytest.mark.timeout(1200)  # a failing story takes minutes to become a short one
-def test_store_does_what_its_model_does(postgres: str) -> None:
-    with database_with_a_clock(postgres) as url:
+def test_store_does_what_its_model_does(embedded_server: str) -> None:
+    with database_with_a_clock(embedded_server) as url:
         run_state_machine_as_test(
             type("Machine", (StoreMachine,), {"url": url}),
             settings=settings(
-                max_examples=int(EXAMPLES or 40),
+                max_examples=int(EXAMPLES or 25),
                 stateful_step_count=40,
                 derandomize=EXAMPLES is None,
                 database=None,
