@@ -18,7 +18,6 @@ from deployments.jobs.postgres import database_url, stop_embedded
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
 
-
 TEMPLATE = "reelray_test_template"
 
 

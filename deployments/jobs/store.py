@@ -35,7 +35,7 @@ RIDE_OUT_S = 10.0
 KEY_CACHE_S = 2.0
 """How long a revoked API key may still be taken, by a process that has just seen it."""
 OLDEST_SERVER = 15
-"""The oldest major version of PostgreSQL that the store's suite runs on. Nothing here is known to need it; nothing older is tested."""
+"""The oldest major version of PostgreSQL that the store's suite runs on. Older ones might do; nobody has tried."""
 LOW_AFTER_S = 600.0
 """How long low priority is only that; see `JobStore.claim`."""
 LOW_SHARE = 4
