@@ -1,10 +1,14 @@
-"""A real PostgreSQL in a temporary folder for the whole session, and a fresh database in it for every test that asks."""
+"""A real PostgreSQL in a temporary folder for the whole session, and a fresh database in it for every test that asks.
+
+Tests of the store also run on a second server, see `tests/deployments/jobs/conftest.py`.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -14,21 +18,29 @@ from deployments.jobs.postgres import database_url, stop_embedded
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
 
+TEMPLATE = "reelray_test_template"
+
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The server's URL. Its database `template` is migrated and empty."""
+def embedded_server() -> Iterator[str]:
+    """The URL of the embedded server, ready for `database`."""
     with embedded() as settings:
         url = database_url(settings)
-        asyncio.run(make_template(url))
-        yield url
+        with template(url):
+            yield url
+
+
+@pytest.fixture(scope="session")
+def postgres(embedded_server: str) -> str:
+    """The server's URL. Its database `TEMPLATE` is migrated and empty."""
+    return embedded_server
 
 
 @pytest.fixture
 async def database(postgres: str) -> AsyncIterator[str]:
     """The URL of a migrated, empty database of the test's own."""
     name = f"test_{uuid4().hex}"
-    await execute(postgres, f"CREATE DATABASE {name} TEMPLATE template")
+    await execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     yield of_database(postgres, name)
     await execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -62,15 +74,19 @@ def embedded(folder: str = "home") -> Iterator[Settings]:
             stop_embedded(settings)
 
 
-async def make_template(url: str) -> None:
-    """Makes the database that every test's own is a copy of."""
-    await execute(url, "CREATE DATABASE template")
-    await migrate(of_database(url, "template"))
+@contextmanager
+def template(url: str) -> Iterator[None]:
+    """The database that every test's own is a copy of."""
+    asyncio.run(execute(url, f"DROP DATABASE IF EXISTS {TEMPLATE}"))  # of a session that was killed
+    asyncio.run(execute(url, f"CREATE DATABASE {TEMPLATE}"))
+    asyncio.run(migrate(of_database(url, TEMPLATE)))
+    yield
+    asyncio.run(execute(url, f"DROP DATABASE {TEMPLATE}"))
 
 
 def of_database(url: str, name: str) -> str:
     """The URL of another database of the same server."""
-    return url.replace("/postgres?", f"/{name}?")
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
 
 
 async def execute(url: str, statement: str) -> None:

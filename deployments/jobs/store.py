@@ -35,6 +35,8 @@ RIDE_OUT_S = 10.0
 """How long a call outlasts a database that is away; a killed embedded server is back within two."""
 KEY_CACHE_S = 2.0
 """How long an API key or secret that has ended may still be taken, by a process that has just seen it."""
+OLDEST_SERVER = 15
+"""The oldest major version of PostgreSQL that the store's suite runs on. Older ones might do; nobody has tried."""
 LOW_AFTER_S = 600.0
 """How long low priority is only that; see `JobStore.claim`."""
 LOW_SHARE = 4
@@ -70,6 +72,10 @@ class StoreAway(Exception):
     """The database cannot be reached, and has not been for `RIDE_OUT_S` seconds."""
 
 
+class ServerTooOld(RuntimeError):
+    """The database server is older than the store is tested on."""
+
+
 @dataclass(frozen=True)
 class QueueStatus:
     """One endpoint's queue. delayed: those of the queued that wait for their next attempt. paused_at: None while it is open."""
@@ -92,7 +98,7 @@ class JobStore:
 
     @classmethod
     async def open(cls, url: str, *, max_connections: int = 8) -> Self:
-        """Connects, brings the schema up to date and listens: `max_connections` and one more."""
+        """Connects, brings the schema up to date and listens: `max_connections` and one more. Raises `ServerTooOld`."""
         await migrate(url)
         pool = await asyncpg.create_pool(
             url, min_size=1, max_size=max_connections, init=_use_json, reset=_keep_session, command_timeout=60
@@ -436,10 +442,12 @@ async def migrate(url: str) -> None:
     """Applies the migrations that this database does not have yet, all or none; who comes at the same time waits.
 
     Each is remembered by its name, not by a number up to which all are: one that was written beside a later one is applied
-    after it where that was there first, so each must do without those that are newer.
+    after it where that was there first, so each must do without those that are newer. Raises `ServerTooOld`, changing nothing.
     """
     connection = await asyncpg.connect(url)
     try:
+        if (version := connection.get_server_version()).major < OLDEST_SERVER:
+            raise ServerTooOld(f"PostgreSQL {version.major} is too old: Reelray needs {OLDEST_SERVER} or newer")
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
             await connection.execute(

@@ -110,6 +110,30 @@ async def test_requeued_cancelled_and_swept_jobs_give_their_room_back(store: Job
     await claimed(store)
 
 
+async def test_job_that_came_back_goes_before_its_owners_newer_one_also_beside_a_full_key(store: JobStore) -> None:
+    full = await limited(store, 1)
+    await store.submit(replace(NEW, owner=full))
+    await claimed(store)
+    await store.submit(replace(NEW, owner=full))
+    older = await store.submit(replace(NEW, owner="other"))
+    claim = await claimed(store)
+    newer = await store.submit(replace(NEW, owner="other"))
+    await store.requeue(claim, "the runner died", counted=True)
+    assert await claimed_ids(store, 2) == [older.id, newer.id]
+
+
+async def test_overdue_job_lends_its_place_to_nobody_also_beside_a_full_key(store: JobStore, sql: asyncpg.Connection) -> None:
+    full = await limited(store, 1)
+    await store.submit(replace(NEW, owner=full))
+    await claimed(store)
+    await store.submit(replace(NEW, owner=full))
+    await store.submit(replace(NEW, owner="late", start_timeout_s=60))
+    late = await submitted(store, replace(NEW, owner="late"), 1)
+    punctual = await submitted(store, replace(NEW, owner="punctual"), 1)
+    await sql.execute("UPDATE jobs SET start_by = now() WHERE start_by IS NOT NULL")
+    assert await claimed_ids(store, 2) == punctual + late
+
+
 async def test_concurrent_claimers_never_exceed_a_limit_and_leave_nothing_behind(database: str, store: JobStore) -> None:
     owners = [await limited(store, most) for most in (1, 2, 3)]
     jobs = [job for owner in owners for job in await submitted(store, replace(NEW, owner=owner), 25)]

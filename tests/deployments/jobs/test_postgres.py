@@ -40,14 +40,14 @@ async def setting(url: str, name: str) -> str:
         await connection.close()
 
 
-async def test_every_commit_is_durable(postgres: str) -> None:
+async def test_every_commit_is_durable(embedded_server: str) -> None:
     for name in ("fsync", "synchronous_commit", "full_page_writes"):
-        assert await setting(postgres, name) == "on"
+        assert await setting(embedded_server, name) == "on"
 
 
-async def test_nobody_but_its_user_reaches_the_server(postgres: str) -> None:
-    assert await setting(postgres, "listen_addresses") == ""
-    assert await setting(postgres, "unix_socket_permissions") == "0700"
+async def test_nobody_but_its_user_reaches_the_server(embedded_server: str) -> None:
+    assert await setting(embedded_server, "listen_addresses") == ""
+    assert await setting(embedded_server, "unix_socket_permissions") == "0700"
 
 
 def test_url_of_the_operator_is_taken_as_it_is(tmp_path: Path) -> None:

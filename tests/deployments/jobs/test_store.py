@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from deployments.jobs.job import TRANSITIONS, Claim, Failure, Job, JobState, LeaseLost, NewJob
-from deployments.jobs.store import _RESOURCES, JobStore, load_queries, migrate
+from deployments.jobs.store import _RESOURCES, JobStore, ServerTooOld, load_queries, migrate
 from deployments.schemas import error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
 from tests.conftest import execute, of_database
@@ -523,7 +523,8 @@ async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
 async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store)
     async with store.watch(job.id) as changes:
-        await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        await sql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         await store.log(claim, "said while nobody listened")
         assert await changes.changed(5)
         while await changes.changed(0.1):
@@ -567,6 +568,18 @@ async def test_migration_that_was_written_beside_a_later_one_is_applied_after_it
     await migrate(url)
     await execute(url, "SELECT b, c FROM a")
     await execute(postgres, "DROP DATABASE branched WITH (FORCE)")
+
+
+async def test_server_older_than_tested_is_refused_and_left_alone(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await execute(postgres, "CREATE DATABASE old_server")
+    url = of_database(postgres, "old_server")
+    monkeypatch.setattr("deployments.jobs.store.OLDEST_SERVER", 99)
+    with pytest.raises(ServerTooOld, match=r"^PostgreSQL \d\d is too old: Reelray needs 99 or newer$"):
+        await JobStore.open(url)
+    connection = await asyncpg.connect(url)
+    assert await connection.fetchval("SELECT to_regclass('schema_migrations')") is None
+    await connection.close()
+    await execute(postgres, "DROP DATABASE old_server WITH (FORCE)")
 
 
 def test_every_query_is_explained() -> None:
