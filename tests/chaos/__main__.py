@@ -1,4 +1,4 @@
-"""A service of real processes, killed, stopped and restarted at random while jobs pass through it: what is lost, what comes twice.
+"""Real processes, killed, stopped and restarted at random while jobs pass through them: what is lost, what comes twice.
 
     python -m tests.chaos [--jobs 1000] [--seed 1] [--over-s 120] [--save]
 

@@ -42,21 +42,27 @@ class Callers:
         self.outcome = Outcome()
 
     async def run(self) -> Outcome:
-        """Returns when every caller has its result. Raises `TimeoutError` when one has waited too long."""
+        """Returns when every caller has its result, or has waited too long."""
         plan = self.system.plan
         limits = httpx.Limits(max_connections=100, max_keepalive_connections=40)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
-            async with asyncio.timeout(plan.over_s + plan.patience_s), asyncio.TaskGroup() as group:
+        try:
+            async with (
+                asyncio.timeout(plan.over_s + plan.patience_s),
+                httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http,
+                asyncio.TaskGroup() as group,
+            ):
                 for number in range(plan.jobs):
                     group.create_task(self._call(http, number))
                     await asyncio.sleep(plan.over_s / plan.jobs)
+        except TimeoutError:
+            self.outcome.faults.append(f"callers without a result after {plan.patience_s:g} s: {dict(self.outcome.retries)}")
         return self.outcome
 
     async def _call(self, http: httpx.AsyncClient, number: int) -> None:
         prompt = f"job {number}"
         job_id = await self._submit(http, number, prompt)
         path = f"/queue/{ENDPOINT}/requests/{job_id}"
-        while (await self._ask(http, "GET", f"{path}/status", (200, 202))).status_code != 200:
+        while (await self._ask(http, "GET", f"{path}/status", (200, 202))).status_code != 200:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
         result = await self._ask(http, "GET", path, range(200, 600))
         self.outcome.ended[prompt] = result.json()

@@ -56,7 +56,7 @@ class Trace:
 
 
 class SocketStages:
-    """Replicas under one folder, any of them for any stage. Like `ServeStages` it tries nothing twice that a replica has taken."""
+    """Any replica for any stage. Like `ServeStages` it tries nothing twice that a replica has taken."""
 
     def __init__(self, sockets: Path, trace: Trace):
         self.sockets = sockets

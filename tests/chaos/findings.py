@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
@@ -114,7 +115,7 @@ def _check_paths(findings: Findings, jobs: Sequence[Mapping[str, Any]], events: 
     doubled = 0
     for job in jobs:
         path = [JobState(event.state) for event in events[str(job["id"])]]
-        legal = all(after in TRANSITIONS[before] for before, after in zip(path, path[1:], strict=False))
+        legal = all(after in TRANSITIONS[before] for before, after in pairwise(path))
         findings.expect(path[:1] == [JobState.QUEUED] and legal, f"{job['prompt']} went", path)
         findings.expect(path[-1:] == [JobState(job["state"])], f"{job['prompt']} is {job['state']}, last event", path[-1:])
         ends = sum(state.ended for state in path)

@@ -35,9 +35,10 @@ async def unleash(settings: Settings, plan: Plan) -> tuple[Findings, list[Table]
             chaos_s = time.monotonic() - began
             await system.calm()
             url = await asyncio.to_thread(database_url, settings)
-            async with asyncio.timeout(plan.patience_s):
-                while await webhooks_pending(url):
-                    await asyncio.sleep(0.5)
+            for _ in range(int(plan.patience_s)):
+                if not await webhooks_pending(url):
+                    break
+                await asyncio.sleep(1)
             await asyncio.gather(*(_ready(http, port) for port in system.ports))
             jwks = (await http.get(f"http://127.0.0.1:{system.ports[0]}/.well-known/jwks.json")).json()
         received = [request for receiver in receivers for request in receiver.received]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 STEPS = 4
-STEP_S = (0.01, 0.08)
+STEP_S = (0.005, 0.05)
 
 
 def product_of(stage: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.e2e.service import REELRAY, free_port
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 NO_DATABASE = 75
 """Exit status of a dispatcher that found none when it started."""
-GATEWAYS, WORKERS, DISPATCHERS, REPLICAS = 2, 2, 3, 4
+GATEWAYS, WORKERS, DISPATCHERS, REPLICAS = 2, 2, 3, 6
 DOWN_S = (0.1, 1.0)
 """How long a dead process stays away: what a supervisor takes to notice."""
 
@@ -198,10 +198,8 @@ class System:
                 return  # somebody must be left, or nothing happens and nothing is tried
             self._hit(name, self.random.choice(pids), {"kill": SIGKILL, "stop": SIGSTOP, "end": SIGTERM}[verb])
         else:
-            manner = self.random.choice([SIGINT, SIGQUIT, SIGKILL])
-            self._hit(
-                f"{name} ({ {SIGINT: 'fast', SIGQUIT: 'immediate', SIGKILL: 'SIGKILL'}[manner] })", self._postmaster(), manner
-            )
+            manner, number = self.random.choice([("fast", SIGINT), ("immediate", SIGQUIT), ("SIGKILL", SIGKILL)])
+            self._hit(f"{name} ({manner})", self._postmaster(), number)
 
     def _hit(self, name: str, pid: int, number: signal.Signals) -> None:
         victim = psutil.Process(pid)
@@ -218,7 +216,8 @@ class System:
 
     async def _go_on(self, victim: psutil.Process) -> None:
         try:
-            await asyncio.sleep(self.random.uniform(*self.plan.stop_s))
+            shortest, longest = self.plan.stop_s
+            await asyncio.sleep(shortest + (longest - shortest) * self.random.random() ** 3)  # mostly short, or nothing moves
         finally:
             self.stopped.discard(victim.pid)
             with suppress(psutil.NoSuchProcess):
