@@ -22,15 +22,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import asyncpg
-
 from deployments import courier
 from deployments.courier import Courier
 from deployments.dispatcher import Dispatcher
 from deployments.jobs.job import Claim
 from deployments.jobs.outbox import Outbox
 from deployments.jobs.postgres import database_url
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import JobStore, StoreAway
 from deployments.logs import configure_logging
 from deployments.settings import Settings, load_settings
 from deployments.stages import Note, OnNote
@@ -117,7 +115,7 @@ async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         store = await JobStore.open(await asyncio.to_thread(database_url, settings))
-    except (OSError, RuntimeError, asyncpg.PostgresError):  # as a replica's health check: Serve then starts another
+    except (StoreAway, RuntimeError):  # as a replica's health check: Serve then starts another
         logging.getLogger("deployments").exception("no database")
         sys.exit(NO_DATABASE)
     try:
