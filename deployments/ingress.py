@@ -156,9 +156,7 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
     if (
         limit is not None
         and await _store(request).queued(endpoint.id, at_most=limit + 1) > limit
-        and not await _store(request).repeated(
-            new
-        )  # a repeat adds nothing, and a caller who is told 429 does not learn of the job
+        and not await _store(request).repeated(new)  # a repeat adds nothing, and who is told 429 does not learn of the job
     ):
         raise QueueFull(f"More than {limit} requests are waiting already.")
 
