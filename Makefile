@@ -53,7 +53,7 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 	$(BIN)/python -m tests.load.bench_queue
 
 .PHONY: chaos
-chaos: install ## kill and stop everything at random under 1,000 jobs, and count what is lost; ten minutes at most
+chaos: install ## kill and stop everything at random under 1,000 jobs, and count what is lost; some minutes
 	$(BIN)/python -m tests.chaos --save
 
 .PHONY: clean

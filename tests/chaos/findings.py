@@ -86,7 +86,7 @@ def _check_jobs(findings: Findings, system: System, outcome: Outcome, jobs: Sequ
     for job in jobs:
         by_prompt[job["prompt"]].append(str(job["id"]))
     twice = [prompt for prompt, ids in by_prompt.items() if len(ids) > 1]
-    lost = [prompt for prompt in wanted if not by_prompt[prompt] or set(outcome.acknowledged[prompt]) != set(by_prompt[prompt])]
+    lost = [prompt for prompt, ids in outcome.acknowledged.items() if set(ids) != set(by_prompt[prompt])]
     stuck = [f"{job['prompt']}: {job['state']}" for job in jobs if not JobState(job["state"]).ended]
     findings.expect(not twice, "submissions with two jobs:", twice)
     findings.expect(not lost, "submissions acknowledged with other ids than their job's:", lost)
