@@ -52,6 +52,10 @@ bench: install ## measure both models against diffusers and the service against 
 bench-queue: install ## measure submits, claims and status reads with 1,000 and 1,000,000 jobs waiting
 	$(BIN)/python -m tests.load.bench_queue
 
+.PHONY: chaos
+chaos: install ## kill and stop everything at random under 1,000 jobs, and count what is lost; some minutes
+	$(BIN)/python -m tests.chaos --save
+
 .PHONY: clean
 clean: ## remove the environment
 	rm -rf $(VENV)

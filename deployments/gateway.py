@@ -1,7 +1,10 @@
 """The ingress under uvicorn, beside the cluster: it accepts and answers while Ray is down or being upgraded."""
 
+import multiprocessing
 import os
+import signal
 import threading
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import uvicorn
@@ -36,4 +39,12 @@ def run(config: Path, host: str, port: int, workers: int) -> None:
 def app() -> FastAPI:
     """What every worker hosts."""
     configure_logging()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     return create_app(configured_settings())
+
+
+def _end_after(parent: BaseProcess) -> None:
+    """A worker whose parent was killed would hold the port, and the next gateway could not start."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -50,6 +50,9 @@ MAX_TOKEN_BODY_BYTES = 10_000
 
 JWKS_MAX_AGE_S = 3600
 
+START_S = 10.0
+"""How long the door stays shut while its database is away; then it opens and says so."""
+
 OUTAGES = (StoreAway, TimeoutError)
 
 
@@ -85,11 +88,17 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
         if store is not None:
             yield
             return
-        app.state.store = opened = await JobStore.open(await asyncio.to_thread(database_url, settings))
+        opening = asyncio.create_task(_open_store(app))
+        opened, _ = await asyncio.wait([opening], timeout=START_S)
+        if opened:
+            opening.result()
         try:
             yield
         finally:
-            await opened.close()
+            opening.cancel()
+            await asyncio.wait([opening])
+            if app.state.store is not None:
+                await app.state.store.close()
 
     app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # half of the Python client follows no redirect
     app.state.settings = settings
@@ -112,6 +121,15 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
     return app
 
 
+async def _open_store(app: FastAPI) -> None:
+    """Until it succeeds: uvicorn takes a worker that cannot start for a broken app, and ends its healthy sisters as well."""
+    while app.state.store is None:
+        try:
+            app.state.store = await JobStore.open(await asyncio.to_thread(database_url, app.state.settings))
+        except StoreAway:
+            logger.exception("no database yet", extra={"action": "store_away"})
+
+
 def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
     async def submit(request: Request) -> Response:
         return await _submit(request, endpoint)
@@ -129,7 +147,7 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
 
 async def _submit(request: Request, endpoint: Endpoint) -> Response:
     """Writes the job, then answers with its id."""
-    settings, store = _settings(request), _store(request)
+    settings = _settings(request)
     caller = await _caller(request, endpoint.id)
     caller.require(Scope.SUBMIT)
     new = new_job(endpoint.id, caller.owner, request.headers, request.query_params, settings.queue.max_attempts)
@@ -141,8 +159,8 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
     new = replace(new, idempotency=idempotency(request.headers, endpoint.id, body, settings.queue.idempotency_s))
     if (
         limit is not None
-        and await store.queued(endpoint.id, at_most=limit + 1) > limit
-        and not await store.repeated(new)  # a repeat adds nothing, and a caller who is told 429 does not learn of the job
+        and await _store(request).queued(endpoint.id, at_most=limit + 1) > limit
+        and not await _store(request).repeated(new)  # a repeat adds nothing, and who is told 429 does not learn of the job
     ):
         raise QueueFull(f"More than {limit} requests are waiting already.")
 
@@ -153,6 +171,7 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
         failure = validation_failure(exc)
         if new.webhook_url is None:  # else the caller waits for a webhook, and only a job sends one
             return failure_response(failure)
+    store = _store(request)
     try:
         job = await (store.submit(new) if failure is None else store.submit_failed(new, failure))
     except OUTAGES:
@@ -370,7 +389,9 @@ def _settings(request: Request) -> Settings:
 
 
 def _store(request: Request) -> JobStore:
-    store: JobStore = request.app.state.store
+    store: JobStore | None = request.app.state.store
+    if store is None:
+        raise StoreAway("the store has not been opened yet")
     return store
 
 

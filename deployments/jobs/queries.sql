@@ -170,8 +170,8 @@ WITH due AS (
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: add_file
--- A file that is about to be written.
-INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2))
+-- A file that is about to be written. Asked again by a caller who has lost the answer, it says nothing: names are not used twice.
+INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2)) ON CONFLICT (name) DO NOTHING
 
 -- name: expired_files
 -- Files whose time is over and which nobody else is just deleting.

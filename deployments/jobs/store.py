@@ -98,7 +98,21 @@ class JobStore:
 
     @classmethod
     async def open(cls, url: str, *, max_connections: int = 8) -> Self:
-        """Connects, brings the schema up to date and listens: `max_connections` and one more. Raises `ServerTooOld`."""
+        """Connects, brings the schema up to date and listens: `max_connections` and one more.
+
+        Raises `StoreAway` as calls do, `ServerTooOld`.
+        """
+        deadline = time.monotonic() + RIDE_OUT_S
+        while True:
+            try:
+                return await cls._open(url, max_connections)
+            except _AWAY as exc:
+                if time.monotonic() > deadline:
+                    raise StoreAway(str(exc)) from exc
+                await asyncio.sleep(0.1)
+
+    @classmethod
+    async def _open(cls, url: str, max_connections: int) -> Self:
         await migrate(url)
         pool = await asyncpg.create_pool(
             url, min_size=1, max_size=max_connections, init=_use_json, reset=_keep_session, command_timeout=60

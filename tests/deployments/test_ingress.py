@@ -871,5 +871,35 @@ async def test_the_app_opens_and_closes_its_own_store(
     assert (opened, closed) == (["postgresql://db/x"], [True])
 
 
+async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_there(
+    settings: Settings, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = ["postgresql://postgres@127.0.0.1:1/nobody"]
+    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    monkeypatch.setattr("deployments.ingress.START_S", 0.3)
+    monkeypatch.setattr("deployments.ingress.database_url", lambda _: urls[-1])
+    app = create_app(settings)
+    async with app.router.lifespan_context(app), calling(app) as client:
+        assert (await client.get("/health")).status_code == 503
+        assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 503
+        urls.append(database)
+        async with asyncio.timeout(10):
+            while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 200
+
+
+async def test_an_app_that_can_never_open_its_store_does_not_start(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_store(url: str) -> JobStore:
+        raise RuntimeError("a wrong password")
+
+    monkeypatch.setattr("deployments.ingress.database_url", lambda _: "postgresql://db/x")
+    monkeypatch.setattr(JobStore, "open", open_store)
+    app = create_app(settings)
+    with pytest.raises(RuntimeError):
+        async with app.router.lifespan_context(app):
+            pass
+
+
 def test_the_error_of_an_outage_is_the_one_of_any_failure() -> None:
     assert ingress._request_failure(500, "internal_error", InternalError().message) == error_failure(InternalError())

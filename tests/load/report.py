@@ -19,11 +19,14 @@ _PACKAGES = ("torch", "diffusers", "transformers", "ray")
 class Report:
     """Tables and words, shown as they come; `save` keeps them in `results/<name>.md` in place of the last run's.
 
+    command: how it is taken, in Markdown.
+
     One file a benchmark, rewritten: its history, and what changed it, is git's.
     """
 
-    def __init__(self, name: str, title: str):
+    def __init__(self, name: str, title: str, command: str | None = None):
         self.name = name
+        self.command = command or f"`python -m tests.load.bench_{name}` (`make bench`)"
         self.title = title
         self.console = Console()
         self.console.width = max(self.console.width, 120)
@@ -51,7 +54,7 @@ class Report:
         spin = os.environ.get("GOMP_SPINCOUNT", "unset")
         return "\n".join(
             (
-                f"- taken {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by `python -m tests.load.bench_{self.name}` (`make bench`)",
+                f"- taken {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by {self.command}",
                 f"- {_cpu_model()}, {os.cpu_count()} cores; load {load}; GOMP_SPINCOUNT {spin}",
                 f"- {torch.get_num_threads()} torch threads in each process",
                 f"- Python {platform.python_version()}, {', '.join(f'{package} {version(package)}' for package in _PACKAGES)}",

@@ -108,6 +108,24 @@ async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store
     await store.close()
 
 
+async def test_store_opened_while_the_database_is_away_waits_for_it(home: Settings) -> None:
+    url = database_url(home)
+    stop_embedded(home)
+    opening = asyncio.create_task(JobStore.open(url))
+    await asyncio.sleep(0.3)
+    assert not opening.done()
+    await asyncio.to_thread(database_url, home)
+    await (await opening).close()
+
+
+async def test_store_is_not_opened_on_a_database_that_stays_away(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    url = database_url(home)
+    stop_embedded(home)
+    with pytest.raises(StoreAway):
+        await JobStore.open(url)
+
+
 async def test_call_made_while_the_database_is_away_waits_for_it(home: Settings) -> None:
     store = await JobStore.open(database_url(home))
     stop_embedded(home)

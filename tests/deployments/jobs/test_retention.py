@@ -139,6 +139,14 @@ async def test_files_are_deleted_when_their_time_is_over_and_not_before(store: J
     assert deleted == ["a/video.mp4"]
 
 
+async def test_file_whose_noting_was_answered_into_a_broken_connection_is_noted_again(
+    store: JobStore, sql: asyncpg.Connection
+) -> None:
+    await store.add_file("a/video.mp4", DAY_S)
+    await store.add_file("a/video.mp4", DAY_S)
+    assert await sql.fetchval("SELECT count(*) FROM stored_files") == 1
+
+
 async def test_file_that_cannot_be_deleted_is_tried_again_later_and_stops_no_other(
     store: JobStore, sql: asyncpg.Connection
 ) -> None:

@@ -1,0 +1,147 @@
+"""A dispatcher and a courier in a process of their own, as `deployments.app` has them in a replica, over `tests.chaos.stage`.
+
+    python -m tests.chaos.dispatcher CONFIG --sockets FOLDER --trace FOLDER
+
+It writes down which attempts it has and which replicas it calls for them: whoever kills one of these wants to know what else
+died. The one thing that is not the product's is `SocketStages`, in the place of `ServeStages`.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from deployments import courier
+from deployments.courier import Courier
+from deployments.dispatcher import Dispatcher
+from deployments.jobs.job import Claim
+from deployments.jobs.outbox import Outbox
+from deployments.jobs.postgres import database_url
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.logs import configure_logging
+from deployments.settings import Settings, load_settings
+from deployments.stages import Note, OnNote
+from deployments.storage import FileStore
+from engines.errors import RunnerDisconnected
+from engines.spec import Clip
+from tests.chaos.system import ENDPOINT, NO_DATABASE
+
+_claim: ContextVar[Claim] = ContextVar("claim")
+
+
+class Trace:
+    """A file that a SIGKILL cuts between two lines."""
+
+    def __init__(self, folder: Path):
+        self.file = os.open(folder / f"{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(self, pid: int) -> None:
+        """The attempt at hand depends on a process from now on."""
+        claim = _claim.get()
+        line = {"at": time.time(), "job": str(claim.job_id), "attempt": claim.attempt, "pid": pid}
+        os.write(self.file, json.dumps(line).encode() + b"\n")
+
+
+class SocketStages:
+    """Any replica for any stage. Like `ServeStages` it tries nothing twice that a replica has taken."""
+
+    def __init__(self, sockets: Path, trace: Trace):
+        self.sockets = sockets
+        self.trace = trace
+
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
+        return await self._call("preprocess", job_input, on_note)
+
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+        return await self._call("denoise", conditioning, on_note)
+
+    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
+        product, seconds = await self._call("decode", latents, on_note)
+        return Clip(product["mp4"].encode(), 16, 64, 64, 8, product["seed"]), seconds
+
+    async def _call(self, stage: str, given: Any, on_note: OnNote) -> tuple[Any, float]:
+        reader, writer = await self._connected()
+        try:
+            writer.write(json.dumps({"stage": stage, "given": given}).encode() + b"\n")
+            while line := await reader.readline():
+                said = json.loads(line)
+                if "done" in said:
+                    return said["product"], said["done"]
+                await on_note(Note(said["note"]))
+        except (ConnectionError, json.JSONDecodeError) as exc:
+            raise RunnerDisconnected from exc
+        finally:
+            writer.close()
+        raise RunnerDisconnected
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        replicas = list(self.sockets.glob("*.sock"))
+        for path in random.sample(replicas, len(replicas)):
+            with suppress(OSError):  # a dead one's
+                reader, writer = await asyncio.open_unix_connection(path)
+                credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                self.trace.note(struct.unpack("3i", credentials)[0])
+                return reader, writer
+        raise RunnerDisconnected
+
+
+class TracedDispatcher(Dispatcher):
+    """Each job has its own task, so its own claim."""
+
+    def __init__(self, trace: Trace, *args: Any):
+        super().__init__(*args)
+        self.trace = trace
+
+    async def _work(self, claim: Claim) -> None:
+        _claim.set(claim)
+        self.trace.note(os.getpid())
+        await super()._work(claim)
+
+
+async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        store = await JobStore.open(await asyncio.to_thread(database_url, settings))
+    except (StoreAway, RuntimeError):  # as a replica's health check: Serve then starts another
+        logging.getLogger("deployments").exception("no database")
+        sys.exit(NO_DATABASE)
+    try:
+        stages = {ENDPOINT: SocketStages(sockets, trace)}
+        files = FileStore(settings.files_url)
+        dispatcher = TracedDispatcher(trace, store, files, stages, settings.queue, settings.retention)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(dispatcher.run())
+            group.create_task(Courier(Outbox(store), settings).run())
+    finally:
+        await store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--sockets", type=Path, required=True)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--webhook-lease-s", type=float, default=courier.LEASE_S)
+    parser.add_argument("--webhook-retry-s", type=float, default=courier.FIRST_RETRY_S)
+    asked = parser.parse_args()
+    configure_logging()
+    courier.LEASE_S, courier.FIRST_RETRY_S = asked.webhook_lease_s, asked.webhook_retry_s
+    with suppress(asyncio.CancelledError):
+        asyncio.run(run(load_settings(asked.config), asked.sockets, Trace(asked.trace)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A run from the first submission to the last webhook: callers, receivers and blows at once, then calm, then the checks."""
+
+import asyncio
+import time
+from collections import Counter
+
+import httpx
+from rich.table import Table
+
+from deployments.jobs.postgres import database_url
+from deployments.settings import Settings
+from tests.chaos import callers
+from tests.chaos.findings import Findings, examine, webhooks_pending
+from tests.chaos.system import Plan, System, running
+from tests.load.report import percentile, table
+
+READY_S = 60.0
+
+
+async def unleash(settings: Settings, plan: Plan) -> tuple[Findings, list[Table]]:
+    """What came of it, and its figures. settings: with a home that does not exist yet; its server is its owner's to stop."""
+    async with callers.receivers(plan) as receivers, running(settings, plan) as system:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            await asyncio.gather(*(_ready(http, port) for port in system.ports))
+            began = time.monotonic()
+            rage = asyncio.create_task(system.rage())
+            try:
+                outcome = await callers.Callers(system, receivers).run()
+            finally:
+                raged = rage.done()
+                rage.cancel()
+                await asyncio.wait([rage])
+            if raged:
+                rage.result()
+            chaos_s = time.monotonic() - began
+            await system.calm()
+            url = await asyncio.to_thread(database_url, settings)
+            for _ in range(int(plan.patience_s)):
+                if not await webhooks_pending(url):
+                    break
+                await asyncio.sleep(1)
+            await asyncio.gather(*(_ready(http, port) for port in system.ports))
+            jwks = (await http.get(f"http://127.0.0.1:{system.ports[0]}/.well-known/jwks.json")).json()
+        received = [request for receiver in receivers for request in receiver.received]
+        findings = await examine(url, system, outcome, received, jwks)
+        findings.figures |= {"repeated requests of callers": outcome.retries.total()}
+        findings.figures |= {"seconds of blows": round(chaos_s), "seconds in all": round(time.monotonic() - began)}
+        return findings, [_promises(findings, plan), _blows(system), _restarts(findings)]
+
+
+async def _ready(http: httpx.AsyncClient, port: int) -> None:
+    async with asyncio.timeout(READY_S):
+        while True:
+            try:
+                if (await http.get(f"http://127.0.0.1:{port}/health", timeout=2)).is_success:
+                    return
+            except httpx.HTTPError:
+                pass
+            await asyncio.sleep(0.1)
+
+
+def _promises(findings: Findings, plan: Plan) -> Table:
+    shown = table(f"{plan.jobs} jobs, seed {plan.seed}, leases of {plan.lease_s:g} s", "what", "count")
+    for name, count in findings.figures.items():
+        shown.add_row(name, f"{count:,}")
+    return shown
+
+
+def _blows(system: System) -> Table:
+    shown = table("Blows", "what", "count")
+    for name, count in sorted(Counter(blow.name for blow in system.blows).items()):
+        shown.add_row(name, str(count))
+    return shown
+
+
+def _restarts(findings: Findings) -> Table:
+    """In seconds."""
+    shown = table("From an attempt's death to the next one, in seconds", "what it died of", "attempts", "p50", "p99", "max")
+    everything = [seconds for each in findings.restarts.values() for seconds in each]
+    for cause, seconds in [*sorted(findings.restarts.items()), ("all", everything)]:
+        if seconds:
+            worst = (percentile(seconds, 50), percentile(seconds, 99), max(seconds))
+            shown.add_row(cause, str(len(seconds)), *(f"{each:.1f}" for each in worst))
+    return shown
