@@ -35,13 +35,11 @@ class Caller:
 ANYBODY = Caller(None, frozenset(DEFAULT_SCOPES))
 
 
-async def identify(request: Request, auth: str, store: JobStore, app: str | None = None) -> Caller:
-    """Who asks, by the key in the header, or where there is none by the token in the query. auth: as in the settings.
+async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
+    """Who asks of a service with keys, by the key in the header, or where there is none by the token in the query.
 
     app: whose path this is; without one tokens are not taken. Raises `Unauthorized`, `Forbidden`.
     """
-    if auth == "open":
-        return ANYBODY
     if "authorization" in request.headers or app is None:
         return _caller(await shown_secret(request, store))
     token = tokens.read(request.query_params.get("fal_jwt_token", ""))

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments import webhook_listing as listing
 from deployments import wire
-from deployments.access import Caller, identify, issued_token
+from deployments.access import ANYBODY, Caller, identify, issued_token
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
 from deployments.jobs.keys import Scope
@@ -362,7 +362,9 @@ async def _webhook(request: Request, request_id: str, scope: Scope) -> Webhook:
 
 async def _caller(request: Request, app: str | None = None) -> Caller:
     """Who asks; app: of which app, if of one. Raises `Unauthorized`, `Forbidden`."""
-    return await identify(request, _settings(request).auth, _store(request), app)
+    if _settings(request).auth == "open":
+        return ANYBODY
+    return await identify(request, _store(request), app)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

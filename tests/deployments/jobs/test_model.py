@@ -126,7 +126,9 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(wishes=st.lists(wish, min_size=3, max_size=8))
     def begin(self, wishes: list[Wish]) -> None:
         self.sql: asyncpg.Connection = self.run(asyncpg.connect(self.url))
-        self.run(self.sql.execute("DELETE FROM jobs; DELETE FROM paused_endpoints; DELETE FROM api_keys"))
+        self.run(
+            self.sql.execute("DELETE FROM jobs; DELETE FROM paused_endpoints; DELETE FROM api_key_secrets; DELETE FROM api_keys")
+        )
         self.run(self.sql.execute("UPDATE clock SET at = $1", BEGAN))
         self.stores = [self.run(JobStore.open(self.url, max_connections=3)) for _ in range(PROCESSES)]
         limits = {self.run(self.stores[0].create_key("limited", most)).partition(":")[0]: most for most in (1, 2)}
