@@ -214,7 +214,8 @@ class JobStore:
         self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None, low_after_s: float = LOW_AFTER_S
     ) -> Claim | None:
         """Takes the next job: by priority, then one of each owner in turn, then by age. None: nothing is waiting that may run,
-        for its endpoint may be paused or its key have all the jobs running that it may.
+        for its endpoint may be paused or its key have all the jobs running that it may; or, asked for several endpoints, all
+        that may is in the hands of another claim, which takes one job and leaves the others.
 
         run_s: how long the attempt may take; should its worker die, the job is not tried again after that. low_after_s: low
         priority goes behind all others, but once the first such job has waited this long, every `LOW_SHARE`th claim takes it

@@ -274,7 +274,8 @@ class StoreMachine(RuleBasedStateMachine):
                 assert claim.job_id in {job.id for job in self.model.may_start(endpoints)}
                 self.claimed[worker % PROCESSES][tuple(endpoints)] += 1
                 self.take(claim, lease_s, None)
-        assert None not in answers or not self.model.may_start(endpoints)
+        # of several endpoints a claim holds every head for a moment and takes one, so another may find nothing meanwhile
+        assert None not in answers or len(set(endpoints)) > 1 or not self.model.may_start(endpoints)
 
     def take(self, claim: Claim, lease_s: int, run_s: int | None) -> None:
         self.model.claim(claim, lease_s, run_s)
