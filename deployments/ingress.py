@@ -18,6 +18,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -134,9 +135,10 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
     async def submit(request: Request) -> Response:
         return await _submit(request, endpoint)
 
-    app.add_api_route(
+    app.router.add_api_route(
         f"/queue/{endpoint.id}",
         submit,
+        route_class_override=TextRoute,
         methods=["POST"],
         tags=["queue"],
         summary=endpoint.id,
@@ -182,16 +184,16 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
         return failure_response(_request_failure(500, "internal_error", detail))
     request.state.request_id = str(job.id)
     logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": endpoint.id})
-    return JSONResponse(wire.submitted(job, queue_base(request.scope, settings.public_url)))
+    return _answer(wire.submitted(job, queue_base(request.scope, settings.public_url)), 200)
 
 
 @queue.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
     """Where a request stands, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
-    job = await _job(request, app, request_id, Scope.READ)
-    lines = await _store(request).logs(job.id) if is_set(logs) else None
-    body = wire.status(job, lines, queue_base(request.scope, _settings(request).public_url))
-    return JSONResponse(body, 200 if job.state.ended else 202)
+    with_logs = is_set(logs)
+    job = await _job(request, app, request_id, Scope.READ, 0 if with_logs else None)
+    body = wire.status(job, job.lines if with_logs else None, queue_base(request.scope, _settings(request).public_url))
+    return _answer(body, 200 if job.state.ended else 202)
 
 
 @queue.get("/{app:path}/requests/{request_id}/status/stream")
@@ -211,10 +213,10 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
         try:
             async with store.watch(job_id) as watch:  # before the first read, so that no change falls between
                 while True:
-                    job = await store.get(job_id)
+                    job = await store.get(job_id, last_seq if with_logs else None)
                     if job is None:
                         return
-                    lines = await store.logs(job_id, last_seq) if with_logs else None  # after the job: its last event has all
+                    lines = job.lines if with_logs else None
                     sent = wire.status(job, None, queue_url)
                     if lines or sent != last_sent:
                         last_sent, last_seq = sent, lines[-1].seq if lines else last_seq
@@ -330,14 +332,17 @@ class _UnknownRequest(Exception):
     """There is no such job, or no webhook of it, or it is another caller's."""
 
 
-async def _job(request: Request, app: str, request_id: str, scope: Scope) -> Job:
-    """The job that a path names, for a caller with `scope`. One that is out of its reach, or of another endpoint, is unknown."""
+async def _job(request: Request, app: str, request_id: str, scope: Scope, lines_after: int | None = None) -> Job:
+    """The job that a path names, for a caller with `scope`; lines_after: see `JobStore.get`.
+
+    One that is out of its reach, or of another endpoint, is unknown.
+    """
     caller = await _caller(request, app)
     try:
         job_id = UUID(request_id)
     except ValueError:
         raise _UnknownRequest from None
-    job = await _store(request).get(job_id)
+    job = await _store(request).get(job_id, lines_after)
     if job is None or not caller.reaches(job.owner) or wire.app_id(job.endpoint) != wire.app_id(app):
         raise _UnknownRequest
     caller.require(scope)
@@ -383,6 +388,11 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         except TimeoutError:
             raise BadRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
     raise BodyTooLarge(f"The request body is larger than {max_bytes} bytes.")
+
+
+def _answer(body: dict[str, Any], status: int) -> Response:
+    """JSON, written three times faster than Starlette's `JSONResponse` does it."""
+    return Response(to_json(body), status, media_type="application/json")
 
 
 def _settings(request: Request) -> Settings:

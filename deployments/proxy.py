@@ -29,16 +29,16 @@ class TargetRouting:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, root_path = Headers(scope=scope), scope.get("root_path", "")
+        root_path = scope.get("root_path", "")
         path = scope["path"].removeprefix(root_path)
         if path == PROXY_PATH:
-            rewritten = _from_target(headers.get("x-fal-target-url", ""), root_path)
+            rewritten = _from_target(Headers(scope=scope).get("x-fal-target-url", ""), root_path)
             if rewritten is None:
                 await JSONResponse("Invalid request", 400)(scope, receive, send)  # as fal's own proxies say it
                 return
             scope = {**scope, **rewritten}
         # Files are named by one URL whatever the host: a caller who reaches queue.fal.run here can fetch them there too.
-        elif (prefix := PREFIXES.get(_host_name(headers.get("host", "")))) and not path.startswith("/files/"):
+        elif (prefix := PREFIXES.get(_host_name(_host(scope) or ""))) and not path.startswith("/files/"):
             scope = {**scope, "path": root_path + prefix + path, _BY_HOST: True}
         await self.app(scope, receive, send)
 
@@ -47,7 +47,7 @@ def service_base(scope: Scope, public_url: str | None) -> str:
     """The service's own URL as this caller knows it, no slash at the end."""
     if public_url is not None:
         return public_url.rstrip("/")
-    host = Headers(scope=scope).get("host")
+    host = _host(scope)
     if host is None:
         name, port = scope["server"]
         host = f"{name}:{port}"
@@ -70,6 +70,11 @@ def _from_target(target: str, root_path: str) -> dict[str, Any] | None:
     if prefix is None or url.scheme not in ("http", "https"):
         return None
     return {"path": root_path + prefix + unquote(url.path), "query_string": url.query.encode("latin-1", "replace")}
+
+
+def _host(scope: Scope) -> str | None:
+    host: bytes | None = next((value for key, value in scope["headers"] if key == b"host"), None)
+    return None if host is None else host.decode("latin-1")
 
 
 def _host_name(host: str) -> str:

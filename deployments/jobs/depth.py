@@ -1,6 +1,6 @@
 """Where in a long queue a job stands, without counting the queue for every reader.
 
-Every thousandth job in line is remembered for a while, and a place is read off between these marks: to a thousand, and as
+Every two hundredth job in line is remembered for a while, and a place is read off between these marks: to 200, and as
 old as the marks. Near the front, where callers care, the database counts instead.
 """
 
@@ -9,7 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 
-STEP = 1000
+STEP = 200
 """Jobs from mark to mark, and how far the database counts; said again in `jobs_ahead` and `marks`."""
 SHARE = 0.02
 """Of one core, what finding marks may take: 0.3 s for a million jobs (measured), hence every 15 s."""
@@ -19,7 +19,7 @@ Place = tuple[int, int, int]
 
 
 class Depth:
-    """Depths in one endpoint's queue. find_marks: reads the places of the jobs with 0, 1000, 2000, ... ahead of them."""
+    """Depths in one endpoint's queue. find_marks: reads the places of the jobs with 0, 200, 400, ... ahead of them."""
 
     def __init__(self, find_marks: Callable[[], Awaitable[list[Place]]]) -> None:
         self._find_marks = find_marks

@@ -95,8 +95,21 @@ class NewJob:
 
 
 @dataclass(frozen=True)
+class LogLine:
+    """A line a caller sees. seq: increases within a job. level: one of fal's (INFO, WARN, ERROR, ...)."""
+
+    seq: int
+    at: datetime
+    level: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Job:
-    """A job as a caller may see it. position: jobs of its endpoint ahead of it, while queued. Times are UTC."""
+    """A job as a caller may see it. position: jobs of its endpoint ahead of it, while queued. Times are UTC.
+
+    lines: those that were asked for.
+    """
 
     id: UUID
     endpoint: str
@@ -111,6 +124,7 @@ class Job:
     result: dict[str, Any] | None
     failure: Failure | None
     metrics: dict[str, Any]
+    lines: tuple[LogLine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,13 +138,3 @@ class Claim:
     attempt: int
     max_attempts: int
     files_s: float | None
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """A line a caller sees. seq: increases within a job. level: one of fal's (INFO, WARN, ERROR, ...)."""
-
-    seq: int
-    at: datetime
-    level: str
-    message: str

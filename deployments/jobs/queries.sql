@@ -34,7 +34,7 @@ SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 
 WHERE $9::text IS NULL OR EXISTS (SELECT FROM kept)
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number, jobs_ahead(endpoint, priority, turn, number) AS ahead
+    priority, turn, number, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
 
 -- name: repeated
 -- The job that an idempotency key stands for, and whether it was given with the same body.
@@ -51,22 +51,23 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
 UPDATE jobs SET state = 'failed', failure = $2 WHERE id = $1 AND state = 'queued'
 
 -- name: get
--- What a caller may see. The input stays behind: it may be megabytes, and this is what clients poll.
-SELECT id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number, CASE WHEN state = 'queued' THEN jobs_ahead(endpoint, priority, turn, number) END AS ahead
-FROM jobs WHERE id = $1
+-- What callers may see of some jobs, each with its lines after one already seen ($2; null: without). The input stays behind: it may
+-- be megabytes, and this is what clients poll. Of those ahead it counts no more than 200: a status costs the same in any queue.
+SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
+    priority, turn, number,
+    CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS ahead,
+    CASE WHEN after IS NOT NULL THEN ARRAY(
+        SELECT ROW(seq, at, level, message) FROM job_logs WHERE job_id = jobs.id AND seq > after ORDER BY seq
+    ) END AS lines
+FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS asked (id, after, place) JOIN jobs ON jobs.id = asked.id
 
 -- name: marks
--- Every thousandth job in line, from the first: what tells a place beyond where `jobs_ahead` counts.
+-- Every two hundredth job in line, from the first: what tells a place beyond where `jobs_ahead` counts.
 SELECT priority, turn, number FROM (
     SELECT priority, turn, number, row_number() OVER (ORDER BY priority, turn, number) AS place
     FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $1
 ) AS line
-WHERE place % 1000 = 1 ORDER BY place
-
--- name: logs
--- The lines after one already seen.
-SELECT seq, at, level, message FROM job_logs WHERE job_id = $1 AND seq > $2 ORDER BY seq
+WHERE place % 200 = 1 ORDER BY place
 
 -- name: request_cancel
 -- A queued job ends here; a running one is flagged, and whoever watches it is told. Answers the state that was found.

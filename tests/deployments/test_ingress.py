@@ -463,11 +463,11 @@ async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobSt
     await store.succeed(await claimed(store), {}, {})
     get, reads = store.get, list[UUID]()
 
-    async def away_then_back(job_id: UUID) -> Job | None:
+    async def away_then_back(job_id: UUID, lines_after: int | None = None) -> Job | None:
         reads.append(job_id)
         if len(reads) == 2:
             raise StoreAway
-        return await get(job_id)
+        return await get(job_id, lines_after)
 
     monkeypatch.setattr(store, "get", away_then_back)
     response = await client.get(links["status_url"] + "/stream")

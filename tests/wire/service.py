@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
@@ -19,28 +19,47 @@ LEASE_S = 30.0
 
 
 class Wire:
-    """Sees the requests as they arrive; those through the proxy under their targets."""
+    """Sees the requests as they arrive and each piece of an answer as it goes; those through the proxy under their targets."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
         self.requests: list[tuple[str, str]] = []
-        self._arrived = asyncio.Event()
+        self.answered: list[tuple[str, str]] = []
+        self._changed = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers: dict[str, str] = {key.decode(): value.decode() for key, value in scope["headers"]}
-            self.requests.append((scope["method"], headers.get("x-fal-target-url", scope["path"])))
-            self._arrived.set()
-        await self.app(scope, receive, send)
+            request = (scope["method"], headers.get("x-fal-target-url", scope["path"]))
+            self.requests.append(request)
+            self._changed.set()
+
+        async def watched_send(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                self.answered.append(request)
+                self._changed.set()
+
+        await self.app(scope, receive, watched_send if scope["type"] == "http" else send)
 
     def count(self, method: str, ending: str) -> int:
-        return sum(1 for seen, url in self.requests if seen == method and url.partition("?")[0].endswith(ending))
+        return _count(self.requests, method, ending)
 
     async def arrival(self, method: str, ending: str) -> None:
         """Returns once `count` is above 0."""
         while not self.count(method, ending):
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def answer(self, method: str, ending: str) -> None:
+        """Returns once the first piece of an answer has gone."""
+        while not _count(self.answered, method, ending):
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def _count(requests: list[tuple[str, str]], method: str, ending: str) -> int:
+    return sum(1 for seen, url in requests if seen == method and url.partition("?")[0].endswith(ending))
 
 
 @asynccontextmanager

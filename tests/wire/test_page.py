@@ -52,7 +52,7 @@ async def test_subscribe_in_streaming_mode_ends_with_every_line_once(page: PageC
 async def test_status_stream_events_carry_only_new_lines(page: PageClient, store: JobStore, files: FileStore, wire: Wire) -> None:
     submitted = await page("submit", ENDPOINT, input=INPUT)
     streaming = asyncio.create_task(page("streamStatus", ENDPOINT, requestId=submitted.value["request_id"], logs=True))
-    await wire.arrival("GET", "/status/stream")
+    await wire.answer("GET", "/status/stream")
     async with working(store, files):
         done = await streaming
     assert len(done.updates) > 3
@@ -175,11 +175,11 @@ async def test_status_survives_a_database_that_is_away_for_a_moment(
     request_id = (await page("submit", ENDPOINT, input=INPUT)).value["request_id"]
     get, reads = store.get, list[UUID]()
 
-    async def away_once(job_id: UUID) -> Job | None:
+    async def away_once(job_id: UUID, lines_after: int | None = None) -> Job | None:
         reads.append(job_id)
         if len(reads) == 1:
             raise ConnectionRefusedError
-        return await get(job_id)
+        return await get(job_id, lines_after)
 
     monkeypatch.setattr(store, "get", away_once)
     assert (await page("status", ENDPOINT, requestId=request_id)).value["status"] == "IN_QUEUE"

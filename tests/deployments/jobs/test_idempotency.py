@@ -79,7 +79,7 @@ async def test_input_that_was_refused_does_not_keep_the_key_from_the_mended_one(
 async def test_submit_under_a_key_that_lost_its_answer_returns_the_one_job(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch, lost = asyncpg.Connection.fetch, []
+    fetch, lost = asyncpg.Connection.fetchmany, []
 
     async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
         rows = await fetch(self, query, *args)
@@ -88,7 +88,7 @@ async def test_submit_under_a_key_that_lost_its_answer_returns_the_one_job(
             raise asyncpg.ConnectionDoesNotExistError
         return rows
 
-    monkeypatch.setattr(asyncpg.Connection, "fetch", fetch_and_lose)
+    monkeypatch.setattr(asyncpg.Connection, "fetchmany", fetch_and_lose)
     job = await store.submit(ONCE)
     assert lost
     assert await store.queued(ENDPOINT) == 1

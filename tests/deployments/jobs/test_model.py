@@ -52,7 +52,7 @@ CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql STABLE
 SNAPSHOT = """
 SELECT id, state, attempt, cancel_requested, token, lease_until, run_by, not_before, created_at, started_at, finished_at,
     failure ->> 'error_type' AS error_type,
-    CASE WHEN state = 'queued' THEN jobs_ahead(endpoint, priority, turn, number) END AS position,
+    CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS position,
     (SELECT json_agg(json_build_array(state, attempt, reason) ORDER BY id) FROM job_events WHERE job_id = jobs.id) AS events,
     (SELECT array_agg(message ORDER BY seq) FROM job_logs WHERE job_id = jobs.id) AS logs,
     (SELECT array_agg(url) FROM webhook_outbox WHERE job_id = jobs.id) AS webhooks

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from deployments.jobs.job import TRANSITIONS, Claim, Failure, Job, JobState, LeaseLost, NewJob
+from deployments.jobs.job import TRANSITIONS, Claim, Failure, Idempotency, Job, JobState, LeaseLost, NewJob
 from deployments.jobs.store import _RESOURCES, JobStore, ServerTooOld, load_queries, migrate
 from deployments.schemas import error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
@@ -99,7 +99,7 @@ async def test_megabytes_of_input_come_back_whole(store: JobStore) -> None:
 
 
 async def test_submit_that_lost_its_answer_returns_the_one_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch, lost = asyncpg.Connection.fetch, []
+    fetch, lost = asyncpg.Connection.fetchmany, []
 
     async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
         rows = await fetch(self, query, *args)
@@ -108,7 +108,7 @@ async def test_submit_that_lost_its_answer_returns_the_one_job(store: JobStore, 
             raise asyncpg.ConnectionDoesNotExistError
         return rows
 
-    monkeypatch.setattr(asyncpg.Connection, "fetch", fetch_and_lose)
+    monkeypatch.setattr(asyncpg.Connection, "fetchmany", fetch_and_lose)
     job = await store.submit(NEW)
     assert lost
     assert await store.queued(ENDPOINT) == 1
@@ -164,18 +164,50 @@ async def test_claim_serves_only_the_endpoints_asked_for(store: JobStore) -> Non
     assert both.job_id == other.id
 
 
-async def test_deep_positions_are_known_to_a_thousand(store: JobStore, sql: asyncpg.Connection) -> None:
+async def test_deep_positions_are_known_to_two_hundred(store: JobStore, sql: asyncpg.Connection) -> None:
     await sql.execute(
         "INSERT INTO jobs (id, endpoint, priority, turn, state, input, max_attempts)"
-        " SELECT gen_random_uuid(), $1, 0, n, 'queued', '{}', 1 FROM generate_series(1, 3500) AS n",
+        " SELECT gen_random_uuid(), $1, 0, n, 'queued', '{}', 1 FROM generate_series(1, 700) AS n",
         ENDPOINT,
     )
     job = await store.submit(NEW)
-    assert job.position == 3000
-    assert await store.queued(ENDPOINT) == 3501
-    for depth, position in ((999, 999), (1000, 1000), (1001, 1000), (2000, 2000), (2999, 2000)):
+    assert job.position == 600
+    assert await store.queued(ENDPOINT) == 701
+    for depth, position in ((199, 199), (200, 200), (201, 200), (400, 400), (599, 400)):
         job_id = await sql.fetchval("SELECT id FROM jobs ORDER BY turn, number OFFSET $1 LIMIT 1", depth)
         assert (await read(store, job_id)).position == position
+
+
+async def test_jobs_submitted_at_once_queue_up_in_their_owners_turn(store: JobStore) -> None:
+    first = await store.submit(replace(NEW, owner="a"))
+    jobs = await asyncio.gather(*(store.submit(replace(NEW, owner=owner)) for owner in "aaabbb"))
+    assert len({job.id for job in jobs}) == 6
+    order = [(await claimed(store)).job_id for _ in range(7)]
+    owner_of = {job.id: job.owner for job in (first, *jobs)}
+    assert [owner_of[job_id] for job_id in order] == list("abababa")
+
+
+async def test_a_submission_that_cannot_be_written_fails_alone(store: JobStore) -> None:
+    submissions = (store.submit(NEW), store.submit(replace(NEW, webhook_url="http://a/\0")), store.submit(NEW))
+    good, bad, also_good = await asyncio.gather(*submissions, return_exceptions=True)
+    assert isinstance(bad, asyncpg.PostgresError)
+    assert isinstance(good, Job)
+    assert isinstance(also_good, Job)
+    assert await store.queued(ENDPOINT) == 2
+
+
+async def test_submissions_under_one_key_at_once_make_one_job(store: JobStore) -> None:
+    new = replace(NEW, idempotency=Idempotency("once", b"same"))
+    jobs = await asyncio.gather(*(store.submit(new) for _ in range(20)))
+    assert len({job.id for job in jobs}) == 1
+    assert await store.queued(ENDPOINT) == 1
+
+
+async def test_large_inputs_are_submitted_beside_small_ones(store: JobStore) -> None:
+    large = {"prompt": "x" * 200_000}
+    jobs = await asyncio.gather(*(store.submit(replace(NEW, input=each)) for each in (large, NEW.input, large)))
+    inputs = [(await claimed(store)).input for _ in jobs]
+    assert sorted(map(len, (str(each) for each in inputs)))[1:] == [len(str(large))] * 2
 
 
 # Attempts.
