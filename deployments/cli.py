@@ -14,13 +14,14 @@ from uuid import UUID
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deployments.client import QueueClient
+from deployments.display import Display
 from deployments.jobs.keys import DEFAULT_SCOPES, Scope
 from deployments.schemas import ENDPOINTS, Endpoint, validation_failure
 from deployments.settings import load_settings
+from deployments.stages import Note
 from engines.errors import ReelrayError
 
 if TYPE_CHECKING:
@@ -95,19 +96,13 @@ def render(
     from deployments.local import render_locally
 
     endpoint = _endpoint(model)
-    with _clear_errors(), _bar() as bar:
-        task = bar.add_task("loading the model", total=None)
+    with _clear_errors(), Display(errors) as display:
 
-        def show(unit: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{unit} {done}/{total}", completed=done, total=total)
+        def show(note: Note) -> None:
+            display.line(note.message, note.progress.fields() if note.progress else None)
 
-        clip = render_locally(
-            endpoint,
-            json.dumps(read_input(input_file)).encode(),
-            load_settings(config),
-            on_step=lambda checkpoint: show("step", checkpoint.step, checkpoint.steps),
-            on_progress=lambda progress: show(progress.unit, progress.done, progress.total),
-        )
+        display.wait("loading the model")
+        clip = render_locally(endpoint, json.dumps(read_input(input_file)).encode(), load_settings(config), show)
         out.write_bytes(clip.mp4)
     console.print(f"{out}: {clip.num_frames} frames, {clip.width}x{clip.height}, seed {clip.seed}")
 
@@ -131,10 +126,20 @@ def submit(
 
 
 @app.command()
-def status(endpoint: EndpointId, request_id: RequestId, logs: bool = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
+def status(
+    endpoint: EndpointId,
+    request_id: RequestId,
+    logs: bool = False,
+    watch: Annotated[bool, typer.Option(help="Show the progress until it is completed, first.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
     """Show where a request stands."""
+    endpoint_id = _endpoint(endpoint).id
     with _clear_errors(), QueueClient(url, key) as client:
-        console.print_json(data=client.status(_endpoint(endpoint).id, request_id, logs=logs))
+        if watch:
+            _watch(client, endpoint_id, request_id)
+        console.print_json(data=client.status(endpoint_id, request_id, logs=logs))
 
 
 @app.command()
@@ -356,12 +361,6 @@ def read_input(path: Path) -> Any:
     return job_input
 
 
-def how_far(line: str) -> tuple[int, int | None]:
-    """(done, total) of a line like "step 2/4" or "pose 31/240"; (0, None) of any other."""
-    match = re.fullmatch(r"\S+ (\d+)/(\d+)", line)
-    return (int(match[1]), int(match[2])) if match else (0, None)
-
-
 def _endpoint(name: str) -> Endpoint:
     for endpoint in ENDPOINTS.values():
         if name in (endpoint.id, endpoint.model):
@@ -370,16 +369,22 @@ def _endpoint(name: str) -> Endpoint:
 
 
 def _follow(client: QueueClient, endpoint_id: str, request_id: str) -> dict[str, Any]:
-    """The output, a progress bar in the meantime."""
-    with _bar() as bar:
-        task = bar.add_task("queued", total=None)
-        for status in client.follow(endpoint_id, request_id):
-            if status["status"] == "IN_QUEUE":
-                bar.update(task, description=f"queued, {status['queue_position']} ahead")
-            elif lines := status["logs"]:
-                done, total = how_far(lines[-1]["message"])
-                bar.update(task, description=lines[-1]["message"], completed=done, total=total)
+    """The output, its progress in the meantime."""
+    _watch(client, endpoint_id, request_id)
     return client.result(endpoint_id, request_id)
+
+
+def _watch(client: QueueClient, endpoint_id: str, request_id: str) -> None:
+    """Shows the progress until the request is completed."""
+    shown = 0
+    with Display(errors) as display:
+        for status in client.follow(endpoint_id, request_id):
+            for line in status["logs"]:
+                if line["seq"] > shown:
+                    shown = line["seq"]
+                    display.line(line["message"], line.get("progress"))
+            if status["status"] == "IN_QUEUE":
+                display.wait(f"queued, {status['queue_position']} ahead")
 
 
 def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -> None:
@@ -387,10 +392,6 @@ def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -
     if out is not None:
         out.write_bytes(client.download(output["video"]["url"]))
         _print(out)
-
-
-def _bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
 
 
 def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:

@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from deployments.stages import TURN, Done, Stream
-from deployments.threaded import InThread, paced
+from deployments.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 
@@ -27,11 +27,11 @@ class Decode:
         """
 
         def decode(tell: OnProgress, should_stop: ShouldStop) -> Clip:
-            return self.stage.decode(latents, on_progress=paced(tell), should_stop=should_stop)
+            return self.stage.decode(latents, on_progress=tell, should_stop=should_stop)
 
         async with self.turn:
             yield TURN
-            async with InThread(decode) as work:
+            async with InThread("decode", decode) as work:
                 async for note in work:
                     yield note
         yield Done(work.seconds)

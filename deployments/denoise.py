@@ -9,7 +9,7 @@ from typing import Any
 from deployments.stages import TURN, Done, Stream
 from deployments.threaded import InThread
 from engines.registry import build_stage
-from engines.spec import Checkpoint, Conditioning, Latents, OnProgress, Progress, ShouldStop
+from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 
 
 class Denoise:
@@ -20,17 +20,14 @@ class Denoise:
         self.turn = asyncio.Lock()
 
     async def run(self, conditioning: Conditioning) -> Stream:
-        """A note for every step, then the latents. Cancelled, it returns once the running UNet call has ended."""
+        """Notes of its progress, then the latents. Cancelled, it returns once the running UNet call has ended."""
 
         def sample(tell: OnProgress, should_stop: ShouldStop) -> Latents:
-            def on_step(checkpoint: Checkpoint) -> None:
-                tell(Progress("step", checkpoint.step, checkpoint.steps))
-
-            return self.stage.sample(conditioning, on_step=on_step, should_stop=should_stop)
+            return self.stage.sample(conditioning, on_progress=tell, should_stop=should_stop)
 
         async with self.turn:
             yield TURN
-            async with InThread(sample) as work:
+            async with InThread("denoise", sample) as work:
                 async for note in work:
                     yield note
         yield Done(work.seconds)

@@ -16,6 +16,7 @@ from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
+from deployments.reporter import Reporter
 from deployments.schemas import ENDPOINTS, error_failure
 from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages import TURN, Note, Stages
@@ -102,7 +103,7 @@ class Dispatcher:
         """One attempt at a job, from claim to close."""
         seconds: list[float] = []  # of work, stage by stage
         watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
-        render = asyncio.create_task(self._render(claim, seconds, watchdog))
+        render = asyncio.create_task(self._reported(claim, seconds, watchdog))
         keeper = asyncio.create_task(self._keep(claim, render, watchdog))
         store = self.store
         try:
@@ -137,16 +138,22 @@ class Dispatcher:
         else:
             await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
-    async def _render(self, claim: Claim, seconds: list[float], watchdog: Watchdog) -> dict[str, Any]:
+    async def _reported(self, claim: Claim, seconds: list[float], watchdog: Watchdog) -> dict[str, Any]:
+        """The job's output, with what the stages noted on the way in its log."""
+        async with Reporter(self.store, claim) as reporter:
+            return await self._render(claim, seconds, watchdog, reporter)
+
+    async def _render(self, claim: Claim, seconds: list[float], watchdog: Watchdog, reporter: Reporter) -> dict[str, Any]:
         """The job's output, its file kept. Adds each stage's time to `seconds`."""
 
         async def on_note(note: Note) -> None:
             watchdog.working()
             if note != TURN:
-                await self.store.log(claim, note.message, note.level)
+                reporter.note(note)
 
         def ended(took: float) -> None:
             watchdog.waiting()
+            reporter.stage_ended()
             seconds.append(took)
 
         stages = self.stages[claim.endpoint]

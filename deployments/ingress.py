@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 STREAM_INTERVAL_S = 3.0
 """A status stream looks this often for what does not wake it, the queue moving up, and says something to stay open."""
 
+STREAM_PAUSE_S = 0.2
+"""Lines that are logged so soon after an event are sent together in the next; a change of state is told at once."""
+
 HEALTH_TIMEOUT_S = 2.0
 BODY_TIMEOUT_S = 60.0
 MAX_TOKEN_BODY_BYTES = 10_000
@@ -198,20 +201,24 @@ async def status(request: Request, app: str, request_id: str, logs: str = "0") -
 
 @queue.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
-    """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed."""
+    """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed.
+
+    With logs, an event's id is the `seq` of the last line told; `Last-Event-ID`, as a browser sends it on reconnecting, goes on
+    after it.
+    """
     job = await _job(request, app, request_id, Scope.READ)
     queue_url = queue_base(request.scope, _settings(request).public_url)
-    events = _status_events(_store(request), job.id, is_set(logs), queue_url)
+    events = _status_events(_store(request), job.id, is_set(logs), queue_url, wire.last_event_id(request.headers))
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_url: str) -> AsyncIterator[str]:
+async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_url: str, last_seq: int) -> AsyncIterator[str]:
     last_sent: dict[str, Any] | None = None
-    last_seq = 0
     while True:
         try:
-            async with store.watch(job_id) as watch:  # before the first read, so that no change falls between
+            # before the first read, so that no change falls between
+            async with store.watch(job_id) as changes, store.watch_lines(job_id) as lines_too:
                 while True:
                     job = await store.get(job_id, last_seq if with_logs else None)
                     if job is None:
@@ -220,12 +227,14 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
                     sent = wire.status(job, None, queue_url)
                     if lines or sent != last_sent:
                         last_sent, last_seq = sent, lines[-1].seq if lines else last_seq
-                        yield f"data: {json.dumps(wire.status(job, lines, queue_url))}\n\n"
+                        event_id = f"id: {last_seq}\n" if last_seq else ""
+                        yield f"{event_id}data: {json.dumps(wire.status(job, lines, queue_url))}\n\n"
                     else:
                         yield ": still here\n\n"
                     if job.state.ended:
                         return
-                    await watch.changed(STREAM_INTERVAL_S)
+                    if not await changes.changed(STREAM_PAUSE_S):
+                        await (lines_too if with_logs else changes).changed(STREAM_INTERVAL_S)
         except OUTAGES:
             # The JavaScript client takes whatever it heard last for the end, so a stream must not close before the job does.
             logger.warning("status stream waits for the database", exc_info=True, extra={"action": "stream_outage"})

@@ -1,20 +1,34 @@
 """One job in this process: the endpoint's input, its files, the three stages. No Ray, no queue, no database."""
 
 import asyncio
+from collections.abc import Callable
 
 from deployments.demo import write_missing_weights
 from deployments.fetch import download_folder, fetch_all
+from deployments.pace import Pace
 from deployments.schemas import Endpoint
 from deployments.settings import Settings
-from engines.pipeline import OnStep, Pipeline
-from engines.spec import Clip, OnProgress
+from deployments.stages import Note
+from engines.pipeline import Pipeline
+from engines.spec import Clip
 
 
-def render_locally(endpoint: Endpoint, body: bytes, settings: Settings, on_step: OnStep, on_progress: OnProgress) -> Clip:
-    """The clip for an input as JSON. Raises pydantic's `ValidationError`, and `ModelError` for files that cannot be used."""
+def render_locally(endpoint: Endpoint, body: bytes, settings: Settings, on_note: Callable[[Note], None]) -> Clip:
+    """The clip for an input as JSON. Raises pydantic's `ValidationError`, and `ModelError` for files that cannot be used.
+
+    on_note: is told what a job's log would say.
+    """
     job = endpoint.input.parse(body).resolved()
     with download_folder() as folder:
         media = asyncio.run(fetch_all(job.media(), settings.fetch, folder))
         write_missing_weights(settings)
         pipeline = Pipeline(endpoint.model, settings.model_configs()[endpoint.model])
-        return pipeline.render(job.spec(media), on_step, on_progress)
+        with Pace("preprocess", on_note) as told:
+            conditioning = pipeline.preprocess.encode(job.spec(media), on_progress=told)
+    for warning in conditioning.notes:
+        on_note(Note(warning, "WARN"))
+    with Pace("denoise", on_note) as told:
+        latents = pipeline.denoise.sample(conditioning, on_progress=told)
+    with Pace("decode", on_note) as told:
+        clip: Clip = pipeline.decode.decode(latents, on_progress=told)
+    return clip

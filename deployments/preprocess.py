@@ -7,7 +7,7 @@ from deployments.fetch import download_folder, fetch_all
 from deployments.schemas import Endpoint
 from deployments.settings import FetchSettings
 from deployments.stages import TURN, Done, Note, Stream
-from deployments.threaded import InThread, paced
+from deployments.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, OnProgress, ShouldStop
 
@@ -34,9 +34,9 @@ class Preprocess:
 
             def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
                 spec = parsed.spec(media)  # here, because it may read the files
-                return self.stage.encode(spec, on_progress=paced(tell), should_stop=should_stop)
+                return self.stage.encode(spec, on_progress=tell, should_stop=should_stop)
 
-            async with InThread(encode) as work:
+            async with InThread("preprocess", encode) as work:
                 async for note in work:
                     yield note
         for warning in work.product.notes:

@@ -38,7 +38,7 @@ class Deadlines(_Strict):
     """For one attempt at a job, in seconds.
 
     run_s: from its claim on, waiting for its stages' turns included; past it the job fails as `generation_timeout`.
-    idle_s: without a step or frame noted by a stage whose turn has come; past it the attempt is stopped and counted.
+    idle_s: without progress noted by a stage whose turn has come; past it the attempt is stopped and counted.
     """
 
     run_s: float = Field(7200.0, gt=0)

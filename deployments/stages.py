@@ -8,15 +8,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deployments.progress import StageProgress
 from engines.spec import Clip
 
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the caller's log. level: one of fal's (INFO, WARN, ...)."""
+    """A line for the caller's log. level: one of fal's (INFO, WARN, ...). progress: what the line says, if it is of that."""
 
     message: str
     level: str = "INFO"
+    progress: StageProgress | None = None
 
 
 TURN = Note("")
@@ -46,7 +48,7 @@ class Stages(Protocol):
         ...
 
     async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
-        """The latents, and the seconds; a note for every step."""
+        """The latents, and the seconds."""
         ...
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:

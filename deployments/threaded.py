@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from deployments.pace import Pace
+from deployments.progress import Stage
 from deployments.stages import Note
-from engines.spec import OnProgress, Progress, ShouldStop
-
-NOTE_INTERVAL_S = 1.0
-"""A note is a row in the database, and 240 frames of poses are not worth 240."""
+from engines.spec import OnProgress, ShouldStop
 
 T = TypeVar("T")
 
@@ -25,25 +24,31 @@ T = TypeVar("T")
 class InThread(Generic[T]):
     """`async with` starts the call and ends when its thread has ended; in between it is iterated over for the notes.
 
+    stage: which one the call is of.
     call: takes what it tells its progress to, and what it asks whether to stop. Left before its end (cancelled, closed), the
     call is stopped; left at its end, its error is raised. product, seconds: of the call, once it is left.
     """
 
-    def __init__(self, call: Callable[[OnProgress, ShouldStop], T]):
+    def __init__(self, stage: Stage, call: Callable[[OnProgress, ShouldStop], T]):
+        self._stage: Stage = stage
         self._call = call
         self._stop = threading.Event()
-        self._told: asyncio.Queue[Progress | None] = asyncio.Queue()
+        self._told: asyncio.Queue[Note | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
 
-        def tell(progress: Progress) -> None:
-            loop.call_soon_threadsafe(self._told.put_nowait, progress)
+        def tell(note: Note) -> None:
+            loop.call_soon_threadsafe(self._told.put_nowait, note)
+
+        def call() -> T:
+            with Pace(self._stage, tell) as pace:
+                return self._call(pace, self._stop.is_set)
 
         self._started = time.monotonic()
         # A thread of its own: a few calls of minutes would fill asyncio's pool, and downloads could not be written meanwhile
         thread = ThreadPoolExecutor(1)
-        self._work = loop.run_in_executor(thread, self._call, tell, self._stop.is_set)
+        self._work = loop.run_in_executor(thread, call)
         thread.shutdown(wait=False)  # ends with the call
         self._work.add_done_callback(lambda _: self._told.put_nowait(None))
         return self
@@ -52,9 +57,9 @@ class InThread(Generic[T]):
         return self
 
     async def __anext__(self) -> Note:
-        if (progress := await self._told.get()) is None:
+        if (note := await self._told.get()) is None:
             raise StopAsyncIteration
-        return Note(f"{progress.unit} {progress.done}/{progress.total}")
+        return note
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
@@ -75,17 +80,3 @@ class InThread(Generic[T]):
     def product(self) -> T:
         """What the call returned."""
         return self._work.result()
-
-
-def paced(tell: OnProgress) -> OnProgress:
-    """`tell`, but of each unit's progress only the first, the last and, in between, at most one a second."""
-    told_at: dict[str, float] = {}
-
-    def pace(progress: Progress) -> None:
-        now = time.monotonic()
-        due = progress.unit not in told_at or now - told_at[progress.unit] >= NOTE_INTERVAL_S
-        if due or progress.done == progress.total:
-            told_at[progress.unit] = now
-            tell(progress)
-
-    return pace

@@ -1,6 +1,7 @@
 """A job in fal's words: what submit, status and result say about it. fal-queue-protocol.md, sections 2.1, 2.2 and 2.4."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC
 from typing import Any
 
@@ -49,6 +50,12 @@ def status(job: Job, lines: Iterable[LogLine] | None, queue_url: str) -> dict[st
     return body
 
 
+def last_event_id(headers: Mapping[str, str]) -> int:
+    """The last event that a status stream's caller has seen before; 0: none, or none of ours."""
+    seen = headers.get("last-event-id", "")
+    return int(seen) if re.fullmatch("[0-9]{1,9}", seen) else 0
+
+
 def failure_of(job: Job) -> Failure | None:
     """What the result request answers instead of a result; None if the job did not end without one."""
     if job.state is JobState.CANCELLED:
@@ -75,6 +82,8 @@ def _links(job: Job, queue_url: str) -> dict[str, str]:
     return {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
 
 
-def _log_item(line: LogLine) -> dict[str, str]:
+def _log_item(line: LogLine) -> dict[str, Any]:
+    """fal's four keys and two of ours: the line's number within the request, and its progress for programs, if it has any."""
     timestamp = line.at.astimezone(UTC).isoformat()
-    return {"message": line.message, "level": line.level, "source": "USER", "timestamp": timestamp}
+    item = {"message": line.message, "level": line.level, "source": "USER", "timestamp": timestamp, "seq": line.seq}
+    return item if line.progress is None else item | {"progress": line.progress}

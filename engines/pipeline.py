@@ -19,8 +19,9 @@ class Pipeline:
 
     def latents(self, spec: RenderSpec, on_step: OnStep | None = None, on_progress: OnProgress | None = None) -> Latents:
         """The clip before decoding."""
-        return self.denoise.sample(self.preprocess.encode(spec, on_progress=on_progress), on_step=on_step)
+        conditioning = self.preprocess.encode(spec, on_progress=on_progress)
+        return self.denoise.sample(conditioning, on_step=on_step, on_progress=on_progress)
 
     def render(self, spec: RenderSpec, on_step: OnStep | None = None, on_progress: OnProgress | None = None) -> Clip:
-        """The clip as a file. on_step: of denoising, on_progress: of what is before and after. Raises `ModelError`."""
+        """The clip as a file. on_step: of denoising, on_progress: of all three stages. Raises `ModelError`."""
         return self.decode.decode(self.latents(spec, on_step, on_progress), on_progress=on_progress)

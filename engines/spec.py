@@ -77,11 +77,23 @@ class Clip:
 
 @dataclass(frozen=True)
 class Progress:
-    """done of total: so many units of a stage's work are behind it. unit: one word for the caller's log, e.g. "pose"."""
+    """done of total: so many units of a stage's work are behind it. unit: one word for the caller's log, e.g. "pose".
+
+    within: how far the unit is that is being worked on, e.g. window 5 of 13 of a step.
+    """
 
     unit: str
     done: int
     total: int
+    within: Progress | None = None
+
+    @property
+    def fraction(self) -> float:
+        """How much of the work is behind it, in [0, 1]."""
+        if self.total <= 0:
+            return 1.0
+        begun = 0.0 if self.within is None else self.within.fraction
+        return min(1.0, max(0.0, (self.done + begun) / self.total))
 
 
 OnProgress = Callable[[Progress], None]
@@ -106,6 +118,7 @@ class DenoiseStage(Protocol):
         *,
         resume: Checkpoint | None = None,
         on_step: Callable[[Checkpoint], None] | None = None,
+        on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Latents:
         """Raises `Cancelled` within one UNet call after `should_stop` turns true, `GenerationFailed` on non-finite values."""

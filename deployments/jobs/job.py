@@ -96,12 +96,16 @@ class NewJob:
 
 @dataclass(frozen=True)
 class LogLine:
-    """A line a caller sees. seq: increases within a job. level: one of fal's (INFO, WARN, ERROR, ...)."""
+    """A line a caller sees. seq: 1, 2, 3, ... within a job, over all its attempts. level: one of fal's (INFO, WARN, ERROR, ...).
+
+    progress: what a line of progress says, for programs; see `StageProgress.fields`.
+    """
 
     seq: int
     at: datetime
     level: str
     message: str
+    progress: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,18 @@ class Listener:
             await asyncio.wait([self._task])
 
     @contextmanager
-    def subscribed(self, subject: str) -> Iterator[Changes]:
-        """Hears everything said about `subject` from now on, until left."""
+    def subscribed(self, *subjects: str) -> Iterator[Changes]:
+        """Hears everything said about any of the subjects from now on, until left."""
         changes = Changes()
-        self._subscribers[subject].add(changes)
+        for subject in subjects:
+            self._subscribers[subject].add(changes)
         try:
             yield changes
         finally:
-            self._subscribers[subject].discard(changes)
-            if not self._subscribers[subject]:
-                del self._subscribers[subject]
+            for subject in subjects:
+                self._subscribers[subject].discard(changes)
+                if not self._subscribers[subject]:
+                    del self._subscribers[subject]
 
     def _hear(self, connection: asyncpg.Connection, pid: int, channel: str, subject: str) -> None:
         for changes in self._subscribers.get(subject, ()):

@@ -57,7 +57,7 @@ SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_
     priority, turn, number,
     CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS ahead,
     CASE WHEN after IS NOT NULL THEN ARRAY(
-        SELECT ROW(seq, at, level, message) FROM job_logs WHERE job_id = jobs.id AND seq > after ORDER BY seq
+        SELECT ROW(seq, at, level, message, progress) FROM job_logs WHERE job_id = jobs.id AND seq > after ORDER BY seq
     ) END AS lines
 FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS asked (id, after, place) JOIN jobs ON jobs.id = asked.id
 
@@ -99,16 +99,17 @@ WHERE id = $1 AND token = $2 AND state = 'running'
 RETURNING cancel_requested
 
 -- name: log
--- Adds a line. The lock keeps the attempt from ending under it, and makes the order of `seq` the order of commits, so that a
--- reader who asks for the lines after one misses none. Not flushed to disk: a crash may cost the last lines, never a job.
-WITH relaxed AS (
-    SELECT set_config('synchronous_commit', 'off', true)
-), attempt AS (
-    SELECT id FROM jobs, relaxed WHERE id = $1 AND token = $2 AND state = 'running' FOR NO KEY UPDATE OF jobs
+-- Adds a line, unless the log is full, and answers whether it did. The lock keeps the attempt from ending under it, and makes the
+-- order of `seq` the order of commits, so that a reader who asks for the lines after one misses none. On disk before anyone reads
+-- it: were lines lost in a crash, others would take their numbers, and a reader who has seen those would miss them.
+WITH attempt AS (
+    SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = 'running' FOR NO KEY UPDATE
 ), line AS (
-    INSERT INTO job_logs (job_id, level, message) SELECT id, $3, $4 FROM attempt RETURNING job_id
+    INSERT INTO job_logs (job_id, level, message, progress) SELECT id, $3, $4, $5 FROM attempt RETURNING job_id
+), told AS (
+    SELECT job_id, pg_notify('reelray', 'lines ' || job_id) FROM line
 )
-SELECT pg_notify('reelray', job_id::text) FROM line
+SELECT told.job_id IS NOT NULL AS added FROM attempt LEFT JOIN told ON told.job_id = attempt.id
 
 -- name: close
 -- Ends a job with its outcome; answers a row also to the same attempt that asks again because it lost the answer.

@@ -45,6 +45,8 @@ EXPIRY_BATCH = 100
 """What is deleted in one transaction: an input may be megabytes, and a file a round trip to an object store."""
 TOGETHER_BYTES = 65_536
 """An input above this is submitted by itself: it takes its time, and nobody else should wait for it."""
+MAX_MESSAGE = 2000
+"""Characters of a log line; longer ones are cut."""
 UNSTORED_S = 3600.0
 """For fetching the result of a job whose payloads are not to be stored; fal gives the same (protocol page 2.4)."""
 
@@ -279,8 +281,14 @@ class JobStore:
 
     @asynccontextmanager
     async def watch(self, job_id: UUID) -> AsyncIterator[Changes]:
-        """Hears every change and log line of a job from now on, so read the job after entering, and again after each."""
+        """Hears every change of a job from now on, so read the job after entering, and again after each."""
         with self._listener.subscribed(str(job_id)) as changes:
+            yield changes
+
+    @asynccontextmanager
+    async def watch_lines(self, job_id: UUID) -> AsyncIterator[Changes]:
+        """Hears every change and log line of a job from now on."""
+        with self._listener.subscribed(str(job_id), f"lines {job_id}") as changes:
             yield changes
 
     # For the dispatcher.
@@ -311,9 +319,13 @@ class JobStore:
         cancel_requested: bool = _held(rows)[0]["cancel_requested"]
         return cancel_requested
 
-    async def log(self, claim: Claim, message: str, level: str = "INFO") -> None:
-        """Adds a line for the caller. Raises `LeaseLost`."""
-        _held(await self._fetch("log", claim.job_id, claim.token, level, _storable(message)))
+    async def log(self, claim: Claim, message: str, level: str = "INFO", progress: Mapping[str, Any] | None = None) -> bool:
+        """Adds a line for the caller. False: the log is full, having 2,000 lines and one that says so. Raises `LeaseLost`."""
+        if len(message) > MAX_MESSAGE:
+            message = message[: MAX_MESSAGE - 1] + "…"
+        rows = await self._fetch("log", claim.job_id, claim.token, level, _storable(message), progress)
+        added: bool = _held(rows)[0]["added"]
+        return added
 
     async def succeed(self, claim: Claim, result: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Closes the job with its result. Raises `LeaseLost`."""

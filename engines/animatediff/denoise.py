@@ -19,7 +19,7 @@ from engines.animatediff.spec import AnimateDiffConditioning, ControlType, Spars
 from engines.animatediff.unet import Residuals
 from engines.errors import Cancelled, GenerationFailed
 from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
-from engines.spec import Checkpoint, Latents
+from engines.spec import Checkpoint, Latents, OnProgress, Progress
 from engines.weights import torch_dtype
 
 
@@ -46,17 +46,21 @@ class Denoise:
         *,
         resume: Checkpoint | None = None,
         on_step: Callable[[Checkpoint], None] | None = None,
+        on_progress: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Latents:
         """The clip's latents, (1, 4, F, h, w).
 
         on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
+        on_progress: called before the first step and after each.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
         run = _Run(self, conditioning, should_stop or (lambda: False))
         start = resume or self._start(conditioning)
         generator = restored_generator(start.rng_state)
         x = start.latents.to(self.config.device)
+        if on_progress is not None:
+            on_progress(Progress("step", start.step, start.steps))
         for i in range(start.step, start.steps):
             t, t_next = run.timesteps[i], run.timesteps[i + 1] if i + 1 < start.steps else None
             output = run.predict(x, i)
@@ -64,6 +68,8 @@ class Denoise:
             x = lcm_step(self.schedule, x, output, t, t_next, noise)
             if on_step is not None:
                 on_step(Checkpoint(i + 1, start.steps, x.cpu(), generator.get_state()))
+            if on_progress is not None:
+                on_progress(Progress("step", i + 1, start.steps))
         if not x.isfinite().all():
             raise GenerationFailed
         return Latents(x.cpu(), conditioning.seed)

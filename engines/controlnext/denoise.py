@@ -20,7 +20,7 @@ from engines.controlnext.unet import Control
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.errors import GenerationFailed
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
-from engines.spec import Checkpoint, ShouldStop
+from engines.spec import Checkpoint, OnProgress, Progress, ShouldStop
 from engines.stopping import check
 from engines.weights import torch_dtype
 
@@ -45,11 +45,13 @@ class Denoise:
         *,
         resume: Checkpoint | None = None,
         on_step: Callable[[Checkpoint], None] | None = None,
+        on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> ControlNeXtLatents:
         """The video's latents, (1, 4, N, h, w).
 
         on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
+        on_progress: called before the first step, after each, and after each of its windows but the last.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
         run = _Run(self, conditioning, should_stop or (lambda: False))
@@ -57,14 +59,18 @@ class Denoise:
         if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
             raise ValueError("the checkpoint is another request's")
         x = start.latents[0].transpose(0, 1).to(self.config.device)  # (N, 4, h, w)
+        if on_progress is not None:
+            on_progress(Progress("step", start.step, start.steps))
         for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
             if i < start.step:
                 continue
-            x = euler_step(x, run.predict(x, i), sigma, sigma_next)
+            x = euler_step(x, run.predict(x, i, on_progress), sigma, sigma_next)
             if not x.isfinite().all():
                 raise GenerationFailed
             if on_step is not None:
                 on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
+            if on_progress is not None:
+                on_progress(Progress("step", i + 1, start.steps))
         return ControlNeXtLatents(_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
 
     def _start(self, conditioning: ControlNeXtConditioning) -> Checkpoint:
@@ -97,14 +103,16 @@ class _Run:
         # a scale of 0 adds nothing, so the control net need not run
         self.maps = ControlMaps(stage, conditioning.poses, times, should_stop) if self.control_scale else None
 
-    def predict(self, x: Tensor, i: int) -> Tensor:
+    def predict(self, x: Tensor, i: int, on_progress: OnProgress | None = None) -> Tensor:
         """The guided velocity at step i, averaged over the windows. x: (N, 4, h, w)."""
         scaled = (x / (self.sigmas[i] ** 2 + 1) ** 0.5).to(self.stage.dtype)
         maps = None if self.maps is None else self.maps.at_step(i)
         total = torch.zeros_like(x)
-        for window in self.windows:
+        for done, window in enumerate(self.windows, start=1):
             velocity = self._guided(scaled[window.start : window.stop], maps, window, i)
             total[window.start + window.first_counted : window.stop] += velocity[window.first_counted :]
+            if on_progress is not None and done < len(self.windows):
+                on_progress(Progress("step", i, len(self.sigmas) - 1, Progress("window", done, len(self.windows))))
         return total / self.counts
 
     def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from deployments.cli import app, how_far, read_input
+from deployments.cli import app, read_input
 from deployments.jobs.job import NewJob
 from deployments.jobs.outbox import Outbox
 from deployments.jobs.postgres import visited
@@ -47,7 +47,9 @@ def test_render_writes_a_video_without_a_service(tmp_path: Path, demo_settings: 
     args = {"home": str(demo_settings.home), "animatediff": {"threads": 1}}
     done = run("render", "animatediff-sparsectrl-lcm", "--input", job, "--out", out, "--config", config(tmp_path, **args))
     assert done.exit_code == 0, done.output
-    assert "16 frames, 64x64, seed 5" in done.output
+    assert "16 frames, 64x64, seed 5" in done.stdout
+    shown = [line.partition(",")[0] for line in done.stderr.splitlines()]
+    assert shown == ["loading the model", *(f"denoise: step {done}/4" for done in range(5))]
     with av.open(str(out)) as container:
         assert len(list(container.decode(video=0))) == 16
 
@@ -56,7 +58,7 @@ def test_render_names_what_is_wrong_with_the_input(tmp_path: Path):
     job = job_file(tmp_path, prompt="a", num_inference_steps=0, keyframe_0_index=3)
     done = run("render", "animatediff-sparsectrl-lcm", "--input", job, "--out", tmp_path / "v.mp4", "--config", config(tmp_path))
     assert done.exit_code == 1
-    assert done.stderr == "body.num_inference_steps: Input should be greater than or equal to 1\n"
+    assert done.stderr.splitlines()[-1] == "body.num_inference_steps: Input should be greater than or equal to 1"
 
 
 def test_an_input_that_is_no_json_is_said_to_be_none(tmp_path: Path):
@@ -91,14 +93,6 @@ def test_files_beside_the_input_become_data_uris_and_other_strings_stay(tmp_path
         "keyframe_1_image_url": "https://a.example/x.png",
         "keyframe_2_image_url": long_uri,
     }
-
-
-@pytest.mark.parametrize(
-    ("line", "shown"),
-    [("step 2/4", (2, 4)), ("pose 31/240", (31, 240)), ("prompt cut to its first 75 of 120 tokens", (0, None)), ("", (0, None))],
-)
-def test_the_bar_follows_every_unit_of_work(line: str, shown: tuple[int, int | None]):
-    assert how_far(line) == shown
 
 
 def test_demo_weights_are_written(tmp_path: Path):

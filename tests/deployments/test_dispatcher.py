@@ -9,10 +9,12 @@ import pytest
 from deployments.dispatcher import Dispatcher
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore, StoreAway
+from deployments.progress import StageProgress
 from deployments.settings import QueueSettings, Settings
-from deployments.stages import Stages
+from deployments.stages import Note, OnNote, Stages
 from deployments.storage import FileStore
 from engines.errors import FileDownloadError, RunnerDisconnected
+from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
 
@@ -55,8 +57,8 @@ async def ended(store: JobStore, job_id: UUID) -> Job:
 
 
 async def started(store: JobStore, job_id: UUID, line: str = "step 1/") -> None:
-    async with asyncio.timeout(20), store.watch(job_id) as changes:
-        while not any(logged.message.startswith(line) for logged in await store.logs(job_id)):
+    async with asyncio.timeout(20), store.watch_lines(job_id) as changes:
+        while not any(line in logged.message for logged in await store.logs(job_id)):
             await changes.changed(0.2)
 
 
@@ -75,8 +77,11 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     name = job.result["video"]["url"].removeprefix("/files/")
     assert await files.size(name) == job.result["video"]["file_size"] > 1000
     assert job.metrics["inference_time"] > 0
-    lines = [(line.level, line.message) for line in await store.logs(job_id)]
-    assert lines == [("WARN", "prompt cut to its first 75 of 120 tokens"), *(("INFO", f"step {i}/4") for i in range(1, 5))]
+    lines = await store.logs(job_id)
+    assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
+    assert (lines[0].level, lines[0].message) == ("WARN", "prompt cut to its first 75 of 120 tokens")
+    assert [line.message.partition(",")[0] for line in lines[1:]] == [f"denoise: step {i}/4" for i in range(5)]
+    assert [line.progress and line.progress["step"]["done"] for line in lines] == [None, 0, 1, 2, 3, 4]
 
 
 async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore, local_stages: LocalStages):
@@ -334,10 +339,10 @@ async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: J
     async with dispatching(store, files, stages):
         job_id = await submit(store)
         await started(store, job_id)
+        stages.act = nothing  # of the attempts after this one
         monkeypatch.setattr(store, "heartbeat", _away)  # the network between the dispatcher and the store is cut
         await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
         monkeypatch.undo()
-        stages.act = nothing
         job = await ended(store, job_id)
         await asyncio.sleep(0.1)
         assert not stages.running, "the lost attempt has stopped"
@@ -372,3 +377,64 @@ async def test_two_dispatchers_share_the_work_and_do_each_job_once(store: JobSto
         for job in [await submit(store, seed=seed) for seed in range(30)]:
             assert (await ended(store, job)).state is JobState.SUCCEEDED
     assert sorted(done) == list(range(30))
+
+
+class ChattyStages(ScriptedStages):
+    """Denoising notes a hundred thousand times, half of it progress and half warnings, and then does as `act` says."""
+
+    notes = 100_000
+
+    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+        for k in range(self.notes // 2):
+            progress = StageProgress("denoise", Progress("step", k, self.notes // 2))
+            await on_note(Note(progress.message, progress=progress))
+            await on_note(Note(f"warning {k}", "WARN"))
+            if k % 100 == 0:
+                await asyncio.sleep(0)  # as every note from another process would
+        return await super().denoise(conditioning, on_note)
+
+
+async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: JobStore, files: FileStore):
+    chatty, calm = "fal-ai/controlnext", ENDPOINT
+    stages: dict[str, Stages] = {chatty: ChattyStages(nothing), calm: ScriptedStages(nothing)}
+    dispatcher = asyncio.create_task(Dispatcher(store, files, stages, QUICK).run())
+    loud = (await store.submit(NewJob(endpoint=chatty, input=INPUT, max_attempts=1))).id
+    await until(store, loud, lambda job: job.attempt == 1)
+    for _ in range(3):
+        assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
+    assert (await ended(store, loud)).state is JobState.SUCCEEDED, "in one attempt, within the test's patience"
+    lines = await store.logs(loud)
+    assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
+    assert len(lines) <= 2001
+    of_progress = [line.progress["step"]["done"] for line in lines if line.progress]
+    assert of_progress[0] == 0
+    assert of_progress == sorted(of_progress)
+    assert len(of_progress) < 60
+    dispatcher.cancel()
+    await asyncio.wait([dispatcher])
+
+
+async def test_notes_that_are_not_written_keep_an_attempt_from_standing_still(store: JobStore, files: FileStore):
+    class Steady(ScriptedStages):
+        async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+            for k in range(200):
+                await on_note(Note("", progress=StageProgress("denoise", Progress("step", k, 200))))
+                await asyncio.sleep(0.01)
+            return conditioning, 0.5
+
+    async with dispatching(store, files, Steady(nothing), with_deadlines(idle_s=1.0)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+
+
+async def test_a_retried_job_goes_on_in_the_same_log(store: JobStore, files: FileStore):
+    deaths = iter([RunnerDisconnected()])
+
+    async def die_once(_: dict[str, Any]) -> None:
+        if death := next(deaths, None):
+            raise death
+
+    async with dispatching(store, files, ScriptedStages(die_once)):
+        job_id = await submit(store)
+        assert (await ended(store, job_id)).attempt == 2
+    assert [(line.seq, line.message) for line in await store.logs(job_id)] == [(1, "step 1/1"), (2, "step 1/1")]

@@ -354,7 +354,8 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
     await store.log(claim, "step 1/4")
     code, body = await status()
     [line] = body["logs"]
-    assert (code, line["message"], line["level"], line["source"]) == (202, "step 1/4", "INFO", "USER")
+    assert (code, line["message"], line["level"], line["source"], line["seq"]) == (202, "step 1/4", "INFO", "USER", 1)
+    assert "progress" not in line
     assert line["timestamp"].endswith("+00:00")
 
     await store.succeed(claim, {"video": {"url": "/files/x/video.mp4"}, "seed": 1}, {"inference_time": 2.5})

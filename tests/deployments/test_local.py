@@ -8,23 +8,27 @@ import pytest
 from deployments.local import render_locally
 from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
-from engines.spec import Checkpoint, Progress
+from engines.spec import Progress
 from tests.fakes import CLIP, ENDPOINT
 
 
 def test_the_progress_of_every_stage_is_told_and_the_files_are_gone_afterwards(
     tmp_path: Path, demo_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
-    told: list[Any] = []
-    checkpoint: Any = Checkpoint(1, 1, None, None)  # type: ignore[arg-type]
+    told: list[str] = []
+    files: list[bytes] = []
+
+    class Conditioned:
+        notes = ("the prompt was cut",)
 
     class Stages:
-        def encode(self, spec: Any, *, on_progress: Any) -> None:
-            told.append([path.read_bytes() for path in tmp_path.glob("*/*")])
+        def encode(self, spec: Any, *, on_progress: Any) -> Conditioned:
+            files.extend(path.read_bytes() for path in tmp_path.glob("*/*"))
             on_progress(Progress("pose", 1, 1))
+            return Conditioned()
 
-        def sample(self, conditioning: Any, *, on_step: Any) -> None:
-            on_step(checkpoint)
+        def sample(self, conditioning: Any, *, on_progress: Any) -> None:
+            on_progress(Progress("step", 0, 4, Progress("window", 1, 2)))
 
         def decode(self, latents: Any, *, on_progress: Any) -> Any:
             on_progress(Progress("frame", 1, 1))
@@ -33,7 +37,15 @@ def test_the_progress_of_every_stage_is_told_and_the_files_are_gone_afterwards(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("engines.pipeline.build_stage", lambda *_: Stages())
     job = {"prompt": "a", "keyframe_0_image_url": "data:;base64,aGk=", "keyframe_0_index": 0}
-    clip = render_locally(ENDPOINTS[ENDPOINT], json.dumps(job).encode(), demo_settings, told.append, told.append)
+    clip = render_locally(
+        ENDPOINTS[ENDPOINT], json.dumps(job).encode(), demo_settings, lambda note: told.append(f"{note.level} {note.message}")
+    )
     assert clip is CLIP
-    assert told == [[b"hi"], Progress("pose", 1, 1), checkpoint, Progress("frame", 1, 1)]
+    assert files == [b"hi"]
+    assert told == [
+        "INFO preprocess: pose 1/1",
+        "WARN the prompt was cut",
+        "INFO denoise: step 0/4, window 1/2",
+        "INFO decode: frame 1/1",
+    ]
     assert list(tmp_path.iterdir()) == []

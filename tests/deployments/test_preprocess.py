@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deployments.preprocess import Preprocess
+from deployments.progress import StageProgress
 from deployments.schemas import ENDPOINTS
 from deployments.settings import FetchSettings, Settings
 from deployments.stages import TURN, Done, Note, Stream
@@ -64,7 +65,8 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
 
     turn, *notes, done, product = await listen(replica(Stage()).run(INPUT))
     assert turn == TURN
-    assert notes == [Note("pose 1/1"), Note("the prompt was cut", "WARN")]
+    progress = StageProgress("preprocess", Progress("pose", 1, 1))
+    assert notes == [Note("preprocess: pose 1/1", progress=progress), Note("the prompt was cut", "WARN")]
     assert isinstance(done, Done)
     assert isinstance(product, Conditioned)
     assert seen == [b"hi"]
@@ -78,7 +80,7 @@ async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
     stage = EndlessStage()
     stream = replica(stage).run(INPUT)
     assert await anext(stream) == TURN
-    assert (await anext(stream)).message == "frame 1/1000000"
+    assert (await anext(stream)).message == "preprocess: frame 1/1000000"
     assert stage.running
     assert downloads(temporary) == [b"hi"]
     if how == "cancelled":

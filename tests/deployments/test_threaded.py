@@ -6,13 +6,14 @@ import weakref
 
 import pytest
 
-from deployments.threaded import InThread, paced
+from deployments.pace import BURST
+from deployments.threaded import InThread
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import OnProgress, Progress, ShouldStop
 
 
 async def notes(work: InThread[object]) -> list[str]:
-    return [note.message async for note in work]
+    return [note.message.partition(", ")[0] async for note in work]
 
 
 async def test_progress_comes_as_notes_and_the_product_after_it() -> None:
@@ -21,13 +22,13 @@ async def test_progress_comes_as_notes_and_the_product_after_it() -> None:
             tell(Progress("pose", done, 3))
         return threading.current_thread().name
 
-    async with InThread(count) as work:
-        assert await notes(work) == ["pose 1/3", "pose 2/3", "pose 3/3"]
+    async with InThread("preprocess", count) as work:
+        assert await notes(work) == ["preprocess: pose 1/3", "preprocess: pose 2/3", "preprocess: pose 3/3"]
     assert work.product != threading.current_thread().name
 
 
 async def test_the_seconds_are_those_of_the_call() -> None:
-    async with InThread(lambda tell, should_stop: time.sleep(0.05)) as work:
+    async with InThread("preprocess", lambda tell, should_stop: time.sleep(0.05)) as work:
         assert await notes(work) == []
     assert 0.05 <= work.seconds < 5
 
@@ -40,9 +41,9 @@ async def test_an_error_is_raised_after_the_last_note() -> None:
         raise GenerationFailed
 
     with pytest.raises(GenerationFailed):
-        async with InThread(fail) as work:
+        async with InThread("preprocess", fail) as work:
             seen = await notes(work)
-    assert seen == ["pose 1/3"]
+    assert seen == ["preprocess: pose 1/3"]
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
@@ -61,7 +62,7 @@ async def test_what_a_failed_or_cancelled_call_held_is_free_at_once(end: str) ->
         raise Cancelled if end == "cancelled" else GenerationFailed
 
     async def call() -> None:
-        async with InThread(work_on) as work:
+        async with InThread("preprocess", work_on) as work:
             async for _ in work:
                 if end == "cancelled":
                     task.cancel()
@@ -89,7 +90,7 @@ async def test_a_cancelled_call_is_stopped_and_waited_for() -> None:
     started = asyncio.Event()
 
     async def listen() -> None:
-        async with InThread(work_on) as work:
+        async with InThread("preprocess", work_on) as work:
             async for _ in work:
                 started.set()
 
@@ -106,7 +107,7 @@ async def test_calls_leave_asyncios_own_threads_to_others() -> None:
     all_at_work = threading.Barrier(51, timeout=10)
     async with asyncio.TaskGroup() as group:
         for _ in range(50):  # asyncio has 32 at most
-            group.create_task(listen_to(InThread(lambda tell, should_stop: all_at_work.wait())))
+            group.create_task(listen_to(InThread("preprocess", lambda tell, should_stop: all_at_work.wait())))
         await asyncio.to_thread(all_at_work.wait)
 
 
@@ -115,13 +116,11 @@ async def listen_to(call: InThread[object]) -> None:
         await notes(call)
 
 
-def test_of_much_progress_only_the_first_the_last_and_one_a_second_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Progress] = []
-    tell = paced(told.append)
-    for done in range(1, 241):
-        monkeypatch.setattr(time, "monotonic", lambda now=1000 + done / 80: now)  # 80 a second, 3 s
-        tell(Progress("pose", done, 240))
-        if done <= 2:
-            tell(Progress("face", done, 2))
-    assert [progress.done for progress in told if progress.unit == "pose"] == [1, 81, 161, 240]
-    assert [progress.done for progress in told if progress.unit == "face"] == [1, 2], "each unit has its own pace"
+async def test_a_chatty_call_neither_fills_the_memory_nor_keeps_others_waiting() -> None:
+    def chat(tell: OnProgress, should_stop: ShouldStop) -> None:
+        for _ in range(100_000):
+            tell(Progress("pose", 67, 67))
+
+    async with InThread("preprocess", chat) as work:
+        told = await notes(work)
+    assert len(told) <= BURST + work.seconds + 2

@@ -105,9 +105,14 @@ async def test_the_page_code_renders_a_driven_clip(
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.width, stream.height) == (12, 256, 256)
         assert len(list(container.decode(video=0))) == 1 + CLIP_FRAMES
-    told = [line["message"] for line in done.updates[-1]["logs"]]
-    assert [line for line in told if line.startswith("step")] == ["step 1/2", "step 2/2"]
-    assert f"pose {CLIP_FRAMES}/{CLIP_FRAMES}" in told
+    lines = done.updates[-1]["logs"]
+    assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
+    told = [line["progress"] for line in lines]
+    assert [progress["step"]["done"] for progress in told if "step" in progress and "window" not in progress] == [0, 1, 2]
+    assert {"done": CLIP_FRAMES, "total": CLIP_FRAMES} in [progress.get("pose") for progress in told]
+    assert {"done": 1 + CLIP_FRAMES, "total": 1 + CLIP_FRAMES} in [progress.get("frame") for progress in told]
+    stages = [progress["stage"] for progress in told]
+    assert stages == sorted(stages, key=["preprocess", "denoise", "decode"].index)
 
 
 def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Service, client: QueueClient, folder: Path, media: str):
@@ -176,9 +181,9 @@ def test_a_running_job_is_cancelled_within_one_call_of_a_net(client: QueueClient
     urls = {"image_url": f"{media}/image.png", "video_url": f"{media}/clip.mp4"}
     request_id = client.submit(ENDPOINT, SMALL | urls | {"num_inference_steps": 50})
     for status in client.follow(ENDPOINT, request_id):
-        if any(line["message"].startswith("step") for line in status["logs"] or ()):
+        if any("step" in line["progress"] for line in status["logs"] or ()):
             break
     client.cancel(ENDPOINT, request_id)
     status = finished(client, request_id)
     assert status["error_type"] == "client_cancelled"
-    assert len([line for line in status["logs"] if line["message"].startswith("step")]) < 50
+    assert status["logs"][-1]["progress"]["step"]["done"] < 50

@@ -59,7 +59,7 @@ def finished(client: QueueClient, request_id: str) -> dict:
 
 def wait_for_step(client: QueueClient, request_id: str, unit: str = "step") -> None:
     for status in client.follow(ENDPOINT, request_id):
-        if any(line["message"].startswith(unit) for line in status["logs"] or ()):
+        if any(unit in line.get("progress", ()) for line in status["logs"] or ()):
             return
 
 
@@ -68,7 +68,9 @@ async def test_the_page_code_renders_a_playable_video(service: Service, page_cli
     done = await page("subscribe", ENDPOINT, input=demo_inputs()[ENDPOINT])
     assert done.error is None
     assert done.value["data"]["seed"] == 42
-    assert [line["message"] for line in done.updates[-1]["logs"]] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    lines = done.updates[-1]["logs"]
+    assert [line["message"].partition(",")[0] for line in lines] == [f"denoise: step {i}/4" for i in range(5)]
+    assert [line["seq"] for line in lines] == [1, 2, 3, 4, 5]
     assert done.updates[-1]["metrics"]["inference_time"] > 0
     video = done.value["data"]["video"]
     mp4 = await asyncio.to_thread(lambda: httpx.get(video["url"]).content)
@@ -110,7 +112,10 @@ async def test_the_status_stream_passes_through_serve_as_it_happens(service: Ser
     done = await page_client(service.url)("subscribe", ENDPOINT, input=LONG, mode="streaming")
     assert done.error is None
     assert len([update for update in done.updates if update["status"] == "IN_PROGRESS"]) > 3
-    assert [line["message"] for line in done.updates[-1]["logs"]] == [f"step {i}/40" for i in range(1, 41)]
+    steps = [line["progress"]["step"]["done"] for line in done.updates[-1]["logs"]]
+    assert (steps[0], steps[-1]) == (0, 40)
+    assert steps == sorted(set(steps))
+    assert len(steps) > 10
 
 
 def test_the_command_line_submits_watches_and_keeps_the_video(service: Service, tmp_path: Path):
@@ -130,6 +135,7 @@ def test_the_command_line_submits_watches_and_keeps_the_video(service: Service, 
     done = subprocess.run([REELRAY, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert '"seed": 9' in done.stdout
+    assert "denoise: step 4/4" in done.stderr
     with av.open(str(out)) as container:
         assert len(list(container.decode(video=0))) == 16
 

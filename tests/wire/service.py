@@ -9,9 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
+from deployments.progress import StageProgress
 from deployments.schemas import error_failure
 from deployments.storage import FileStore
 from engines.errors import ImageLoadError
+from engines.spec import Progress
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 VIDEO = b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 8
@@ -106,7 +108,8 @@ async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float
     step = 0
     while step < 4 or claim.input["prompt"] == "endless":
         step += 1
-        await store.log(claim, f"step {step}/4")
+        progress = StageProgress("denoise", Progress("step", step, 4))
+        await store.log(claim, f"step {step}/4", progress=progress.fields())
         await asyncio.sleep(step_s)
         job = await store.get(claim.job_id)
         if job is None or job.cancel_requested:

@@ -34,6 +34,8 @@ async def test_subscribe(client: fal_client.AsyncClient, store: JobStore, files:
     assert isinstance(done, fal_client.Completed)
     assert done.logs is not None
     assert [item["message"] for item in done.logs] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    assert [item["seq"] for item in done.logs] == [1, 2, 3, 4]
+    assert [item["progress"]["step"] for item in done.logs] == [{"done": done, "total": 4} for done in range(1, 5)]
     assert done.metrics == {"inference_time": 0.2}
 
 

@@ -179,8 +179,9 @@ class Model:
         job.lease_until = self.now + lease_s
         return job.cancel_requested
 
-    def log(self, claim: Claim, message: str) -> None:
+    def log(self, claim: Claim, message: str) -> bool:
         self._held(claim).logs.append(message)
+        return True
 
     def close(self, claim: Claim, state: JobState, error_type: str | None) -> None:
         job = self.jobs.get(claim.job_id)

@@ -98,7 +98,7 @@ async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store
     assert (await store.submit(NEW)).position == 20
     claim = await store.claim([NEW.endpoint], 60)
     assert claim is not None
-    async with store.watch(claim.job_id) as changes:
+    async with store.watch_lines(claim.job_id) as changes:
         for _ in range(50):  # the listener takes a moment to come back
             await store.log(claim, "still here")
             if await changes.changed(0.2):

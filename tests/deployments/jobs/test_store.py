@@ -357,6 +357,57 @@ async def test_log_lines_come_in_order_and_only_new_ones_when_asked(store: JobSt
     assert await store.logs(job.id, after=second.seq) == []
 
 
+async def test_lines_are_counted_within_their_job_over_all_its_attempts(store: JobStore) -> None:
+    job, first = await running(store)
+    await store.log(first, "one")
+    _, beside = await running(store)
+    await store.log(beside, "another job's")
+    await store.requeue(first, "the runner died", counted=True)
+    again = await claimed(store)
+    await store.log(again, "two", progress={"stage": "denoise", "step": {"done": 1, "total": 4}, "eta_s": None})
+    one, two = await store.logs(job.id)
+    assert [(line.seq, line.message) for line in (one, two)] == [(1, "one"), (2, "two")]
+    assert (one.progress, two.progress) == (None, {"stage": "denoise", "step": {"done": 1, "total": 4}, "eta_s": None})
+    assert [line.seq for line in await store.logs(beside.job_id)] == [1]
+
+
+async def test_lines_written_at_once_have_numbers_of_their_own(store: JobStore) -> None:
+    job, claim = await running(store)
+    said = {f"line {k}" for k in range(50)}
+    await asyncio.gather(*(store.log(claim, message) for message in said))
+    lines = await store.logs(job.id)
+    assert [line.seq for line in lines] == list(range(1, 51))
+    assert {line.message for line in lines} == said
+
+
+async def test_a_log_that_is_full_says_so_once_and_takes_no_more(store: JobStore, sql: asyncpg.Connection) -> None:
+    job, claim = await running(store)
+    await sql.execute(
+        "INSERT INTO job_logs (job_id, level, message) SELECT $1, 'INFO', 'line ' || k FROM generate_series(1, 1999) AS k", job.id
+    )
+    assert await store.log(claim, "the last one") is True
+    assert await store.log(claim, "one too many", progress={"stage": "denoise"}) is True
+    for _ in range(3):
+        assert await store.log(claim, "and more") is False
+    lines = await store.logs(job.id)
+    assert [line.seq for line in lines] == list(range(1, 2002))
+    assert lines[-2].message == "the last one"
+    assert (lines[-1].level, lines[-1].message, lines[-1].progress) == (
+        "WARN",
+        "this log is full: lines after its first 2000 are not kept",
+        None,
+    )
+    await store.requeue(claim, "the runner died", counted=True)
+    assert await store.log(await claimed(store), "of the next attempt") is False
+
+
+async def test_a_long_line_is_cut(store: JobStore) -> None:
+    job, claim = await running(store)
+    await store.log(claim, "x" * 2000)
+    await store.log(claim, "x" * 1_000_000)
+    assert [line.message for line in await store.logs(job.id)] == ["x" * 2000, "x" * 1999 + "…"]
+
+
 async def test_number_that_json_cannot_say_is_refused_before_it_is_written(store: JobStore) -> None:
     job, claim = await running(store)
     with pytest.raises(asyncpg.DataError):
@@ -517,21 +568,24 @@ async def test_state_change_and_its_webhook_stand_or_fall_together(store: JobSto
 # Waiting.
 
 
-async def test_watch_wakes_on_a_log_line_and_on_every_change(store: JobStore) -> None:
+async def test_watch_wakes_on_every_change_and_where_asked_to_on_lines(store: JobStore) -> None:
     job, claim = await running(store)
     other = await store.submit(NEW)
-    async with store.watch(job.id) as changes:
+    async with store.watch(job.id) as changes, store.watch_lines(job.id) as lines_too:
         await store.log(claim, "line")
-        assert await changes.changed(5)
+        assert await lines_too.changed(5)
+        assert not await changes.changed(0.05)
         await store.succeed(claim, {}, {})
         assert await changes.changed(5)
+        assert await lines_too.changed(5)
         await store.request_cancel(other.id)
         assert not await changes.changed(0.05)
+        assert not await lines_too.changed(0.05)
 
 
 async def test_watch_hears_what_happened_between_two_waits(store: JobStore) -> None:
     job, claim = await running(store)
-    async with store.watch(job.id) as first, store.watch(job.id) as second:
+    async with store.watch_lines(job.id) as first, store.watch_lines(job.id) as second:
         await store.log(claim, "one")
         assert await first.changed(5)
         assert await second.changed(5)
@@ -554,7 +608,7 @@ async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
 
 async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store)
-    async with store.watch(job.id) as changes:
+    async with store.watch_lines(job.id) as changes:
         others = "datname = current_database() AND pid <> pg_backend_pid()"
         await sql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         await store.log(claim, "said while nobody listened")
@@ -600,6 +654,38 @@ async def test_migration_that_was_written_beside_a_later_one_is_applied_after_it
     await migrate(url)
     await execute(url, "SELECT b, c FROM a")
     await execute(postgres, "DROP DATABASE branched WITH (FORCE)")
+
+
+async def test_lines_of_the_version_before_are_counted_within_their_jobs(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await execute(postgres, "CREATE DATABASE upgraded")
+    url = of_database(postgres, "upgraded")
+    folder = _RESOURCES.joinpath("migrations")
+    (tmp_path / "migrations").mkdir()
+    for file in folder.iterdir():
+        if file.name < "0009":
+            (tmp_path / "migrations" / file.name).write_text(file.read_text())
+    with monkeypatch.context() as before:
+        before.setattr("deployments.jobs.store._RESOURCES", tmp_path)
+        await migrate(url)
+    connection = await asyncpg.connect(url)
+    jobs = [uuid4(), uuid4()]
+    for job_id in jobs:
+        columns = "id, endpoint, priority, turn, state, input, max_attempts"
+        await connection.execute(f"INSERT INTO jobs ({columns}) VALUES ($1, 'e', 0, 0, 'queued', '{{}}', 1)", job_id)
+    for k in range(7):
+        await connection.execute(
+            "INSERT INTO job_logs (job_id, level, message) VALUES ($1, 'INFO', $2)", jobs[k % 2], f"line {k}"
+        )
+    await migrate(url)
+    await connection.execute("INSERT INTO job_logs (job_id, level, message) VALUES ($1, 'INFO', 'new')", jobs[1])
+    for job_id, said in ((jobs[0], [0, 2, 4, 6]), (jobs[1], [1, 3, 5])):
+        rows = await connection.fetch("SELECT seq, message FROM job_logs WHERE job_id = $1 ORDER BY seq", job_id)
+        assert [row["seq"] for row in rows] == list(range(1, 5))
+        assert [row["message"] for row in rows][: len(said)] == [f"line {k}" for k in said]
+    await connection.close()
+    await execute(postgres, "DROP DATABASE upgraded WITH (FORCE)")
 
 
 async def test_server_older_than_tested_is_refused_and_left_alone(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from engines.animatediff.denoise import Denoise
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.errors import Cancelled, GenerationFailed, WeightsError
 from engines.pipeline import Pipeline
-from engines.spec import Checkpoint
+from engines.spec import Checkpoint, Progress
 from tests.engines.animatediff.media import keyframes
 
 SPEC = AnimateDiffSpec(3, 4, 2.0, "a red ball", "blur", "rgb", keyframes(0, 8))
@@ -41,6 +41,17 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(pipeline: Pipeline, co
     assert [c.step for c in checkpoints] == [1, 2, 3, 4]
     resumed = pipeline.denoise.sample(conditioning, resume=checkpoints[step - 1])
     assert torch.equal(whole.values, resumed.values)
+
+
+def test_progress_is_told_step_by_step_from_where_the_run_begins(pipeline: Pipeline):
+    checkpoints: list[Checkpoint] = []
+    told: list[Progress] = []
+    conditioning = pipeline.preprocess.encode(SPEC)
+    pipeline.denoise.sample(conditioning, on_step=checkpoints.append, on_progress=told.append)
+    assert told == [Progress("step", done, 4) for done in range(5)]
+    told.clear()
+    pipeline.denoise.sample(conditioning, resume=checkpoints[1], on_progress=told.append)
+    assert told == [Progress("step", done, 4) for done in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("control_steps", [1, 2, 3])

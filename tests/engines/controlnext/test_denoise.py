@@ -12,7 +12,7 @@ from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.denoise import ControlMaps, Denoise
 from engines.errors import Cancelled, GenerationFailed
 from engines.source import DType
-from engines.spec import Checkpoint
+from engines.spec import Checkpoint, Progress
 from tests.engines.controlnext.conftest import conditioning
 
 IDS = (6.0, 127.0, 0.02)
@@ -126,3 +126,27 @@ def test_in_half_precision_the_ids_are_embedded_in_fp32(denoise: Denoise, dtype:
     half.unet.time_biases([0.7], IDS)
     hook.remove()
     assert torch.equal(seen[0], torch.tensor(IDS))
+
+
+def test_progress_is_told_window_by_window_and_never_goes_back(denoise: Denoise):
+    told: list[Progress] = []
+    denoise.sample(conditioning(10), on_progress=told.append)
+    windows = len({progress.within.total for progress in told if progress.within})
+    assert windows == 1
+    assert told[0] == Progress("step", 0, 3)
+    assert told[-1] == Progress("step", 3, 3)
+    assert [progress.done for progress in told if progress.within is None] == [0, 1, 2, 3]
+    inside = [progress for progress in told if progress.within is not None and progress.done == 1]
+    assert [progress.within.done for progress in inside if progress.within] == list(range(1, len(inside) + 1))
+    fractions = [progress.fraction for progress in told]
+    assert fractions == sorted(set(fractions))
+    assert (fractions[0], fractions[-1]) == (0, 1)
+
+
+def test_a_resumed_run_tells_where_it_begins(denoise: Denoise):
+    checkpoints: list[Checkpoint] = []
+    told: list[Progress] = []
+    asked = conditioning(4)
+    denoise.sample(asked, on_step=checkpoints.append)
+    denoise.sample(asked, resume=checkpoints[1], on_progress=told.append)
+    assert told[0] == Progress("step", 2, 3)
