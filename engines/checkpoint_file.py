@@ -56,7 +56,8 @@ def unpack(data: bytes, kind: type[T], fingerprint: str) -> T | None:
             return None
         if about["fingerprint"] != fingerprint:
             raise UnusableCheckpoint("it was made of other conditioning, by other weights or in another arithmetic")
-        value: T = made(**safetensors.torch.load(data), **about["scalars"])
+        held: dict[str, Any] = safetensors.torch.load(data) | about["scalars"]
+        value: T = made(**held)
         whole = fingerprint_of(value) == about["content"]
     except (SafetensorError, ValueError, KeyError, TypeError) as exc:
         raise UnusableCheckpoint("it is damaged or not ours") from exc

@@ -87,8 +87,17 @@ SELECT state, pg_notify('reelray', id::text) FROM found
 SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 LIMIT $2) AS waiting
 
 -- name: claim
--- Starts an attempt at the next job. The function says which that is, and what a row of nulls means.
-SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s FROM claim_job($1, $2, $3, $4, $5, $6)
+-- Starts an attempt at the next job. The function says which that is, and what a row of nulls means. The first attempt notes the
+-- job's checkpoint, so that it goes when the job ends.
+WITH claimed AS (
+    SELECT * FROM claim_job($1, $2, $3, $4, $5, $6)
+), noted AS (
+    INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
+    ON CONFLICT (name) DO NOTHING RETURNING name
+)
+SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s, checkpoint_name(id) AS checkpoint,
+    NOT EXISTS (SELECT FROM noted) AS resumes
+FROM claimed
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.

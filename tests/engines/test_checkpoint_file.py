@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -68,6 +69,15 @@ def test_no_damaged_file_is_read():
         except UnusableCheckpoint:
             continue
         assert read is None or same(read, LATENTS), f"byte {position}"  # a space of the header's padding
+
+
+FOREIGN: list[dict[str, str] | None] = [
+    None,
+    {},
+    {"about": "{}"},
+    {"about": "[]"},
+    {"about": json.dumps({"kind": "Clip", "format": 1})},
+]
 
 
 @pytest.mark.parametrize("metadata", FOREIGN)
