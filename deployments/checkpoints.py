@@ -5,10 +5,10 @@ Nothing here fails a job: a file that cannot be written or used is a warning for
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from functools import cache
 from math import inf
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -89,7 +89,7 @@ class Saving:
 
     def begin(self) -> None:
         """The work begins now, and with it the time until its first checkpoint."""
-        self._due = time.monotonic() + self._every_s
+        self._due = monotonic() + self._every_s
 
     def offer(self, step: Checkpoint) -> None:
         """Takes note of a step that is done, from the thread that did it."""
@@ -110,7 +110,7 @@ class Saving:
 
     def _offered(self, step: Checkpoint) -> None:
         self._newest = step
-        if time.monotonic() >= self._due and (self._writing is None or self._writing.done()):
+        if monotonic() >= self._due and (self._writing is None or self._writing.done()):
             self._write(step, self._of_steps)
             self._newest = None
             self.begin()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Denoise]
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is written, in order: the steps, and "latents"."""
     seen: list[Any] = []
     write = Checkpoints.write
@@ -79,7 +79,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         seen.append(value.step if isinstance(value, Checkpoint) else "latents")
 
     monkeypatch.setattr(Checkpoints, "write", watched)
-    yield seen
+    return seen
 
 
 async def listen(replica: Denoise, slot: Slot, seed: int = 1) -> list[Any]:
@@ -131,7 +131,7 @@ async def test_steps_are_kept_no_more_often_than_asked_for(
         time.sleep(0.05)  # for what is being written
         clock[0] += 1
 
-    monkeypatch.setattr("deployments.checkpoints.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("deployments.checkpoints.monotonic", lambda: clock[0])
     await listen(replica(Stage(advance), checkpoint_s=2), FIRST)
     assert written == [2, 4, 6, "latents"]
 
