@@ -97,8 +97,8 @@ class Saving:
 
     async def finish(self, latents: Latents) -> None:
         """Keeps the latents in the place of all steps."""
-        self._newest = None
         await self._written()
+        self._newest = None
         self._write(latents, lambda: self._checkpoints.of_latents(self._name))
         await self._written()
 

@@ -115,7 +115,7 @@ class Settings(_Strict):
 
     home: folder for everything the embedded defaults keep (database, files, demo weights).
     database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
-    files: an fsspec URL for outputs; None keeps them under `home`.
+    files: an fsspec URL for outputs and checkpoints, which every node must be able to write to; None keeps them under `home`.
     public_url: scheme and host that callers use, where the Host header does not tell. A webhook names its files by the address
     that its job was submitted to.
     auth: "open" serves everybody who can connect, so it is refused where the service listens on more than loopback; "keys" asks
