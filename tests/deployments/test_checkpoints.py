@@ -170,6 +170,25 @@ async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Call
     assert stage.began_at == [0, written[0]]
 
 
+async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_step_after_all(
+    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    put = FileStorePut()
+    monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", put.slow)
+    stream = replica(Stage(slowly)).run(asked(), FIRST)
+    for _ in range(1 + STEPS):
+        await anext(stream)
+    handing_on = asyncio.ensure_future(anext(stream))  # waits for the first step to be written, then writes the latents
+    await asyncio.sleep(0.1)
+    handing_on.cancel()
+    await asyncio.sleep(0.05)
+    assert not handing_on.done()
+    put.done.set()
+    await asyncio.wait([handing_on])
+    assert handing_on.cancelled()
+    assert written == [1, STEPS]
+
+
 async def test_a_call_that_is_cancelled_before_its_first_step_keeps_nothing(replica: Callable[..., Denoise], written: list[Any]):
     one = replica(Stage())
     async with one.turn:
