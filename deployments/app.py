@@ -5,6 +5,7 @@ Placement, replicas and autoscaling are the YAML's: what stands here are only ea
 """
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -26,7 +27,9 @@ from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.serve_stages import ServeStages
 from deployments.settings import Settings
+from deployments.stages import Slot, Stream
 from deployments.storage import FileStore
+from engines.spec import Conditioning
 
 
 class DispatcherReplica:
@@ -62,6 +65,32 @@ class DispatcherReplica:
         await asyncio.wait([self.task])
 
 
+class DenoiseReplica(Denoise):
+    """Denoises until Serve wants it no longer, and then until what its calls have done is kept.
+
+    Serve counts a call as ended as soon as it is cancelled, and would kill the replica while that one still stops and writes.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.calls: set[asyncio.Task[Any]] = set()
+
+    async def run(self, conditioning: Conditioning, slot: Slot) -> Stream:
+        """See `Denoise`."""
+        call = asyncio.current_task()
+        assert call is not None  # Serve's, one a call
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        stream: Any = super().run(conditioning, slot)
+        async with aclosing(stream):
+            async for item in stream:
+                yield item
+
+    async def __del__(self) -> None:
+        if self.calls:
+            await asyncio.wait(self.calls)
+
+
 class IngressReplica:
     """Hosts the ingress app in Serve. dispatcher: bound here so that it is deployed; the two meet in the store only."""
 
@@ -76,16 +105,19 @@ def build(args: Settings) -> serve.Application:
     settings.refuse_exposure(_listening_host())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
+    files_url, checkpoint_s = settings.files_url, settings.queue.checkpoint_s
     for endpoint in ENDPOINTS.values():
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _deploy(Preprocess, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch),
-                _deploy(Denoise, f"{endpoint.family}-denoise").bind(endpoint.model, config),
+                _deploy(Preprocess, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
+                _deploy(DenoiseReplica, f"{endpoint.family}-denoise").bind(endpoint.model, config, files_url, checkpoint_s),
                 _deploy(Decode, f"{endpoint.family}-decode").bind(endpoint.model, config),
             )
     write_missing_weights(settings)
-    dispatcher = _deploy(DispatcherReplica, "dispatcher").bind(settings, handles)
+    # Serve calls off nothing, but waits this long before it first looks whether a replica has nothing to do. The stages are being
+    # shut down meanwhile, and calls to them fail: the dispatcher is to give its jobs back before that.
+    dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
     ingress = serve.ingress(lambda: create_app(settings))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
@@ -100,5 +132,5 @@ def _listening_host() -> str | None:
     return None if client is None else client.http_config.host
 
 
-def _deploy(replica: type, name: str) -> Any:
-    return serve.deployment(replica, name=name)
+def _deploy(replica: type, name: str, **options: Any) -> Any:
+    return serve.deployment(replica, name=name, **options)

@@ -1,34 +1,47 @@
 """Serve's wrapper of a model's denoising.
 
-A replica takes two calls and works on one, so that the next one's conditioning is already here when its turn comes.
+A replica takes two calls and works on one, so that the next one's conditioning is already here when its turn comes. What a call
+has done is kept in the file store, so that no other has to do it again.
 """
 
 import asyncio
 from typing import Any
 
-from deployments.stages import TURN, Done, Stream
+from deployments.checkpoints import Checkpoints, Saving
+from deployments.stages import TURN, Done, Note, Slot, Stream
 from deployments.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 
 
 class Denoise:
-    """One replica. config: of the model."""
+    """One replica. config: of the model. files_url: of the file store. checkpoint_s: seconds between two checkpoints."""
 
-    def __init__(self, model: str, config: Any):
+    def __init__(self, model: str, config: Any, files_url: str, checkpoint_s: float):
         self.stage = build_stage(model, "denoise", config)
+        self.checkpoints = Checkpoints(files_url, config)
+        self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
 
-    async def run(self, conditioning: Conditioning) -> Stream:
-        """Notes of its progress, then the latents. Cancelled, it returns once the running UNet call has ended."""
+    async def run(self, conditioning: Conditioning, slot: Slot) -> Stream:
+        """Notes of its progress, then the latents, which are in the job's slot by then.
+
+        Cancelled, it gives up its turn once the running UNet call has ended, and returns when the last step is in the slot.
+        """
+        resume = await self.checkpoints.step(slot.name, conditioning) if slot.used else None
 
         def sample(tell: OnProgress, should_stop: ShouldStop) -> Latents:
-            return self.stage.sample(conditioning, on_progress=tell, should_stop=should_stop)
+            return self.stage.sample(conditioning, resume=resume, on_step=saving.offer, on_progress=tell, should_stop=should_stop)
 
-        async with self.turn:
-            yield TURN
-            async with InThread("denoise", sample) as work:
-                async for note in work:
-                    yield note
+        async with Saving(self.checkpoints, slot.name, conditioning, self.checkpoint_s) as saving:
+            async with self.turn:
+                yield TURN
+                if resume is not None:
+                    yield Note(f"resumed at step {resume.step}/{resume.steps}")
+                saving.begin()
+                async with InThread("denoise", sample) as work:
+                    async for note in work:
+                        yield note
+            await saving.finish(work.product)  # after the turn: the next call works meanwhile
         yield Done(work.seconds)
         yield work.product

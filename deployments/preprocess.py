@@ -1,12 +1,16 @@
-"""Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage."""
+"""Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage.
+
+It also finds what an earlier attempt came to, because of the three it has the most room: nobody waits here for a GPU's turn.
+"""
 
 import time
 from typing import Any
 
+from deployments.checkpoints import Checkpoints
 from deployments.fetch import download_folder, fetch_all
 from deployments.schemas import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages import TURN, Done, Note, Stream
+from deployments.stages import TURN, Done, Note, Slot, Stream
 from deployments.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, OnProgress, ShouldStop
@@ -15,10 +19,11 @@ from engines.spec import Conditioning, OnProgress, ShouldStop
 class Preprocess:
     """One replica, which works on as many calls at once as it is given. config: of the endpoint's model."""
 
-    def __init__(self, endpoint: Endpoint, config: Any, fetch_settings: FetchSettings):
+    def __init__(self, endpoint: Endpoint, config: Any, fetch_settings: FetchSettings, files_url: str):
         self.endpoint = endpoint
         self.fetch_settings = fetch_settings
         self.stage = build_stage(endpoint.model, "preprocess", config)
+        self.checkpoints = Checkpoints(files_url, config)
 
     async def run(self, job_input: dict[str, Any]) -> Stream:
         """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
@@ -43,3 +48,13 @@ class Preprocess:
             yield Note(warning, "WARN")
         yield Done(time.monotonic() - started)
         yield work.product
+
+    async def saved(self, slot: Slot) -> Stream:
+        """The finished latents in a slot, and a note that they were there. If they are not, the stream ends without a product."""
+        yield TURN
+        latents = await self.checkpoints.latents(slot.name)
+        if latents is not None:
+            yield Note("resumed after the last step")
+        yield Done(0.0)
+        if latents is not None:
+            yield latents

@@ -7,7 +7,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.stages import Done, OnNote
+from deployments.stages import Done, OnNote, Slot
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
 
@@ -24,9 +24,14 @@ class ServeStages:
         """See `Stages`."""
         return await _product(self._preprocess.run.remote(job_input), on_note)
 
-    async def denoise(self, conditioning: ObjectRef, on_note: OnNote) -> tuple[ObjectRef, float]:
+    async def denoise(self, conditioning: ObjectRef, slot: Slot, on_note: OnNote) -> tuple[ObjectRef, float]:
         """See `Stages`."""
-        return await _product(self._denoise.run.remote(conditioning), on_note)
+        return await _product(self._denoise.run.remote(conditioning, slot), on_note)
+
+    async def saved(self, slot: Slot, on_note: OnNote) -> ObjectRef | None:
+        """See `Stages`."""
+        product, _ = await _outcome(self._preprocess.saved.remote(slot), on_note)
+        return product
 
     async def decode(self, latents: ObjectRef, on_note: OnNote) -> tuple[Clip, float]:
         """See `Stages`."""
@@ -39,14 +44,22 @@ class ServeStages:
 
 
 async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef, float]:
-    """Passes the stream's notes on and returns its product unread, with the seconds it took."""
+    """The outcome of a stream that must have a product."""
+    product, seconds = await _outcome(response, on_note)
+    if product is None:
+        raise RunnerDisconnected
+    return product, seconds
+
+
+async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef | None, float]:
+    """Passes the stream's notes on and returns its product, if it has one, unread, with the seconds it took."""
     try:
         # Serve's one way to an item's reference instead of its value; marked as for developers, hence the underscore
         refs = await response._to_object_ref_gen()
         async for ref in refs:
             item = await ref
             if isinstance(item, Done):
-                return await anext(refs), item.seconds
+                return await anext(refs, None), item.seconds
             await on_note(item)
     except (RayError, RayServeException) as exc:
         raise translated(exc) from exc

@@ -55,6 +55,8 @@ class QueueSettings(_Strict):
     decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds, if that
     job is kept so long.
     deadlines: by endpoint's id, where the defaults do not do.
+    checkpoint_s: seconds of denoising between two checkpoints of a job, at least: so much work may be lost with a replica that is
+    killed. One that is shut down keeps the last step, and finished latents are always kept.
     low_after_s: a job of low priority goes behind all others; once the first of these has waited so long, in seconds, every
     fourth job that an endpoint starts is one of them.
     """
@@ -63,6 +65,7 @@ class QueueSettings(_Strict):
     max_attempts: int = Field(10, ge=1)
     max_in_flight: int = Field(3, ge=1)
     idempotency_s: float = Field(86_400.0, gt=0)
+    checkpoint_s: float = Field(10.0, gt=0)
     low_after_s: float = Field(600.0, ge=0)
     deadlines: dict[str, Deadlines] = {}
 
@@ -112,7 +115,7 @@ class Settings(_Strict):
 
     home: folder for everything the embedded defaults keep (database, files, demo weights).
     database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
-    files: an fsspec URL for outputs; None keeps them under `home`.
+    files: an fsspec URL for outputs and checkpoints, which every node must be able to write to; None keeps them under `home`.
     public_url: scheme and host that callers use, where the Host header does not tell. A webhook names its files by the address
     that its job was submitted to.
     auth: "open" serves everybody who can connect, so it is refused where the service listens on more than loopback; "keys" asks

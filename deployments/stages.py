@@ -32,6 +32,14 @@ class Done:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where the attempts at one job keep how far they came. name: in the file store. used: there was an earlier attempt."""
+
+    name: str
+    used: bool
+
+
 OnNote = Callable[[Note], Awaitable[None]]
 Stream = AsyncIterator[Any]
 """`TURN`, notes, then `Done`, then the product."""
@@ -47,8 +55,12 @@ class Stages(Protocol):
         """The conditioning for a validated input, and the seconds of work in it."""
         ...
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
-        """The latents, and the seconds."""
+    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+        """The latents, and the seconds. It goes on where an earlier attempt has stopped."""
+        ...
+
+    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
+        """The latents, where an earlier attempt has finished them."""
         ...
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:

@@ -2,12 +2,15 @@
 
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
 may be cached for ever. Any fsspec URL will do; a local folder is the default.
+
+Beside them lie the checkpoints of jobs: one each, written again and again, and nobody's to fetch.
 """
 
 import asyncio
 import os
 import re
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ CONTENT_TYPES = {
 
 _SUFFIXES = {content_type: suffix for suffix, content_type in CONTENT_TYPES.items()}
 _NAME = re.compile(r"[0-9a-f]{32}/[A-Za-z0-9_-]+\.[a-z0-9]+")
+_CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}/latents\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,34 @@ class FileStore:
             yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
 
     async def delete(self, name: str) -> None:
-        """Lets the file at "/files/<name>" go, if it is there."""
-        if _NAME.fullmatch(name):
+        """Lets the file at "/files/<name>", or the checkpoint of that name, go, if it is there."""
+        if _NAME.fullmatch(name) or _CHECKPOINT.fullmatch(name):
             await asyncio.to_thread(self._delete, self._path(name))
 
+    async def put_checkpoint(self, name: str, data: bytes) -> None:
+        """Keeps `data` in the place of what was kept there before; whoever reads finds the one or the other, whole.
+
+        name: "checkpoints/<job id>/latents.safetensors". It goes by `delete`. Raises what the file system does.
+        """
+        assert _CHECKPOINT.fullmatch(name)
+        await asyncio.to_thread(self._write, self._path(name), data)
+
+    async def get_checkpoint(self, name: str) -> bytes | None:
+        """What was kept last; None if there is nothing."""
+        assert _CHECKPOINT.fullmatch(name)
+        try:
+            data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
+        except FileNotFoundError:
+            return None
+        return data
+
     def _delete(self, path: str) -> None:
-        folder = path.rpartition("/")[0]
         with suppress(FileNotFoundError):
-            self._fs.rm_file(path)
-        if isinstance(self._fs, LocalFileSystem):
-            with suppress(FileNotFoundError):
-                self._fs.rmdir(folder)
+            if isinstance(self._fs, LocalFileSystem):
+                # each file has a folder of its own, and in it, perhaps, what a killed process had written of it
+                shutil.rmtree(Path(path).parent)
+            else:
+                self._fs.rm_file(path)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -107,9 +128,10 @@ class FileStore:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of both folders: after a power cut the file is there whole or not at all."""
-    path.parent.mkdir(parents=True)
-    temporary = path.with_name(f".{path.name}.part")
+    """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # of two who write at once, each has its own
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -118,9 +140,10 @@ def _write_durably(path: Path, data: bytes) -> None:
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        path.parent.rmdir()
+        with suppress(OSError):  # an older one of the same name is there
+            path.parent.rmdir()
         raise
-    for folder in (path.parent, path.parent.parent):
+    for folder in {path.parent, *(folder.parent for folder in made)}:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

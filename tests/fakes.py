@@ -10,7 +10,7 @@ from deployments.denoise import Denoise
 from deployments.preprocess import Preprocess
 from deployments.schemas import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Done, Note, OnNote, Stream
+from deployments.stages import Done, Note, OnNote, Slot, Stream
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 
@@ -21,18 +21,22 @@ CLIP = Clip(b"an mp4", 16, 64, 64, 8, 42)
 class LocalStages:
     """The real wrappers and the real model, all in one process."""
 
-    def __init__(self, settings: Settings):
-        endpoint = ENDPOINTS[ENDPOINT]
+    def __init__(self, settings: Settings, endpoint_id: str = ENDPOINT):
+        endpoint = ENDPOINTS[endpoint_id]
         config = settings.model_configs()[endpoint.model]
-        self.preprocess_replica = Preprocess(endpoint, config, settings.fetch)
-        self.denoise_replica = Denoise(endpoint.model, config)
+        self.preprocess_replica = Preprocess(endpoint, config, settings.fetch, settings.files_url)
+        self.denoise_replica = Denoise(endpoint.model, config, settings.files_url, settings.queue.checkpoint_s)
         self.decode_replica = Decode(endpoint.model, config)
 
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await _product(self.preprocess_replica.run(job_input), on_note)
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
-        return await _product(self.denoise_replica.run(conditioning), on_note)
+    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+        return await _product(self.denoise_replica.run(conditioning, slot), on_note)
+
+    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
+        latents, _ = await _product(self.preprocess_replica.saved(slot), on_note)
+        return latents
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
         return await _product(self.decode_replica.run(latents), on_note)
@@ -42,7 +46,7 @@ async def _product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
     try:
         async for item in stream:
             if isinstance(item, Done):
-                return await anext(stream), item.seconds
+                return await anext(stream, None), item.seconds
             await on_note(item)
     finally:
         await stream.aclose()  # type: ignore[attr-defined]  # as Serve does when the caller cancels
@@ -59,7 +63,10 @@ class ScriptedStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return job_input, 0.25
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
+        return None
+
+    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
         self.calls += 1
         self.running += 1
         self.peak = max(self.peak, self.running)

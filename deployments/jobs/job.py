@@ -133,7 +133,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Claim:
-    """One attempt at a job. Only the holder of `token` may report on it."""
+    """One attempt at a job. Only the holder of `token` may report on it.
+
+    checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier one.
+    """
 
     job_id: UUID
     token: UUID
@@ -142,3 +145,5 @@ class Claim:
     attempt: int
     max_attempts: int
     files_s: float | None
+    checkpoint: str
+    resumes: bool

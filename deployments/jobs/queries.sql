@@ -88,8 +88,17 @@ SELECT state, pg_notify('reelray', id::text) FROM found
 SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 LIMIT $2) AS waiting
 
 -- name: claim
--- Starts an attempt at the next job. The function says which that is, and what a row of nulls means.
-SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s FROM claim_job($1, $2, $3, $4, $5, $6)
+-- Starts an attempt at the next job. The function says which that is, and what a row of nulls means. The first attempt notes the
+-- job's checkpoint, so that it goes when the job ends.
+WITH claimed AS (
+    SELECT * FROM claim_job($1, $2, $3, $4, $5, $6)
+), noted AS (
+    INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
+    ON CONFLICT (name) DO NOTHING RETURNING name
+)
+SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s, checkpoint_name(id) AS checkpoint,
+    NOT EXISTS (SELECT FROM noted) AS resumes
+FROM claimed
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.
@@ -122,12 +131,13 @@ SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2
 
 -- name: requeue
 -- Gives a job back, to go where a lost attempt goes, and not to be tried again for $6 seconds; $5 holds the failures by state.
--- Answers as `close` does.
+-- What its worker gave back without fault (not $4) has started in time, whenever it goes on. Answers as `close` does.
 WITH returned AS (
     UPDATE jobs SET
         state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
+        start_by = CASE WHEN $4 THEN start_by END,
         not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'

@@ -58,7 +58,8 @@ class Denoise:
         start = resume or self._start(conditioning)
         if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
             raise ValueError("the checkpoint is another request's")
-        x = start.latents[0].transpose(0, 1).to(self.config.device)  # (N, 4, h, w)
+        # contiguous, as it is between steps: a checkpoint from a file has lost that, and no kernel shall choose another way
+        x = start.latents[0].transpose(0, 1).contiguous().to(self.config.device)  # (N, 4, h, w)
         if on_progress is not None:
             on_progress(Progress("step", start.step, start.steps))
         for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):

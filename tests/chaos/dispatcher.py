@@ -31,7 +31,7 @@ from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.logs import configure_logging
 from deployments.settings import Settings, load_settings
-from deployments.stages import Note, OnNote
+from deployments.stages import Note, OnNote, Slot
 from deployments.storage import FileStore
 from engines.errors import RunnerDisconnected
 from engines.spec import Clip
@@ -63,8 +63,11 @@ class SocketStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await self._call("preprocess", job_input, on_note)
 
-    async def denoise(self, conditioning: Any, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
         return await self._call("denoise", conditioning, on_note)
+
+    async def saved(self, slot: Slot, on_note: OnNote) -> None:
+        """These stages keep nothing."""
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
         product, seconds = await self._call("decode", latents, on_note)

@@ -27,8 +27,10 @@ async def nothing(_: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def dispatching(store: JobStore, files: FileStore, stages: Stages, queue: QueueSettings = QUICK) -> AsyncIterator[None]:
-    task = asyncio.create_task(Dispatcher(store, files, {ENDPOINT: stages}, queue).run())
+async def dispatching(
+    store: JobStore, files: FileStore, stages: Stages, queue: QueueSettings = QUICK, endpoint: str = ENDPOINT
+) -> AsyncIterator[None]:
+    task = asyncio.create_task(Dispatcher(store, files, {endpoint: stages}, queue).run())
     try:
         yield
         assert not task.done(), task.exception()

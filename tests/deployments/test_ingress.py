@@ -838,6 +838,13 @@ async def test_no_other_file_is_served(name: str, settings: Settings, alone: htt
     assert UUID(response.headers["x-fal-request-id"])
 
 
+async def test_no_checkpoint_is_served(settings: Settings, alone: httpx.AsyncClient) -> None:
+    name = f"checkpoints/{uuid4()}/latents.safetensors"
+    await FileStore(settings.files_url).put_checkpoint(name, b"latents")
+    for asked in (name, f"{'0' * 32}/../{name}", name.replace("/", "%2F"), f"./{name}"):
+        assert (await alone.get(f"/files/{asked}")).status_code == 404
+
+
 # Where the app can stand
 
 

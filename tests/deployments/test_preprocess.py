@@ -32,12 +32,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Preprocess]:
+def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any], Preprocess]:
     """A replica around a stage."""
 
     def build(stage: Any) -> Preprocess:
         monkeypatch.setattr("deployments.preprocess.build_stage", lambda *_: stage)
-        return Preprocess(ENDPOINTS[ENDPOINT], None, FetchSettings())
+        return Preprocess(ENDPOINTS[ENDPOINT], None, FetchSettings(), str(tmp_path / "files"))
 
     return build
 

@@ -7,11 +7,12 @@ import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from deployments.serve_stages import ServeStages, translated
-from deployments.stages import Done, Note
+from deployments.stages import Done, Note, OnNote, Slot
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
 
 STAGES = ("preprocess", "denoise", "decode")
+SLOT = Slot("a name", used=True)
 
 
 class Response:
@@ -39,9 +40,14 @@ class Response:
 
 def stages_with(response: Response) -> ServeStages:
     """Every stage answers with this."""
-    handle: Any = SimpleNamespace(run=SimpleNamespace(remote=lambda _: response))
+    method = SimpleNamespace(remote=lambda *_: response)
+    handle: Any = SimpleNamespace(run=method, saved=method)
     handle.options = lambda *, stream: handle
     return ServeStages(handle, handle, handle)
+
+
+async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
+    return await (stages.denoise(None, SLOT, on_note) if stage == "denoise" else getattr(stages, stage)(None, on_note))
 
 
 async def nobody(_: Note) -> None:
@@ -80,7 +86,7 @@ async def test_notes_are_passed_on_and_only_the_clip_comes_by_value(stage: str):
         told.append(note.message)
 
     stages = stages_with(Response(Note("frame 1/2"), Note("frame 2/2"), Done(0.5), CLIP))
-    product, seconds = await getattr(stages, stage)(None, on_note)
+    product, seconds = await call(stages, stage, on_note)
     assert told == ["frame 1/2", "frame 2/2"]
     assert seconds == 0.5
     assert (product is CLIP) == (stage == "decode")
@@ -94,12 +100,12 @@ async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
     async def on_note(_: Note) -> None:
         heard.set()
 
-    call = asyncio.create_task(getattr(stages_with(response), stage)(None, on_note))
+    calling = asyncio.create_task(call(stages_with(response), stage, on_note))
     await heard.wait()
     assert not response.cancelled
-    call.cancel()
+    calling.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await call
+        await calling
     assert response.cancelled
 
 
@@ -107,3 +113,10 @@ async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
 async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
     with pytest.raises(RunnerDisconnected):
         await stages_with(Response(*items)).decode(None, nobody)
+
+
+async def test_finished_latents_come_unread_and_their_absence_is_no_error():
+    assert await stages_with(Response(Done(0.0))).saved(SLOT, nobody) is None
+    assert await (await stages_with(Response(Note("resumed"), Done(0.0), CLIP)).saved(SLOT, nobody)) is CLIP  # type: ignore[misc]
+    with pytest.raises(RunnerDisconnected):
+        await stages_with(Response(ActorDiedError())).saved(SLOT, nobody)

@@ -1,3 +1,4 @@
+import asyncio
 import os
 import re
 from pathlib import Path
@@ -99,10 +100,72 @@ async def test_an_unknown_name_has_no_size(files: FileStore) -> None:
     assert await files.size("0" * 32 + "/video.mp4") is None
 
 
-async def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, target: Path) -> Path:
-        raise OSError("no space left")
+CHECKPOINT = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
 
+
+async def test_a_checkpoint_takes_the_place_of_the_one_before(files: FileStore) -> None:
+    assert await files.get_checkpoint(CHECKPOINT) is None
+    for data in (b"step 1", b"step 2, and longer", b""):
+        await files.put_checkpoint(CHECKPOINT, data)
+        assert await files.get_checkpoint(CHECKPOINT) == data
+
+
+async def test_a_checkpoint_is_nobodys_to_fetch(files: FileStore) -> None:
+    await files.put_checkpoint(CHECKPOINT, b"latents")
+    assert await files.size(CHECKPOINT) is None
+
+
+async def test_a_deleted_checkpoint_is_gone_and_may_be_deleted_again(files: FileStore) -> None:
+    other = CHECKPOINT.replace("01/", "02/")
+    for name in (CHECKPOINT, other):
+        await files.put_checkpoint(name, b"latents")
+    for _ in range(2):
+        await files.delete(CHECKPOINT)
+        assert await files.get_checkpoint(CHECKPOINT) is None
+    assert await files.get_checkpoint(other) == b"latents"
+
+
+async def test_readers_of_a_checkpoint_that_two_write_find_one_of_them_whole(tmp_path: Path) -> None:
+    files = FileStore(str(tmp_path))
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    await files.put_checkpoint(CHECKPOINT, contents[0])
+
+    async def write(data: bytes) -> None:
+        for _ in range(5):
+            await files.put_checkpoint(CHECKPOINT, data)
+
+    async with asyncio.TaskGroup() as group:
+        writers = [group.create_task(write(data)) for data in contents]
+        while not all(writer.done() for writer in writers):
+            assert await files.get_checkpoint(CHECKPOINT) in contents
+    assert os.listdir(tmp_path / CHECKPOINT.rpartition("/")[0]) == ["latents.safetensors"]
+
+
+async def test_what_a_killed_writer_has_left_goes_with_the_file(tmp_path: Path) -> None:
+    files = FileStore(str(tmp_path))
+    await files.put_checkpoint(CHECKPOINT, b"latents")
+    name = name_of(await files.put("video.mp4", b"x", "video/mp4"))
+    for whole in (CHECKPOINT, name):
+        (tmp_path / whole).with_name(".video.mp4.0123").write_bytes(b"half")
+        await files.delete(whole)
+        assert not (tmp_path / whole).parent.exists()
+
+
+async def test_a_failed_write_leaves_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FileStore(str(tmp_path))
+    await files.put_checkpoint(CHECKPOINT, b"step 1")
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"):
+        await files.put_checkpoint(CHECKPOINT, b"step 2")
+    assert await files.get_checkpoint(CHECKPOINT) == b"step 1"
+    assert os.listdir(tmp_path / CHECKPOINT.rpartition("/")[0]) == ["latents.safetensors"]
+
+
+def full(self: Path, target: Path) -> Path:
+    raise OSError("no space left")
+
+
+async def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rename", full)
     files = FileStore(str(tmp_path))
     assert isinstance(files._fs, LocalFileSystem)

@@ -36,10 +36,13 @@ class ModelJob:
     error_type: str | None = None
     events: list[Event] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
+    released: bool = False
 
     @property
     def start_by(self) -> int | None:
-        return None if self.new.start_timeout_s is None else self.created_at + int(self.new.start_timeout_s)
+        if self.released or self.new.start_timeout_s is None:
+            return None
+        return self.created_at + int(self.new.start_timeout_s)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -205,6 +208,7 @@ class Model:
         last = counted and job.attempt >= job.new.max_attempts
         if not counted:
             job.attempt -= 1
+            job.released = True
         if job.cancel_requested:
             self._end(job, JobState.CANCELLED, "client_cancelled", reason)
         elif last:

@@ -55,7 +55,9 @@ SELECT id, state, attempt, cancel_requested, token, lease_until, run_by, not_bef
     CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS position,
     (SELECT json_agg(json_build_array(state, attempt, reason) ORDER BY id) FROM job_events WHERE job_id = jobs.id) AS events,
     (SELECT array_agg(message ORDER BY seq) FROM job_logs WHERE job_id = jobs.id) AS logs,
-    (SELECT array_agg(url) FROM webhook_outbox WHERE job_id = jobs.id) AS webhooks
+    (SELECT array_agg(url) FROM webhook_outbox WHERE job_id = jobs.id) AS webhooks,
+    (SELECT expires_at::text FROM stored_files WHERE name = checkpoint_name(jobs.id)) AS checkpoint_until,
+    (finished_at + interval '10 minutes')::text AS soon_after
 FROM jobs
 """
 EXACT = ("state", "attempt", "cancel_requested", "error_type")
@@ -279,7 +281,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def take(self, claim: Claim, lease_s: int, run_s: int | None) -> None:
         self.model.claim(claim, lease_s, run_s)
-        assert (claim.attempt, claim.input) == (self.model.jobs[claim.job_id].attempt, {"prompt": "a cat"})
+        job = self.model.jobs[claim.job_id]
+        assert (claim.attempt, claim.input) == (job.attempt, {"prompt": "a cat"})
+        assert claim.resumes == ([state for state, _, _ in job.events].count("running") > 1)
         self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
@@ -377,6 +381,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(after in TRANSITIONS[before] for before, after in pairwise(path)), "so no two attempts run at once"
         assert path[-1] == row["state"]
         assert (row["webhooks"] or []) == ([new.webhook_url] if new.webhook_url and path[-1].ended else [])
+        kept = row["soon_after"] if path[-1].ended else "infinity"
+        assert row["checkpoint_until"] == (kept if JobState.RUNNING in path else None)
 
 
 @contextmanager

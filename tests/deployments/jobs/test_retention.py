@@ -1,16 +1,22 @@
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from math import inf
 from uuid import UUID
 
 import asyncpg
+import pytest
 
 from deployments.jobs.job import Claim, Idempotency, NewJob
 from deployments.jobs.store import EXPIRY_BATCH, UNSTORED_S, JobStore
+from deployments.schemas import error_failure
+from engines.errors import GenerationFailed
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {"prompt": "a secret"})
 UNSTORED = replace(NEW, store_io=False)
 DAY_S = 86_400.0
+End = Callable[[JobStore, asyncpg.Connection, Claim], Awaitable[None]]
 
 
 async def running(store: JobStore, new: NewJob = NEW) -> Claim:
@@ -181,3 +187,93 @@ async def test_concurrent_sweeps_delete_each_file_once(database: str, store: Job
         pass
     await other.close()
     assert sorted(deleted) == [f"{i:04}" for i in range(EXPIRY_BATCH + 20)]
+
+
+# Checkpoints: files that live as long as their jobs.
+
+
+async def left_s(sql: asyncpg.Connection, claim: Claim) -> float | None:
+    """How long a checkpoint is kept, in seconds; None: it is not noted."""
+    query = "SELECT (extract(epoch FROM expires_at) - extract(epoch FROM now()))::float FROM stored_files WHERE name = $1"
+    seconds: float | None = await sql.fetchval(query, claim.checkpoint)
+    return seconds
+
+
+async def test_first_attempt_notes_a_checkpoint_and_later_ones_find_it(store: JobStore, sql: asyncpg.Connection) -> None:
+    first = await running(store)
+    assert first.checkpoint == f"checkpoints/{first.job_id}/latents.safetensors"
+    assert not first.resumes
+    assert await left_s(sql, first) == inf
+    for counted in (True, False):
+        claim = await store.claim([ENDPOINT], 60) or first
+        await store.requeue(claim, "the runner died", counted=counted)
+        again = await store.claim([ENDPOINT], 60)
+        assert again is not None
+        assert (again.checkpoint, again.resumes) == (first.checkpoint, True)
+        assert await left_s(sql, first) == inf
+        await store.requeue(again, "and again", counted=False)
+    another = await running(store, replace(NEW, priority=-1))
+    assert (another.checkpoint == first.checkpoint, another.resumes) == (False, False)
+
+
+async def succeed(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await store.succeed(claim, {}, {})
+
+
+async def fail(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await store.fail(claim, error_failure(GenerationFailed()), {})
+
+
+async def cancel(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await store.request_cancel(claim.job_id)
+    await store.cancel(claim)
+
+
+async def cancel_in_the_queue(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await store.requeue(claim, "the runner died", counted=True)
+    await store.request_cancel(claim.job_id)
+
+
+async def lose_the_last_lease(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await sql.execute("UPDATE jobs SET lease_until = now() - interval '1 second', attempt = max_attempts")
+    await store.sweep()
+
+
+async def miss_the_start(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await store.requeue(claim, "the dispatcher shut down", counted=False)
+    await sql.execute("UPDATE jobs SET start_by = now()")
+    await store.sweep()
+
+
+async def overrun(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
+    await sql.execute("UPDATE jobs SET lease_until = now() - interval '1 second', run_by = now()")
+    await store.sweep()
+
+
+ENDS = [succeed, fail, cancel, cancel_in_the_queue, lose_the_last_lease, miss_the_start, overrun]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+@pytest.mark.parametrize("new", [NEW, UNSTORED], ids=["stored", "unstored"])
+async def test_checkpoint_goes_ten_minutes_after_its_job_has_ended_however(
+    store: JobStore, sql: asyncpg.Connection, end: End, new: NewJob
+) -> None:
+    deleted: list[str] = []
+
+    async def delete(name: str) -> None:
+        deleted.append(name)
+
+    claim = await running(store, new)
+    await end(store, sql, claim)
+    another = await running(store)
+    job = await store.get(claim.job_id)
+    assert job is not None
+    assert job.state.ended
+    left = await left_s(sql, claim)
+    assert left is not None
+    assert 590 < left <= 600
+    assert await store.expire_files(delete) == 0, "its worker may still write"
+    await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '10 minutes'")
+    assert await store.expire_files(delete) == 1
+    assert deleted == [claim.checkpoint]
+    assert await left_s(sql, another) == inf

@@ -270,6 +270,18 @@ async def test_attempt_given_back_uncounted_never_fails_the_job(store: JobStore)
     assert (requeued.state, requeued.attempt) == (JobState.QUEUED, 0)
 
 
+async def test_job_that_was_released_has_met_its_start_deadline(store: JobStore, sql: asyncpg.Connection) -> None:
+    released, claim = await running(store, replace(NEW, start_timeout_s=60))
+    await store.requeue(claim, "shutting down", counted=False)
+    failed = await store.submit(replace(NEW, start_timeout_s=60, endpoint="fal-ai/other"))
+    other = await store.claim(["fal-ai/other"], 60)
+    assert other is not None
+    await store.requeue(other, "the runner died", counted=True)
+    await sql.execute("UPDATE jobs SET start_by = now() WHERE start_by IS NOT NULL")
+    await store.sweep()
+    assert [(await read(store, job.id)).state for job in (released, failed)] == [JobState.QUEUED, JobState.FAILED]
+
+
 async def test_last_counted_attempt_fails_the_job_as_disconnected(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store, replace(NEW, max_attempts=2))
     await store.requeue(claim, "the runner died", counted=True)

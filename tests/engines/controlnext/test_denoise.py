@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engines.checkpoint_file import pack, unpack
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.denoise import ControlMaps, Denoise
 from engines.errors import Cancelled, GenerationFailed
@@ -33,6 +34,14 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(denoise: Denoise, step
     whole = denoise.sample(asked, on_step=checkpoints.append)
     assert [(c.step, c.steps) for c in checkpoints] == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(denoise.sample(asked, resume=checkpoints[step - 1]).values, whole.values)
+
+
+def test_a_run_resumed_from_a_file_in_another_process_life_has_the_same_bits(denoise: Denoise):
+    asked = conditioning(10)
+    files: list[bytes] = []
+    whole = denoise.sample(asked, on_step=lambda checkpoint: files.append(pack(checkpoint, "a fingerprint")))
+    resume = unpack(files[0], Checkpoint, "a fingerprint")
+    assert torch.equal(Denoise(denoise.config).sample(asked, resume=resume).values, whole.values)
 
 
 def test_how_many_frames_share_a_control_call_does_not_matter(denoise: Denoise):

@@ -1,0 +1,109 @@
+"""What a restart and a killed replica leave of a job's work: all but the steps since its last checkpoint."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import psutil
+import pytest
+
+from deployments.client import QueueClient
+from deployments.jobs.postgres import database_url
+from deployments.settings import Settings
+from tests.conftest import embedded
+from tests.e2e.service import Service
+from tests.e2e.test_service import ENDPOINT, finished, wait_for_step
+
+STEPS = 50
+LONG = {"prompt": "a red ball", "num_inference_steps": STEPS, "guidance_scale": 2, "seed": 11}
+"""Some seconds of work."""
+
+
+@pytest.fixture(scope="module")
+def settings() -> Iterator[Settings]:
+    with embedded() as settings:
+        settings.home.mkdir(parents=True)
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def own_service(settings: Settings) -> Iterator[Service]:
+    """A service that a test may stop and start."""
+    service = Service(settings.home, queue={"checkpoint_s": 0.2, "lease_s": 3})
+    service.start()
+    yield service
+    assert service.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(own_service: Service) -> bytes:
+    with QueueClient(own_service.url) as client:
+        request_id = client.submit(ENDPOINT, LONG)
+        finished(client, request_id)
+        return mp4_of(client, request_id)
+
+
+def mp4_of(client: QueueClient, request_id: str) -> bytes:
+    return client.download(client.result(ENDPOINT, request_id)["video"]["url"])
+
+
+def resumed_at(status: dict[str, Any]) -> int:
+    """The step at which the last attempt began. No step before it was done again."""
+    told = [line["message"] for line in status["logs"]]
+    last = max(i for i, line in enumerate(told) if line.startswith("resumed at step"))
+    step = int(told[last].removeprefix("resumed at step ").partition("/")[0])
+    assert told[last + 1 :] == [f"step {i}/{STEPS}" for i in range(step + 1, STEPS + 1)]
+    return step
+
+
+def test_a_job_whose_replica_is_killed_is_resumed_with_the_same_bits(own_service: Service, undisturbed: bytes):
+    with QueueClient(own_service.url) as client:
+        request_id = client.submit(ENDPOINT, LONG)
+        wait_for_step(client, request_id, "step 20/")
+        assert own_service.process is not None
+        (replica,) = [
+            child
+            for child in psutil.Process(own_service.process.pid).children(recursive=True)
+            if "animatediff-denoise" in " ".join(child.cmdline())
+        ]
+        replica.kill()
+        status = finished(client, request_id)
+        assert mp4_of(client, request_id) == undisturbed
+    assert resumed_at(status) > 5
+
+
+@pytest.mark.timeout(400)  # the service starts twice
+def test_a_job_is_released_at_sigterm_and_resumed_at_its_last_step_with_the_same_bits(
+    own_service: Service, settings: Settings, undisturbed: bytes
+):
+    with QueueClient(own_service.url) as client:
+        request_id = client.submit(ENDPOINT, LONG)
+        wait_for_step(client, request_id, "step 20/")
+    assert own_service.stop() == 0
+    own_service.start()
+    with QueueClient(own_service.url) as client:
+        status = finished(client, request_id)
+        assert mp4_of(client, request_id) == undisturbed
+    assert resumed_at(status) >= 20
+    told = [line["message"] for line in status["logs"]]
+    before = told[: told.index(f"resumed at step {resumed_at(status)}/{STEPS}")]
+    assert before[-1] in (f"step {resumed_at(status)}/{STEPS}", f"step {resumed_at(status) - 1}/{STEPS}"), "the last one was kept"
+    assert asyncio.run(events(database_url(settings), request_id)) == [
+        ("queued", 0),
+        ("running", 1),
+        ("queued", 0),  # at no cost to its attempts
+        ("running", 1),
+        ("succeeded", 1),
+    ]
+
+
+async def events(url: str, request_id: str) -> list[tuple[str, int]]:
+    """The states that a job went through, and the attempts that they counted."""
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch("SELECT state, attempt FROM job_events WHERE job_id = $1 ORDER BY id", UUID(request_id))
+    finally:
+        await connection.close()
+    return [(row["state"], row["attempt"]) for row in rows]
