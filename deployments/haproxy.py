@@ -6,11 +6,12 @@ own port, at a fraction of the cost. On a cluster an operator sets variables of 
 
 import logging
 import os
+import random
 import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,12 @@ SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+"""Preferred ones, where a second service on this machine does not have them."""
+
+FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+"""Of Serve's own proxy, which is asked while no replica is up. All services of a machine would share the default, and the kernel
+hand any one's requests to any other."""
+
 FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
@@ -56,7 +63,7 @@ def fronted() -> Iterator[None]:
     with TemporaryDirectory(prefix="reelray-", dir="/tmp") as folder:
         wanted = {SWITCH: "1", **LIMITS}
         wanted |= {name: os.path.join(folder, file) for name, file in FILES.items()}
-        wanted |= {name: str(_free(port)) for name, port in PORTS.items()}
+        wanted |= {name: str(_free(port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free())}
         if BINARY not in os.environ:
             wanted[BINARY] = _launcher(Path(folder))
         added = {name: value for name, value in wanted.items() if name not in os.environ}
@@ -79,13 +86,11 @@ def _launcher(folder: Path) -> str:
     return str(program)
 
 
-def _free(port: int) -> int:
-    """`port`, or another where a second service on this machine has it."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+def _free(*preferred: int) -> int:
+    """A free port; else than as preferred, one below those that the system hands out, of which Ray is about to take dozens."""
+    for port in (*preferred, *random.sample(range(20_000, 30_000), 100)):
+        with socket.socket() as listener, suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("", port))
-        except OSError:
-            listener.bind(("", 0))
-        found: int = listener.getsockname()[1]
-        return found
+            return port
+    raise OSError("a hundred ports were taken")

@@ -35,7 +35,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns once it answers."""
+        """Returns once it is all there. It answers before that: the door needs no models."""
         self.port = self.port or free_port()
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
         config["applications"][0]["import_path"] = self.import_path
@@ -43,12 +43,14 @@ class Service:
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]
-        with (self.home / "serve.log").open("ab") as log:
+        log_path = self.home / "serve.log"
+        with log_path.open("ab") as log:
+            begin = log.tell()
             env = os.environ | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         deadline = time.monotonic() + READY_S
-        while not self._answers():
-            assert self.process.poll() is None, (self.home / "serve.log").read_text()
+        while not self._answers() or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
+            assert self.process.poll() is None, log_path.read_text()
             assert time.monotonic() < deadline, f"not ready after {READY_S} s"
             time.sleep(0.2)
 
