@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Service:
             env = os.environ | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         deadline = time.monotonic() + READY_S
-        while not self._answers() or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
+        while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
             assert self.process.poll() is None, log_path.read_text()
             assert time.monotonic() < deadline, f"not ready after {READY_S} s"
             time.sleep(0.2)
@@ -74,11 +75,30 @@ class Service:
         psutil.wait_procs(victims.values(), timeout=20)
         self.process.wait(20)
 
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=2).is_success
-        except httpx.HTTPError:
-            return False
+
+@contextmanager
+def gateway(service: Service) -> Iterator[str]:
+    """The URL of a gateway with two workers beside `service`, which need not run."""
+    port = free_port()
+    command = [REELRAY, "gateway", "--config", service.home / "serve_config.yaml", "--port", str(port), "--workers", "2"]
+    with (service.home / "gateway.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + READY_S
+        while not answers(f"http://127.0.0.1:{port}"):
+            assert time.monotonic() < deadline, (service.home / "gateway.log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def free_port() -> int:
