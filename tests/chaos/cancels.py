@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from uuid import UUID
 
 import asyncpg
 import httpx
@@ -23,11 +23,12 @@ from rich.table import Table
 
 from deployments.dispatcher import Dispatcher
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.store import JobStore
+from deployments.jobs.postgres import database_url
+from deployments.jobs.store import JobStore, migrate
 from deployments.settings import QueueSettings
 from deployments.storage import FileStore
 from tests.chaos.units import UNITS, Unit, UnitStages
-from tests.conftest import embedded, of_database
+from tests.conftest import embedded
 from tests.load.report import Report, percentile, table
 from tests.wire.hosting import hosted
 
@@ -58,7 +59,6 @@ class Cancels:
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._awaited: dict[int, tuple[str, int, asyncio.Event]] = {}
-        self._gate: tuple[set[int], asyncio.Event] | None = None
         self.stages = UnitStages(ROOM, UNIT_S, self._on_unit)
 
     def _on_unit(self, seed: int, unit: Unit) -> None:
@@ -84,7 +84,7 @@ class Cancels:
         reached = asyncio.Event()
         self._awaited[seed] = (stage, number, reached)
         request_id = await self._submit(http, seed)
-        job_id = _uuid(request_id)
+        job_id = UUID(request_id)
         if moment == "at random":
             await asyncio.sleep(self.random.uniform(0, 0.8))
         elif moment in ("never", "after the end"):
@@ -118,7 +118,7 @@ class Cancels:
         status: str = answer.json()["status"]
         return status
 
-    async def _end(self, job_id: "_Id") -> Job:
+    async def _end(self, job_id: UUID) -> Job:
         async with asyncio.timeout(END_S), self.store.watch(job_id) as changes:
             while (job := await self.store.get(job_id)) is None or not job.state.ended:
                 await changes.changed(5)
@@ -138,32 +138,120 @@ class Cancels:
             self.faults.append(f"job {seed} was cancelled, and its cancel answered {answers}")
 
     async def fill_the_room(self) -> int:
-        """How many jobs run at once, of twice as many as there is room for; then they are cancelled."""
-        running, most = set[int](), 0
-        full = asyncio.Event()
-        first = 1 << 40
+        """How many jobs run at once when more wait: all there is room for, unless a cancel has kept some. All of them render."""
+        running = set[int]()
+        full, released = asyncio.Event(), threading.Event()
 
-        def on_unit(seed: int, unit: Unit) -> None:
+        def hold(seed: int, unit: Unit) -> None:
             running.add(seed)
             if len(running) >= ROOM:
                 self._loop.call_soon_threadsafe(full.set)
-            released.wait()
+            released.wait(END_S)
 
-        released = threading.Event()
-        self.stages._on_unit = on_unit
+        self.stages.on_unit = hold
         async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30) as http:
-            ids = [await self._submit(http, first + i) for i in range(2 * ROOM)]
-            try:
-                async with asyncio.timeout(END_S):
-                    await full.wait()
-                most = len(running)
-            except TimeoutError:
-                most = len(running)
-            finally:
-                self.stages._on_unit = self._on_unit
-                released.set()
-            for request_id in ids:
-                job = await self._end(_uuid(request_id))
-                if job.state is not JobState.SUCCEEDED:
-                    self.faults.append(f"a job after all the cancels is {job.state}")
+            ids = [await self._submit(http, 1_000_000 + i) for i in range(2 * ROOM)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_S / 2):
+                await full.wait()
+        most = len(running)
+        released.set()
+        for request_id in ids:
+            job = await self._end(UUID(request_id))
+            if job.state is not JobState.SUCCEEDED:
+                self.faults.append(f"after all the cancels a job is {job.state}")
         return most
+
+
+async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tuple[list[str], Table]:
+    """The promises that were broken, and the figures. database: the URL of a migrated, empty one."""
+    loop = asyncio.get_running_loop()
+    callers_store, store = await JobStore.open(database), await JobStore.open(database)
+    tasks_before = len(asyncio.all_tasks())
+    with hosted("gateway", database) as door:
+        cancels = Cancels(door.url, callers_store, random.Random(seed))
+        queue = QueueSettings(max_in_flight=ROOM)
+        dispatching = loop.create_task(Dispatcher(store, files, {ENDPOINT: cancels.stages}, queue).run())
+        began = time.monotonic()
+        await cancels.run(jobs)
+        took_s = time.monotonic() - began
+        faults = cancels.faults
+        await asyncio.sleep(1)  # what was closed is also to be put away
+        listening = {subject for subject in store._listener._subscribers if subject != "work"}
+        for left, what in (
+            (cancels.stages.working, "threads at work"),
+            (cancels.stages.turns_taken, "replicas taken"),
+            (listening, "subscriptions"),
+        ):
+            if left:
+                faults.append(f"left behind: {what}: {left}")
+        room = await cancels.fill_the_room()
+        if room != ROOM:
+            faults.append(f"of {ROOM} places {room} are left")
+        dispatching.cancel()
+        await asyncio.wait([dispatching])
+    await asyncio.sleep(0.1)
+    if (tasks := len(asyncio.all_tasks())) > tasks_before:
+        faults.append(f"left behind: {tasks - tasks_before} tasks")
+    if threads := [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]:
+        faults.append(f"left behind: threads of stages: {threads}")
+    faults += await _history(database, len(cancels.ids))
+    await store.close()
+    await callers_store.close()
+    return faults, _figures(cancels, jobs, took_s)
+
+
+async def _history(database: str, jobs: int) -> list[str]:
+    """What is wrong with the states that the jobs went through."""
+    connection = await asyncpg.connect(database)
+    try:
+        states = dict(await connection.fetch("SELECT state, count(*) FROM jobs GROUP BY 1"))
+        ends = await connection.fetch(
+            "SELECT job_id, count(*) FROM job_events WHERE state IN ('succeeded', 'failed', 'cancelled')"
+            " GROUP BY job_id HAVING count(*) > 1"
+        )
+    finally:
+        await connection.close()
+    faults = [f"{count} jobs are {state}" for state, count in states.items() if state not in ("succeeded", "cancelled")]
+    faults += [f"{sum(states.values())} jobs instead of {jobs}"] if sum(states.values()) != jobs else []
+    return faults + [f"job {row['job_id']} ended {row['count']} times" for row in ends]
+
+
+def _figures(cancels: Cancels, jobs: int, took_s: float) -> Table:
+    shown = table(f"{jobs:,} jobs, {ROOM} at once, units of {UNIT_S[0] * 1000:g} to {UNIT_S[1] * 1000:g} ms", "what", "count")
+    for (moment, state), count in sorted(cancels.ends.items()):
+        shown.add_row(f"cancelled {moment}: {state}", f"{count:,}")
+    acknowledged, after = cancels.acknowledged_s, cancels.units_after
+    shown.add_row("cancels", f"{len(acknowledged):,}")
+    for percent in (50, 99):
+        shown.add_row(f"acknowledged in ms, p{percent}", f"{percentile(acknowledged, percent) * 1000:.1f}")
+    for number, count in sorted(Counter(after).items()):
+        shown.add_row(f"with {number} units begun after the answer", f"{count:,}")
+    shown.add_row("seconds", f"{took_s:.0f}")
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help="keep the figures")
+    asked = parser.parse_args()
+    report = Report("cancels", "Cancels at random moments", "`make chaos`")
+    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    with embedded() as settings:
+        files = FileStore(settings.files_url)
+        url = database_url(settings)
+        asyncio.run(migrate(url))
+        faults, shown = asyncio.run(unleash(url, files, asked.jobs, asked.seed))
+    report.add(shown)
+    report.add(f"Targets: acknowledged within 50 ms, at most one unit begun after. Broken promises: {len(faults) or 'none'}.")
+    for fault in faults[:50]:
+        report.add(fault)
+    if asked.save:
+        report.save()
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

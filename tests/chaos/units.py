@@ -37,7 +37,7 @@ class UnitStages:
         self._turns = {stage: [asyncio.Lock() for _ in range(replicas)] for stage in UNITS}
         self._next = count()
         self._unit_s = unit_s
-        self._on_unit = on_unit
+        self.on_unit = on_unit
         self.begun: defaultdict[int, list[Unit]] = defaultdict(list)
         self.working: set[tuple[int, str]] = set()
 
@@ -65,7 +65,7 @@ class UnitStages:
                         raise Cancelled
                     unit = Unit(stage, number, time.monotonic())
                     self.begun[job["seed"]].append(unit)
-                    self._on_unit(job["seed"], unit)
+                    self.on_unit(job["seed"], unit)
                     time.sleep(random.uniform(*self._unit_s))
                     tell(Progress("step", number + 1, UNITS[stage]))
                 return job
