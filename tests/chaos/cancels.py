@@ -99,7 +99,7 @@ class Cancels:
         acknowledged = time.monotonic()
         job = await self._end(job_id)
         self._judge(seed, moment, job, answers)
-        if job.state is JobState.CANCELLED:
+        if job.state is JobState.CANCELLED or (job.state is JobState.SUCCEEDED and "CANCELLATION_REQUESTED" in answers):
             self.units_after.append(sum(unit.began > acknowledged for unit in self.stages.begun.get(seed, ())))
         self.ends[moment, job.state] += 1
         self.stages.begun.pop(seed, None)
@@ -128,7 +128,7 @@ class Cancels:
         allowed = {JobState.CANCELLED}
         if moment in ("never", "after the end"):
             allowed = {JobState.SUCCEEDED}
-        elif moment in ("at random", "at the end", "twice", "in decode"):
+        elif moment not in ("in the queue", "in preprocess"):
             allowed = {JobState.CANCELLED, JobState.SUCCEEDED}  # it may end before the word arrives
         if job.state not in allowed:
             self.faults.append(f"job {seed}, cancelled {moment}, is {job.state}")
