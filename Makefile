@@ -53,8 +53,10 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 	$(BIN)/python -m tests.load.bench_queue
 
 .PHONY: chaos
-chaos: install ## kill and stop everything at random under 1,000 jobs, and count what is lost; some minutes
+chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
 	$(BIN)/python -m tests.chaos --save
+	$(BIN)/python -m tests.chaos.cancels --save
+	$(BIN)/python -m tests.wire.lost_answers --save
 
 .PHONY: clean
 clean: ## remove the environment

@@ -102,6 +102,7 @@ class Dispatcher:
             try:
                 files = await self.store.expire_files(self.files.delete)
                 jobs = await self.store.expire_jobs(self.retention.jobs_s)
+                await self.store.expire_secrets()
             except StoreAway:
                 logger.exception("nothing expired", extra={"action": "expiry_failed"})
                 files = jobs = 0

@@ -14,10 +14,12 @@ from engines.errors import NotFound
 
 HEADERS = {
     "accept-ranges": "bytes",
-    "cache-control": "public, max-age=31536000, immutable",  # a name is never written twice
     "content-security-policy": "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'",
     "x-content-type-options": "nosniff",
 }
+CACHE_S = 3600
+"""A name is never written twice, but a file expires, and caches are not to have it for long then. Asking again costs a 304."""
+
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -45,14 +47,15 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-async def file_response(files: FileStore, name: str, request: Request) -> Response:
-    """The file at "/files/<name>", or the part of it that was asked for. Raises `NotFound`."""
+async def file_response(files: FileStore, name: str, request: Request, keep_s: float | None) -> Response:
+    """The file at "/files/<name>", or the part of it that was asked for. keep_s: how long files are kept. Raises `NotFound`."""
     size = await files.size(name)
     if size is None:
         raise NotFound("There is no such file.")
     folder, _, file_name = name.partition("/")
     content_type = CONTENT_TYPES.get("." + file_name.rpartition(".")[2])
     headers = {**HEADERS, "etag": f'"{folder}"'}
+    headers["cache-control"] = f"public, max-age={min(CACHE_S, int(keep_s or CACHE_S))}, immutable"
     headers["content-disposition"] = f'{"inline" if content_type else "attachment"}; filename="{file_name}"'
     if headers["etag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments import webhook_listing as listing
 from deployments import wire
-from deployments.access import ANYBODY, Caller, identify, issued_token
+from deployments.access import ANYBODY, Caller, identify, issued_token, shown_secret
 from deployments.files import file_response
 from deployments.jobs.job import Failure, Job
 from deployments.jobs.keys import Scope
@@ -100,7 +100,7 @@ def create_app(settings: Settings, store: JobStore | None = None) -> FastAPI:
             yield
         finally:
             opening.cancel()
-            await asyncio.wait([opening])
+            await asyncio.gather(opening, return_exceptions=True)
             if app.state.store is not None:
                 await app.state.store.close()
 
@@ -132,6 +132,9 @@ async def _open_store(app: FastAPI) -> None:
             app.state.store = await JobStore.open(await asyncio.to_thread(database_url, app.state.settings))
         except StoreAway:
             logger.exception("no database yet", extra={"action": "store_away"})
+        except Exception:  # a password that is wrong, a schema that is newer: nothing that waiting mends
+            logger.critical("the database cannot be used: 503 until a restart", exc_info=True, extra={"action": "store_unusable"})
+            raise
 
 
 def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
@@ -313,12 +316,12 @@ async def token(request: Request) -> Response:
     Queue paths take it as the query parameter `fal_jwt_token`. It may what the key may, except `admin`, at the apps named, and
     ends with the key, or with the secret that it was asked for with.
     """
+    secret = None if _settings(request).auth == "open" else await shown_secret(request, _store(request))
     try:
         asked = TokenRequest.model_validate_json(await _read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
     except ValidationError as exc:
         return failure_response(validation_failure(exc))
-    made = await issued_token(request, _settings(request).auth, _store(request), asked)
-    return JSONResponse(made, headers={"cache-control": "no-store"})
+    return JSONResponse(issued_token(secret, asked), headers={"cache-control": "no-store"})
 
 
 @house.head("/files/{name:path}", include_in_schema=False)
@@ -326,7 +329,7 @@ async def token(request: Request) -> Response:
 async def file(request: Request, name: str) -> Response:
     """A generated file, or the byte range asked for."""
     files: FileStore = request.app.state.files
-    return await file_response(files, name, request)
+    return await file_response(files, name, request, _settings(request).retention.files_s)
 
 
 @house.get("/health")

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ from ray.serve._private.api import serve_start
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from deployments import haproxy
 from deployments.jobs.postgres import database_url, stop_embedded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
@@ -50,7 +51,9 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
     signal.signal(signal.SIGTERM, _exit)
     database_url(settings)
+    front = ExitStack()
     try:
+        front.enter_context(haproxy.fronted())
         ray.init(
             address="local",
             namespace="serve",
@@ -70,6 +73,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         try:
             _shut_down([app.name for app in schema.applications])
         finally:  # also when Ray is beyond being asked
+            front.close()
             stop_embedded(settings)
 
 

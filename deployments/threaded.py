@@ -63,18 +63,24 @@ class InThread(Generic[T]):
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
-        await asyncio.wait([self._work])  # the caller's turn ends when the GPU is free, not before
+        cancelled: asyncio.CancelledError | None = None
+        while not self._work.done():  # the caller's turn ends when the GPU is free, not before, however often it is cancelled
+            try:
+                await asyncio.wait([self._work])
+            except asyncio.CancelledError as again:
+                cancelled = again
         self.seconds = time.monotonic() - self._started
         error = self._work.exception()
-        if error is None:
-            return
         # Its traceback holds the stage's locals, gigabytes of a GPU, in a cycle with our own frame: the next call needs them now
-        traceback.clear_frames(error.__traceback__)
-        if exc is None:
-            try:
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+        try:
+            if cancelled is not None and not isinstance(exc, asyncio.CancelledError):
+                raise cancelled
+            if error is not None and exc is None:
                 raise error
-            finally:
-                del error
+        finally:
+            del error, cancelled
 
     @property
     def product(self) -> T:

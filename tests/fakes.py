@@ -29,20 +29,20 @@ class LocalStages:
         self.decode_replica = Decode(endpoint.model, config)
 
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
-        return await _product(self.preprocess_replica.run(job_input), on_note)
+        return await product(self.preprocess_replica.run(job_input), on_note)
 
     async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
-        return await _product(self.denoise_replica.run(conditioning, slot), on_note)
+        return await product(self.denoise_replica.run(conditioning, slot), on_note)
 
     async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
-        latents, _ = await _product(self.preprocess_replica.saved(slot), on_note)
+        latents, _ = await product(self.preprocess_replica.saved(slot), on_note)
         return latents
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        return await _product(self.decode_replica.run(latents), on_note)
+        return await product(self.decode_replica.run(latents), on_note)
 
 
-async def _product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
+async def product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
     try:
         async for item in stream:
             if isinstance(item, Done):

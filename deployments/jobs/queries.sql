@@ -264,6 +264,10 @@ FROM api_keys ORDER BY created_at, id
 -- A key stays listed after its end.
 UPDATE api_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL RETURNING id
 
+-- name: expire_secrets
+-- Forgets secrets that nobody can use any more.
+DELETE FROM api_key_secrets WHERE expires_at <= now() RETURNING id
+
 -- name: find_secret
 -- The secret that this is the hash of.
 SELECT secret.id, key_id, scopes, token_key FROM api_key_secrets AS secret JOIN api_keys ON api_keys.id = key_id

@@ -402,6 +402,10 @@ class JobStore:
         unstored = await self._fetch("expire_unstored_jobs", UNSTORED_S, EXPIRY_BATCH)
         return len(old) + len(unstored)
 
+    async def expire_secrets(self) -> int:
+        """Deletes the secrets of keys that were replaced and whose time is over. How many."""
+        return len(await self._fetch("expire_secrets"))
+
     # For the operator.
 
     async def pause(self, endpoint: str) -> None:

@@ -18,7 +18,7 @@ from deployments.settings import FetchSettings
 from deployments.stages import TURN, Done, Note, Slot
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import Cancelled, GenerationFailed
-from engines.spec import Checkpoint, Conditioning, Latents
+from engines.spec import Checkpoint, Conditioning, Latents, Progress
 from tests.fakes import ENDPOINT
 
 NAME = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
@@ -43,7 +43,7 @@ class Stage:
         self.before = before
         self.began_at: list[int] = []
 
-    def sample(self, conditioning: Any, *, resume: Any, on_step: Any, should_stop: Any) -> Latents:
+    def sample(self, conditioning: Any, *, resume: Any, on_step: Any, on_progress: Any, should_stop: Any) -> Latents:
         start = resume.step if resume else 0
         self.began_at.append(start)
         for done in range(start, STEPS):
@@ -51,6 +51,7 @@ class Stage:
             if should_stop():
                 raise Cancelled
             on_step(reached(done + 1))
+            on_progress(Progress("step", done + 1, STEPS))
         return Latents(torch.full((1, 4, 2, 2, 2), 99.0), conditioning.seed)
 
 
@@ -82,15 +83,21 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+def plain(item: Any) -> Any:
+    """A note of a step without its stage and what is left."""
+    at = item.progress.at if isinstance(item, Note) and item.progress else None
+    return item if at is None else Note(f"{at.unit} {at.done}/{at.total}")
+
+
 async def listen(replica: Denoise, slot: Slot, seed: int = 1) -> list[Any]:
-    return [item async for item in replica.run(asked(seed), slot)]
+    return [plain(item) async for item in replica.run(asked(seed), slot)]
 
 
 async def interrupt(replica: Denoise, after: str, seed: int = 1) -> None:
     """Stops listening after a note."""
     async with aclosing(replica.run(asked(seed), FIRST)) as stream:  # type: ignore[type-var]
         async for item in stream:
-            if item == Note(after):
+            if plain(item) == Note(after):
                 return
 
 
@@ -143,7 +150,7 @@ async def test_a_slow_disk_holds_up_no_step_and_gets_the_newest(
     monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", put.slow)
     one = replica(Stage(slowly))
     stream = one.run(asked(), FIRST)
-    notes = [await anext(stream) for _ in range(1 + STEPS)]
+    notes = [plain(await anext(stream)) for _ in range(1 + STEPS)]
     assert notes[-1] == Note(f"step {STEPS}/{STEPS}")
     assert written == [], "the first one is still being written"
     put.done.set()

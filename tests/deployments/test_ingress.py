@@ -779,7 +779,7 @@ async def test_a_file_is_shown_but_never_run(video: str, alone: httpx.AsyncClien
     assert response.headers["content-disposition"] == 'inline; filename="video.mp4"'
     assert response.headers["x-content-type-options"] == "nosniff"
     assert "sandbox" in response.headers["content-security-policy"]
-    assert "immutable" in response.headers["cache-control"]
+    assert response.headers["cache-control"] == "public, max-age=3600, immutable"  # files expire
     assert response.headers["accept-ranges"] == "bytes"
 
 
@@ -907,6 +907,26 @@ async def test_an_app_that_can_never_open_its_store_does_not_start(settings: Set
     with pytest.raises(RuntimeError):
         async with app.router.lifespan_context(app):
             pass
+
+
+async def test_a_database_that_turns_out_unusable_after_the_door_opened_is_told_in_the_log(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = asyncio.Event()
+
+    async def open_store(url: str) -> JobStore:
+        await known.wait()
+        raise RuntimeError("a wrong password")
+
+    monkeypatch.setattr("deployments.ingress.START_S", 0.01)
+    monkeypatch.setattr("deployments.ingress.database_url", lambda _: "postgresql://db/x")
+    monkeypatch.setattr(JobStore, "open", open_store)
+    app = create_app(settings)
+    async with app.router.lifespan_context(app), calling(app) as client:
+        known.set()
+        await asyncio.sleep(0.01)
+        assert (await client.get("/health")).status_code == 503
+    assert [record.levelname for record in caplog.records if record.__dict__.get("action") == "store_unusable"] == ["CRITICAL"]
 
 
 def test_the_error_of_an_outage_is_the_one_of_any_failure() -> None:

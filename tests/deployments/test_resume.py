@@ -96,7 +96,8 @@ async def test_a_released_job_goes_on_at_its_last_step_with_the_bits_of_an_undis
     resumed = next(line for line in told if line.startswith("resumed"))
     at = int(resumed.removeprefix("resumed at step ").partition("/")[0])
     assert 3 <= at < steps
-    assert [line for line in told if line.startswith("step")] == [f"step {i}/{steps}" for i in range(at + 1, steps + 1)]
+    worked = [line.removeprefix("denoise: ").partition(",")[0] for line in told if line.startswith("denoise: ")]
+    assert list(dict.fromkeys(worked)) == [f"step {i}/{steps}" for i in range(at, steps + 1)]
     assert await mp4_of(files, job) == undisturbed
     assert job.attempt == 1
 

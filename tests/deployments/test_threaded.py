@@ -124,3 +124,34 @@ async def test_a_chatty_call_neither_fills_the_memory_nor_keeps_others_waiting()
     async with InThread("preprocess", chat) as work:
         told = await notes(work)
     assert len(told) <= BURST + work.seconds + 2
+
+
+@pytest.mark.parametrize("leaving", ["cancelled", "closed"])
+async def test_a_second_cancel_does_not_begin_the_next_turn_before_the_thread_has_ended(leaving: str) -> None:
+    released, working = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    turn = asyncio.Lock()
+
+    def finish_the_unit(tell: OnProgress, should_stop: ShouldStop) -> None:
+        loop.call_soon_threadsafe(working.set)
+        released.wait(10)
+        raise Cancelled
+
+    async def call() -> None:
+        async with turn, InThread("denoise", finish_the_unit) as work:
+            if leaving == "closed":
+                await working.wait()
+                raise GeneratorExit  # as a stream's `aclose` does
+            await notes(work)
+
+    calling = asyncio.create_task(call())
+    await working.wait()
+    for _ in range(3):
+        await asyncio.sleep(0)
+        calling.cancel()
+    await asyncio.sleep(0.01)
+    assert turn.locked()
+    released.set()
+    await asyncio.wait([calling])
+    assert calling.cancelled()
+    assert not turn.locked()

@@ -164,6 +164,7 @@ async def test_wrong_key_is_not_saved_by_a_good_token(client: httpx.AsyncClient,
     ],
 )
 async def test_what_no_token_can_be_is_told(asked: dict[str, Any], client: httpx.AsyncClient, store: JobStore) -> None:
+    assert (await client.post("/rest/tokens/", json=asked)).status_code == 401  # a stranger is told nothing of the rules
     answer = await client.post("/rest/tokens/", json=asked, headers=bearing(await store.create_key("studio")))
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"][0] == "body"

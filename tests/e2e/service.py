@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns once it answers."""
+        """Returns once it is all there. It answers before that: the door needs no models."""
         self.port = self.port or free_port()
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
         config["applications"][0]["import_path"] = self.import_path
@@ -43,12 +44,14 @@ class Service:
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]
-        with (self.home / "serve.log").open("ab") as log:
+        log_path = self.home / "serve.log"
+        with log_path.open("ab") as log:
+            begin = log.tell()
             env = os.environ | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         deadline = time.monotonic() + READY_S
-        while not self._answers():
-            assert self.process.poll() is None, (self.home / "serve.log").read_text()
+        while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
+            assert self.process.poll() is None, log_path.read_text()
             assert time.monotonic() < deadline, f"not ready after {READY_S} s"
             time.sleep(0.2)
 
@@ -72,11 +75,30 @@ class Service:
         psutil.wait_procs(victims.values(), timeout=20)
         self.process.wait(20)
 
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=2).is_success
-        except httpx.HTTPError:
-            return False
+
+@contextmanager
+def gateway(service: Service) -> Iterator[str]:
+    """The URL of a gateway with two workers beside `service`, which need not run."""
+    port = free_port()
+    command = [REELRAY, "gateway", "--config", service.home / "serve_config.yaml", "--port", str(port), "--workers", "2"]
+    with (service.home / "gateway.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + READY_S
+        while not answers(f"http://127.0.0.1:{port}"):
+            assert time.monotonic() < deadline, (service.home / "gateway.log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def free_port() -> int:

@@ -25,7 +25,7 @@ from engines.pipeline import Pipeline
 from tests.conftest import embedded
 from tests.deployments.receiver import answering, is_signed, receiving
 from tests.e2e.files import serving
-from tests.e2e.service import REELRAY, Service
+from tests.e2e.service import REELRAY, Service, gateway
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -300,18 +300,25 @@ def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, serv
 
 
 @pytest.mark.timeout(400)  # the service starts twice
-def test_after_sigkill_of_everything_each_job_completes_once():
+def test_after_sigkill_of_everything_each_job_completes_once_and_a_gateway_takes_more_meanwhile():
     with embedded() as settings:
         service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1})
         settings.home.mkdir(parents=True, exist_ok=True)
         service.start()
         with QueueClient(service.url) as client:
+            done = client.submit(ENDPOINT, {"prompt": "a", "num_inference_steps": 1})
+            finished(client, done)
             ids = [client.submit(ENDPOINT, LONG | {"seed": 0})]
             ids += [client.submit(ENDPOINT, {"prompt": "a", "seed": seed}) for seed in range(1, 6)]
             wait_for_step(client, ids[0])
             states = [client.status(ENDPOINT, request_id)["status"] for request_id in ids]
             assert states == ["IN_PROGRESS"] + ["IN_QUEUE"] * 5
         service.kill()
+        with gateway(service) as url, QueueClient(url) as client:
+            ids.append(client.submit(ENDPOINT, {"prompt": "a", "seed": 6}))
+            assert client.status(ENDPOINT, ids[-1])["status"] == "IN_QUEUE"
+            video = client.result(ENDPOINT, done)["video"]
+            assert len(client.download(video["url"])) == video["file_size"]
         service.start()
         with QueueClient(service.url) as client:
             for seed, request_id in enumerate(ids):
@@ -320,7 +327,7 @@ def test_after_sigkill_of_everything_each_job_completes_once():
                 assert client.download(client.result(ENDPOINT, request_id)["video"]["url"])
         histories = [asyncio.run(history(database_url(settings), request_id)) for request_id in ids]
         assert service.stop() == 0
-    assert histories == [["queued", "running", "queued", "running", "succeeded"], *[["queued", "running", "succeeded"]] * 5]
+    assert histories == [["queued", "running", "queued", "running", "succeeded"], *[["queued", "running", "succeeded"]] * 6]
 
 
 async def history(url: str, request_id: str) -> list[str]:

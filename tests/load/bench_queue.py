@@ -25,6 +25,7 @@ import asyncpg
 import httpx
 import yaml
 
+from deployments.haproxy import SWITCH
 from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore
 from deployments.settings import CONFIG_VARIABLE, Settings
@@ -167,8 +168,7 @@ def hosted(host: str, settings: Settings) -> Iterator[int]:
             command += ["--log-level", "warning", "--no-access-log"]
         else:
             command = [str(REELRAY), "serve", "--config", str(config), "--port", str(port)]
-        if host == "Serve with HAProxy":
-            environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        environment[SWITCH] = "1" if host == "Serve with HAProxy" else "0"
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

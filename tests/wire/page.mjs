@@ -1,13 +1,15 @@
 // What an application does with the unmodified @fal-ai/client, one operation a run:
 //
-//   node page.mjs <base url> <operation> '<arguments as JSON>'
+//   node page.mjs <base url> <operation>   (its arguments as JSON on standard input: a word has 128 KB at most)
 //
 // prints one line of JSON: {"value": ...} or {"error": ...}, with what the page's callbacks saw beside it. `subscribe` is the
 // code of fal's endpoint pages; the client is pointed at us by its own proxy setting and nothing else.
+import { readFileSync } from "node:fs";
+
 import { fal } from "@fal-ai/client";
 
-const [base, operation, args] = process.argv.slice(2);
-const { id, ...options } = JSON.parse(args);
+const [base, operation] = process.argv.slice(2);
+const { id, ...options } = JSON.parse(readFileSync(0, "utf8"));
 const updates = [];
 const printed = [];
 const print = console.log;

@@ -55,13 +55,13 @@ class PageClient:
             HERE / "page.mjs",
             self.base_url,
             operation,
-            arguments,
             env=environment,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            stdout, stderr = await asyncio.wait_for(process.communicate(), timeout_s)
+            stdout, stderr = await asyncio.wait_for(process.communicate(arguments.encode()), timeout_s)
         finally:
             if process.returncode is None:
                 process.kill()

@@ -110,6 +110,16 @@ async def test_rotation_that_lost_its_answer_is_one_rotation(store: JobStore, mo
     assert len(await store.outlast(lambda connection: connection.fetch("SELECT FROM api_key_secrets"))) == 2
 
 
+async def test_a_secret_whose_time_is_over_is_forgotten_and_no_other(store: JobStore) -> None:
+    old = await store.create_key("studio")
+    assert await store.expire_secrets() == 0
+    new = await rotated(store, old, HOUR_S)
+    assert await store.expire_secrets() == 0
+    newest = await rotated(store, new, 0)
+    assert await store.expire_secrets() == 2
+    assert [await known(store, secret) is not None for secret in (old, new, newest)] == [False, False, True]
+
+
 async def test_keys_made_before_there_were_scopes_work_as_they_did(postgres: str) -> None:
     await execute(postgres, "CREATE DATABASE older_keys")
     url = of_database(postgres, "older_keys")

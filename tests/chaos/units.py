@@ -1,0 +1,86 @@
+"""Stages of units that sleep: several replicas of each, one call at a time, in threads as Serve's wrappers run theirs."""
+
+import asyncio
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from deployments.progress import Stage
+from deployments.stages import TURN, Done, OnNote, Slot, Stream
+from deployments.threaded import InThread
+from engines.errors import Cancelled
+from engines.spec import Clip, OnProgress, Progress, ShouldStop
+from tests.fakes import product
+
+UNITS = {"preprocess": 2, "denoise": 4, "decode": 2}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """stage, number: which it was, from 0. began: in seconds of `time.monotonic`."""
+
+    stage: str
+    number: int
+    began: float
+
+
+class UnitStages:
+    """unit_s: a unit's shortest and longest sleep. on_unit: told of each as it begins, in its thread, and by which job's seed.
+
+    begun: a job's seed -> its units. working: threads at work now.
+    """
+
+    def __init__(self, replicas: int, unit_s: tuple[float, float], on_unit: Callable[[int, Unit], None]):
+        self._turns = {stage: [asyncio.Lock() for _ in range(replicas)] for stage in UNITS}
+        self._next = count()
+        self._unit_s = unit_s
+        self.on_unit = on_unit
+        self.begun: defaultdict[int, list[Unit]] = defaultdict(list)
+        self.working: set[tuple[int, str]] = set()
+
+    @property
+    def turns_taken(self) -> int:
+        """Replicas that are somebody's."""
+        return sum(turn.locked() for turns in self._turns.values() for turn in turns)
+
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
+        return await product(self._run("preprocess", job_input), on_note)
+
+    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+        return await product(self._run("denoise", conditioning), on_note)
+
+    async def saved(self, slot: Slot, on_note: OnNote) -> None:
+        """These stages keep nothing."""
+
+    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
+        _, seconds = await product(self._run("decode", latents), on_note)
+        return Clip(b"a clip", 1, 64, 64, 8, latents["seed"]), seconds
+
+    async def _run(self, stage: Stage, job: dict[str, Any]) -> Stream:
+        def work(tell: OnProgress, should_stop: ShouldStop) -> dict[str, Any]:
+            self.working.add((job["seed"], stage))
+            try:
+                for number in range(UNITS[stage]):
+                    if should_stop():
+                        raise Cancelled
+                    unit = Unit(stage, number, time.monotonic())
+                    self.begun[job["seed"]].append(unit)
+                    self.on_unit(job["seed"], unit)
+                    time.sleep(random.uniform(*self._unit_s))
+                    tell(Progress("step", number + 1, UNITS[stage]))
+                return job
+            finally:
+                self.working.discard((job["seed"], stage))
+
+        turns = self._turns[stage]
+        async with turns[next(self._next) % len(turns)]:
+            yield TURN
+            async with InThread(stage, work) as working:
+                async for note in working:
+                    yield note
+        yield Done(working.seconds)
+        yield working.product

@@ -1,0 +1,77 @@
+"""The ingress as operators host it, in processes of its own: `reelray gateway` with two workers, and Serve behind HAProxy."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import yaml
+
+from deployments.settings import Settings
+from tests.e2e.service import REELRAY, free_port
+
+READY_S = 60.0
+STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A service that answers at `url`; nothing in it works on jobs."""
+
+    url: str
+    settings: Settings
+
+
+@contextmanager
+def hosted(kind: str, database: str) -> Iterator[Hosted]:
+    """kind: "gateway" or "serve". database: the URL of a migrated one."""
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        settings = Settings(home=Path(folder), database=database)
+        port, config, log = free_port(), Path(folder) / "serve_config.yaml", Path(folder) / "log"
+        application = {
+            "name": "reelray",
+            "route_prefix": "/",
+            "import_path": "tests.load.constant:build",
+            "logging_config": {"enable_access_log": False},
+            "args": {"home": folder, "database": database},
+            "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
+        }
+        listening = {"host": "127.0.0.1", "port": port, "keep_alive_timeout_s": 75}
+        document = {"proxy_location": "HeadOnly", "http_options": listening, "applications": [application]}
+        config.write_text(yaml.safe_dump(document))
+        words = [str(REELRAY), kind, "--config", str(config), "--port", str(port)]
+        environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*words, "--workers", "2"] if kind == "gateway" else words,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_healthy(port, process, log)
+            yield Hosted(f"http://127.0.0.1:{port}", settings)
+            process.send_signal(signal.SIGTERM)
+            process.wait(STOP_S)
+        finally:
+            with suppress(ProcessLookupError):  # nothing is left, as it should be
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_S)
+
+
+def _wait_until_healthy(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success:
+                return
+        time.sleep(0.1)
