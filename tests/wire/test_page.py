@@ -55,7 +55,6 @@ async def test_status_stream_events_carry_only_new_lines(page: PageClient, store
     await wire.answer("GET", "/status/stream")
     async with working(store, files):
         done = await streaming
-    assert len(done.updates) > 3
     assert [item["message"] for update in done.updates for item in update["logs"]] == STEPS
     assert [item["progress"]["step"]["done"] for update in done.updates for item in update["logs"]] == [1, 2, 3, 4]
     assert [update["status"] for update in (done.updates[0], done.updates[-1])] == ["IN_QUEUE", "COMPLETED"]
