@@ -23,10 +23,14 @@ REELRAY = Path(sys.executable).with_name("reelray")
 
 @dataclass
 class Service:
-    """`reelray serve` on the demo weights. home: its database, files and weights, which outlive it."""
+    """`reelray serve` on the demo weights. home: its database, files and weights, which outlive it.
+
+    without: models that are left out, for each of which three processes need not load torch.
+    """
 
     home: Path
     queue: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     import_path: str = "deployments.app:build"
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -39,8 +43,12 @@ class Service:
         """Returns once it is all there. It answers before that: the door needs no models."""
         self.port = self.port or free_port()
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
-        config["applications"][0]["import_path"] = self.import_path
-        config["applications"][0]["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue}
+        (application,) = config["applications"]
+        application["import_path"] = self.import_path
+        application["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue}
+        for model in self.without:
+            application["args"][model] = None
+            application["deployments"] = [each for each in application["deployments"] if not each["name"].startswith(model)]
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]

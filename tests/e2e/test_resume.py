@@ -31,7 +31,7 @@ def settings() -> Iterator[Settings]:
 @pytest.fixture(scope="module")
 def own_service(settings: Settings) -> Iterator[Service]:
     """A service that a test may stop and start."""
-    service = Service(settings.home, queue={"checkpoint_s": 0.2, "lease_s": 3})
+    service = Service(settings.home, queue={"checkpoint_s": 0.2, "lease_s": 3}, without=("controlnext",))
     service.start()
     yield service
     assert service.stop() == 0

@@ -264,7 +264,7 @@ def test_a_job_that_is_cancelled_while_its_files_come_drops_them(client: QueueCl
 
 def test_a_cancelled_decode_makes_room_for_the_next():
     with embedded() as settings:
-        service = Service(settings.home, import_path="tests.e2e.endless:build")
+        service = Service(settings.home, without=("controlnext",), import_path="tests.e2e.endless:build")
         settings.home.mkdir(parents=True, exist_ok=True)
         service.start()
         with QueueClient(service.url) as client:
@@ -302,7 +302,7 @@ def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, serv
 @pytest.mark.timeout(400)  # the service starts twice
 def test_after_sigkill_of_everything_each_job_completes_once_and_a_gateway_takes_more_meanwhile():
     with embedded() as settings:
-        service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1})
+        service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1}, without=("controlnext",))
         settings.home.mkdir(parents=True, exist_ok=True)
         service.start()
         with QueueClient(service.url) as client:
