@@ -63,6 +63,12 @@ class Service:
             assert time.monotonic() < deadline, f"not ready after {READY_S} s"
             time.sleep(0.2)
 
+    def processes(self, word: str) -> list[psutil.Process]:
+        """Those of its processes with `word` in their command line."""
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if word in " ".join(child.cmdline())]
+
     def stop(self) -> int:
         """As an operator stops it. Returns the exit status."""
         assert self.process is not None

@@ -10,14 +10,8 @@ from tests.e2e.service import Service
 BACK_S = 30.0
 
 
-def processes(service: Service, word: str) -> list[psutil.Process]:
-    assert service.process is not None
-    children = psutil.Process(service.process.pid).children(recursive=True)
-    return [child for child in children if word in " ".join(child.cmdline())]
-
-
 def test_haproxy_listens_nowhere_but_where_the_service_does(service: Service):
-    fronts = processes(service, "haproxy.cfg")  # more than one while the old one of a reload still has connections
+    fronts = service.processes("haproxy.cfg")  # more than one while the old one of a reload still has connections
     connections = [connection for front in fronts for connection in front.net_connections("tcp")]
     ports = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
     assert {address for address, _ in ports} == {"127.0.0.1"}
@@ -25,14 +19,14 @@ def test_haproxy_listens_nowhere_but_where_the_service_does(service: Service):
 
 
 def test_a_killed_haproxy_is_started_again_and_tells_nobody_that_a_job_is_unknown(service: Service):
-    for front in processes(service, "haproxy.cfg"):
+    for front in service.processes("haproxy.cfg"):
         front.kill()
         front.wait(10)
     assert set(answers_until_up(service)) <= {"no connection", 503, 200}
 
 
 def test_after_the_death_of_the_ingress_callers_wait_and_are_answered(service: Service):
-    [ingress] = processes(service, "ServeReplica:reelray:ingress")
+    [ingress] = service.processes("ServeReplica:reelray:ingress")
     ingress.kill()
     ingress.wait(10)
     assert answers_until_up(service) == [200]

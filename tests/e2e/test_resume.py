@@ -6,7 +6,6 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-import psutil
 import pytest
 
 from deployments.client import QueueClient
@@ -74,12 +73,7 @@ def test_a_job_whose_replica_is_killed_is_resumed_with_the_same_bits(own_service
     with QueueClient(own_service.url) as client:
         request_id = client.submit(ENDPOINT, LONG)
         wait_for_steps(client, request_id, 8)
-        assert own_service.process is not None
-        (replica,) = [
-            child
-            for child in psutil.Process(own_service.process.pid).children(recursive=True)
-            if "animatediff-denoise" in " ".join(child.cmdline())
-        ]
+        (replica,) = own_service.processes("animatediff-denoise")
         replica.kill()
         status = finished(client, request_id)
         assert mp4_of(client, request_id) == undisturbed

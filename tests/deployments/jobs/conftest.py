@@ -32,6 +32,22 @@ async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The first submission's answer gets lost on its way, its row being there; the statement stands here then."""
+    fetchmany, statements = asyncpg.Connection.fetchmany, list[str]()
+
+    async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
+        rows = await fetchmany(self, query, *args)
+        if "INSERT INTO jobs" in query and not statements:
+            statements.append(query)
+            raise asyncpg.ConnectionDoesNotExistError
+        return rows
+
+    monkeypatch.setattr(asyncpg.Connection, "fetchmany", fetch_and_lose)
+    return statements
+
+
 @pytest.fixture(scope="session", params=["embedded", "by-url"])
 def postgres(request: pytest.FixtureRequest, embedded_server: str) -> Iterator[str]:
     """The server's URL: every test that asks, itself or through `database` or `store`, runs on both."""
