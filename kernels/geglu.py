@@ -1,4 +1,4 @@
-"""GEGLU's product in one pass over the fused projection; PyTorch's gelu writes its result and the multiplication reads it again."""
+"""GEGLU's product in one pass over the fused projection; in PyTorch gelu writes a tensor that the multiplication reads again."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ def _op(x: Tensor) -> Tensor:
     if x.is_cuda:
         from kernels import geglu_triton  # late: Triton is optional
 
-        return geglu_triton.geglu(x)
+        with torch.cuda.device_of(x):  # where Triton launches
+            return geglu_triton.geglu(x)
     return reference.geglu(x)
 
 

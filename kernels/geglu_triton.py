@@ -7,11 +7,11 @@ from triton import language as tl
 from kernels.tile import Tile, cdiv
 
 # Feed-forward widths are 4 C = 1280, 2560 and 5120, all multiples of 256: no lane is idle.
-TILES = (Tile(8, 256, 4), Tile(4, 256, 4), Tile(16, 128, 4))
+TILES = (Tile(8, 256, 4), Tile(4, 256, 4))
 
 
 @triton.jit
-def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: N803
+def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out = a g (1 + erf(g / sqrt 2)) / 2. The exact gelu, which the models were trained with, not the one with tanh.
 
     x: (rows, 2 width), a beside g. out: (rows, width).
