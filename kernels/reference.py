@@ -38,9 +38,7 @@ def residual_blend(h: Tensor, residual: Tensor, bias: Tensor | None, other: Tens
     return y.to(h.dtype)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, positions: Tensor | None = None, axis: int = 0
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, positions: Tensor | None = None, axis: int = 0) -> Tensor:
     """`kernels.layer_norm.layer_norm` by its equation."""
     var, mean = torch.var_mean(_wide(x), dim=-1, correction=0, keepdim=True)
     y = (x - mean) / (var + eps).sqrt() * weight + bias
