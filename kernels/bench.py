@@ -101,7 +101,7 @@ def measure(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool 
 def microseconds(way: Way, device: torch.device) -> float:
     """The median of a call, on a GPU with the L2 cache emptied before each."""
     if device.type == "cuda":
-        from triton.testing import do_bench  # noqa: PLC0415
+        from triton.testing import do_bench
 
         return float(do_bench(way, return_mode="median")) * 1e3
     times = []
@@ -114,7 +114,7 @@ def microseconds(way: Way, device: torch.device) -> float:
 
 def append(folder: Path, results: Iterable[Result], device: torch.device, dtype: torch.dtype) -> Path:
     """Adds a run to the GPU's file: a list of runs, each of one machine, one dtype and one moment."""
-    import triton  # noqa: PLC0415
+    import triton
 
     gpu = torch.cuda.get_device_name(device)
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"

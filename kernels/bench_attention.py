@@ -39,7 +39,15 @@ def back_ends(device: torch.device) -> Iterator[tuple[str, SDPBackend | None]]:
 
 
 def temporal(
-    clips: int, frames: int, positions: int, heads: int, head_dim: int, table: bool, device: torch.device, dtype: torch.dtype, tiny: bool
+    clips: int,
+    frames: int,
+    positions: int,
+    heads: int,
+    head_dim: int,
+    table: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    tiny: bool,
 ) -> Contest:
     """table: whether the model adds positions to qkv."""
     if tiny:
@@ -84,7 +92,7 @@ def temporal(
 def _temporal_ways(qkv: Tensor, frames: int, heads: int, position: Tensor | None) -> dict[str, Way]:
     if qkv.device.type != "cuda":
         return {"reference": lambda: temporal_attention(qkv, frames, heads, position)}
-    from kernels.triton.temporal_attention import TILES, launch  # noqa: PLC0415
+    from kernels.triton.temporal_attention import TILES, launch
 
     return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in TILES}
 
@@ -110,7 +118,7 @@ def spatial(
 def _flash_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Way]:
     if q.device.type != "cuda":
         return {"reference": lambda: flash_attention(q, k, v)}
-    from kernels.triton.flash_attention import capability, launch, tiles  # noqa: PLC0415
+    from kernels.triton.flash_attention import capability, launch, tiles
 
     return {str(tile): partial(launch, q, k, v, tile) for tile in tiles(q.shape[3], capability(q.device))}
 

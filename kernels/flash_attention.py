@@ -34,7 +34,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @_operation.register_kernel("cuda")
 def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from kernels.triton.flash_attention import launch  # noqa: PLC0415
+    from kernels.triton.flash_attention import launch
 
     _check(query, key, value)
     return launch(query, key, value)
@@ -42,7 +42,9 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.ndim != 4 or key.shape != value.shape or key.ndim != 4 or query.shape[3] % 8:
-        raise ValueError(f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} are not tokens of heads of a multiple of 8")
+        raise ValueError(
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} are not tokens of heads of a multiple of 8"
+        )
     if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
         raise ValueError(f"{tuple(query.shape)} and {tuple(key.shape)} differ in batch, heads or head dimension")
     if key.shape[1] < 1:

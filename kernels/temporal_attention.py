@@ -38,7 +38,7 @@ def _(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> Tens
 
 @_operation.register_kernel("cuda")
 def _(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> Tensor:
-    from kernels.triton.temporal_attention import launch  # noqa: PLC0415
+    from kernels.triton.temporal_attention import launch
 
     _check(qkv, num_frames, heads, position)
     return launch(qkv, num_frames, heads, position)

@@ -74,7 +74,9 @@ def kernel(
     to = out + (image * positions + place) * (HEADS * HEAD_DIM) + head * HEAD_DIM
 
     v_first = _load(v, bias_v, real, 0, FIRST, HEAD_DIM)
-    scores = tl.dot(_load(q, bias_q, real, 0, FIRST, HEAD_DIM), _load(k, bias_k, real, 0, FIRST, HEAD_DIM).T, input_precision="ieee")
+    scores = tl.dot(
+        _load(q, bias_q, real, 0, FIRST, HEAD_DIM), _load(k, bias_k, real, 0, FIRST, HEAD_DIM).T, input_precision="ieee"
+    )
     if SECOND > 0:
         q_second = _load(q, bias_q, real, FIRST, SECOND, HEAD_DIM)
         k_second = _load(k, bias_k, real, FIRST, SECOND, HEAD_DIM)
