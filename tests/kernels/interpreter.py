@@ -1,26 +1,22 @@
-"""Triton kernels run on the CPU, in a process of their own: `TRITON_INTERPRET=1` has to be set before any kernel is imported,
-and would be in the way of whoever compiles kernels in this one.
-"""
+"""What runs in the process where Triton's kernels are Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
-from multiprocessing import get_context
-from typing import TypeVar
-
-Result = TypeVar("Result")
+from typing import Any
 
 
-def interpreted(function: Callable[..., Result], *args: object) -> Result:
-    """function(*args) in the interpreting process, which is started once. All of it must survive pickling."""
-    return _worker().submit(function, *args).result()
-
-
-@cache
-def _worker() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_interpret)
-
-
-def _interpret() -> None:
+def start() -> None:
+    """The process's first words."""
     os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    torch.set_num_threads(1)
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        """The interpreter keeps bfloat16 as uint16, and its product (triton 3.7.1) multiplies those as whole numbers."""
+        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot

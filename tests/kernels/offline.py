@@ -24,7 +24,7 @@ SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one block. registers: a thread's. shared: bytes. spills: loads and stores of registers that did not fit. sass: the code."""
+    """Of one block. registers: a thread's. shared: bytes. spills: loads and stores of those that did not fit. sass: the code."""
 
     registers: int
     shared: int

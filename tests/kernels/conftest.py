@@ -1,0 +1,14 @@
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from tests.kernels import interpreter
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Executor]:
+    """Runs functions in a process of its own, where kernels are interpreted: this one compiles them."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpreter.start) as executor:
+        yield executor
