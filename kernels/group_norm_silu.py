@@ -28,14 +28,17 @@ def group_norm_silu(
 
 @torch.library.custom_op("reelray::group_norm_silu", mutates_args=())
 def _op(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
-    if x.is_cuda:
-        from kernels import group_norm_silu_triton  # late: Triton is optional
-
-        with torch.cuda.device_of(x):  # where Triton launches
-            return group_norm_silu_triton.group_norm_silu(x, weight, bias, groups, eps, num_frames, silu)
     return _like(x).copy_(reference.group_norm_silu(x, weight, bias, groups, eps, num_frames=num_frames, silu=silu))
 
 
 @_op.register_fake
 def _like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_op.register_kernel("cuda")
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
+    from kernels.triton.group_norm_silu import launch  # late: Triton is optional
+
+    with torch.cuda.device_of(x):  # where Triton launches
+        return launch(x, weight, bias, groups, eps, num_frames, silu)

@@ -24,14 +24,17 @@ def layer_norm(
 
 @torch.library.custom_op("reelray::layer_norm", mutates_args=())
 def _op(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int) -> Tensor:
-    if x.is_cuda:
-        from kernels import layer_norm_triton  # late: Triton is optional
-
-        with torch.cuda.device_of(x):  # where Triton launches
-            return layer_norm_triton.layer_norm(x, weight, bias, eps, positions, axis)
     return _like(x).copy_(reference.layer_norm(x, weight, bias, eps, positions=positions, axis=axis))
 
 
 @_op.register_fake
 def _like(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_op.register_kernel("cuda")
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int) -> Tensor:
+    from kernels.triton.layer_norm import launch  # late: Triton is optional
+
+    with torch.cuda.device_of(x):  # where Triton launches
+        return launch(x, weight, bias, eps, positions, axis)

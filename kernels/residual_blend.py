@@ -38,14 +38,17 @@ def _checked(h: Tensor, residual: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
 @torch.library.custom_op("reelray::residual_blend", mutates_args=())
 def _op(h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None) -> Tensor:
-    if h.is_cuda:
-        from kernels import residual_blend_triton  # late: Triton is optional
-
-        with torch.cuda.device_of(h):  # where Triton launches
-            return residual_blend_triton.residual_blend(h, residual, bias, other, mix)
     return _like(h).copy_(reference.residual_blend(h, residual, bias, other, mix))
 
 
 @_op.register_fake
 def _like(h: Tensor, *_: object) -> Tensor:
     return h.new_empty(h.shape)
+
+
+@_op.register_kernel("cuda")
+def _launch(h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None) -> Tensor:
+    from kernels.triton.residual_blend import launch  # late: Triton is optional
+
+    with torch.cuda.device_of(h):  # where Triton launches
+        return launch(h, residual, bias, other, mix)

@@ -1,12 +1,14 @@
+from concurrent.futures import Executor
+
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
 
-from kernels import geglu_triton, reference
+from kernels import reference
 from kernels.geglu import geglu
-from kernels.tile import Tile
+from kernels.triton import geglu as geglu_triton
+from kernels.triton.tile import Tile
 from tests.kernels.fusions import TOLERANCES, assert_streams, error, values
-from tests.kernels.interpreter import interpreted
 from tests.kernels.offline import TARGETS
 
 SHAPES = [(1, 2), (3, 5, 2 * 90), (1, 9, 2 * 320), (2, 7, 2 * 384)]
@@ -14,20 +16,20 @@ SHAPES = [(1, 2), (3, 5, 2 * 90), (1, 9, 2 * 320), (2, 7, 2 * 384)]
 
 def interpreter_error(shape: tuple[int, ...], dtype: torch.dtype, tile: Tile) -> float:
     x = values(*shape, dtype=dtype)
-    ours = geglu_triton.geglu(x, tile)
+    ours = geglu_triton.launch(x, tile)
     assert ours.dtype == dtype
     return error(ours, reference.geglu(x.double()))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype):
-    assert interpreted(interpreter_error, shape, dtype, geglu_triton.TILES[0]) <= TOLERANCES[dtype]
+def test_the_kernel_equals_the_reference(interpreted: Executor, shape: tuple[int, ...], dtype: torch.dtype):
+    assert interpreted.submit(interpreter_error, shape, dtype, geglu_triton.TILES[0]).result() <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("tile", geglu_triton.TILES[1:])
-def test_every_tile_gives_the_same(tile: Tile):
-    assert interpreted(interpreter_error, (3, 5, 2 * 90), torch.float32, tile) <= 2e-5
+def test_every_tile_gives_the_same(interpreted: Executor, tile: Tile):
+    assert interpreted.submit(interpreter_error, (3, 5, 2 * 90), torch.float32, tile).result() <= 2e-5
 
 
 def test_the_reference_is_diffusers_geglu():

@@ -1,12 +1,14 @@
+from concurrent.futures import Executor
+
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference, residual_blend_triton
+from kernels import reference
 from kernels.residual_blend import residual_add, residual_blend
-from kernels.tile import Tile
+from kernels.triton import residual_blend as residual_blend_triton
+from kernels.triton.tile import Tile
 from tests.kernels.fusions import TOLERANCES, assert_streams, error, values
-from tests.kernels.interpreter import interpreted
 from tests.kernels.offline import TARGETS
 
 SHAPES = [(1, 1, 1), (1, 35, 320), (5, 7, 90), (3, 33, 96)]  # (N, L, C)
@@ -25,7 +27,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype, bias: str | None, bl
 
 def interpreter_error(shape: tuple[int, int, int], dtype: torch.dtype, bias: str | None, blend: bool, tile: Tile) -> float:
     given = inputs(shape, dtype, bias, blend)
-    ours = residual_blend_triton.residual_blend(*given, tile)
+    ours = residual_blend_triton.launch(*given, tile)
     assert ours.dtype == dtype
     wide = (None if tensor is None else tensor.double() for tensor in given)
     return error(ours, reference.residual_blend(*wide))
@@ -35,14 +37,16 @@ def interpreter_error(shape: tuple[int, int, int], dtype: torch.dtype, bias: str
 @pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel_equals_the_reference(shape: tuple[int, int, int], bias: str | None, blend: bool, dtype: torch.dtype):
-    found = interpreted(interpreter_error, shape, dtype, bias, blend, residual_blend_triton.TILES[0])
+def test_the_kernel_equals_the_reference(
+    interpreted: Executor, shape: tuple[int, int, int], bias: str | None, blend: bool, dtype: torch.dtype
+):
+    found = interpreted.submit(interpreter_error, shape, dtype, bias, blend, residual_blend_triton.TILES[0]).result()
     assert found <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("tile", residual_blend_triton.TILES[1:])
-def test_every_tile_gives_the_same(tile: Tile):
-    assert interpreted(interpreter_error, (5, 7, 90), torch.float32, "image", True, tile) <= 2e-5
+def test_every_tile_gives_the_same(interpreted: Executor, tile: Tile):
+    assert interpreted.submit(interpreter_error, (5, 7, 90), torch.float32, "image", True, tile).result() <= 2e-5
 
 
 def test_the_references_are_the_layers_own_operations():

@@ -4,7 +4,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from kernels.tile import Tile, cdiv, next_power_of_2
+from kernels.triton.tile import Tile, cdiv, next_power_of_2
 
 # A row's columns are rounded up to a power of two: at 320, 640 and 1280 three of eight lanes idle, but nothing is read for them.
 VALUES = (Tile(1, 4096, 4), Tile(1, 2048, 4))
@@ -36,7 +36,7 @@ def layer_norm_rows(
     tl.store(out + spots, y.to(out.dtype.element_ty), inside)
 
 
-def layer_norm(
+def launch(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int, tile: Tile = VALUES[0]
 ) -> Tensor:
     """Launches. Shapes as `kernels.layer_norm.layer_norm`; everything contiguous. tile: how to cut."""

@@ -4,7 +4,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from kernels.tile import Tile, cdiv
+from kernels.triton.tile import Tile, cdiv
 
 # Feed-forward widths are 4 C = 1280, 2560 and 5120, all multiples of 256: no lane is idle.
 TILES = (Tile(8, 256, 4), Tile(4, 256, 4))
@@ -30,7 +30,7 @@ def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out + base + spots, y.to(out.dtype.element_ty), inside)
 
 
-def geglu(x: Tensor, tile: Tile = TILES[0]) -> Tensor:
+def launch(x: Tensor, tile: Tile = TILES[0]) -> Tensor:
     """Launches. Shapes as `kernels.geglu.geglu`; x contiguous. tile: how to cut."""
     assert x.is_contiguous(), f"contiguous rows, not strides {x.stride()}"
     width = x.shape[-1] // 2

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from kernels.tile import Tile, cdiv, next_power_of_2
+from kernels.triton.tile import Tile, cdiv, next_power_of_2
 
 # 64 columns divide every width of both UNets (320 to 2560), so no lane is idle; in fp16 they are a cache line of 128 bytes.
 MOMENTS = (Tile(32, 64, 4, repeats=16), Tile(32, 64, 4, repeats=4))
@@ -115,7 +115,7 @@ def apply_affine(x, scale, shift, rows, channels, out, SILU: tl.constexpr, ROWS:
     tl.store(out + base + spots, y.to(out.dtype.element_ty), inside)
 
 
-def group_norm_silu(
+def launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,

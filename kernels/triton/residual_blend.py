@@ -4,7 +4,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from kernels.tile import Tile, cdiv
+from kernels.triton.tile import Tile, cdiv
 
 # 64 columns divide every width of both UNets (320 to 2560), so no lane is idle; in fp16 they are a cache line of 128 bytes.
 TILES = (Tile(32, 64, 4), Tile(64, 64, 4))
@@ -37,7 +37,7 @@ def blend_rows(h, residual, bias, other, mix, rows, channels, out, ROWS: tl.cons
     tl.store(out + base + spots, y.to(out.dtype.element_ty), inside)
 
 
-def residual_blend(
+def launch(
     h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None, tile: Tile = TILES[0]
 ) -> Tensor:
     """Launches. Shapes as `kernels.residual_blend.residual_blend`; everything contiguous. tile: how to cut."""
