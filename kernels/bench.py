@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-SITES_IN = ("kernels.bench_attention",)
+SITES_IN = ("kernels.bench_attention", "kernels.bench_fusions")
 """The modules with a tuple `SITES`. A new kernel's sites are one file and one name here."""
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}

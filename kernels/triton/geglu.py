@@ -21,7 +21,7 @@ def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     lanes = tl.arange(0, ROWS)
     inside = (lanes < rows - first)[:, None] & (columns < width)[None, :]
-    base = first.to(tl.int64) * width  # 2.26 GB of projection at SVD's top level: near 2**31 values, and batches of two pass it
+    base = first.to(tl.int64) * width  # at SVD's top level half of 2**31 values for a pair of clips
     spots = lanes[:, None] * width + columns[None, :]
     gates = 2 * base + 2 * lanes[:, None] * width + columns[None, :]
     a = tl.load(x + gates, inside, other=0.0).to(tl.float32)

@@ -6,9 +6,6 @@ add in different orders, and the same seed would no longer give the same bits. `
 
 from typing import NamedTuple
 
-WARP = 32
-"""Threads."""
-
 
 class Tile(NamedTuple):
     """What one program works on: rows x columns values at a time by that many warps, `repeats` times one below the other."""
