@@ -1,7 +1,7 @@
 """The sites of the memory-bound operations: what both models do between their products, at the sizes at which they do it.
 
 AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips. ControlNeXt SVD: 576x1024, a window of 24 frames, the halves
-of guidance one after the other, so twice the calls. Theirs is what the models' layers run today, eagerly and as inductor fuses it.
+of guidance one after the other, so twice the calls. Theirs is what the layers run today, eagerly and as inductor fuses it.
 """
 
 from collections.abc import Callable, Iterator

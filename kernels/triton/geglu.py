@@ -32,6 +32,7 @@ def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def launch(x: Tensor, tile: Tile = TILES[0]) -> Tensor:
     """Launches. Shapes as `kernels.geglu.geglu`; x contiguous. tile: how to cut."""
+    assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     assert x.is_contiguous(), f"contiguous rows, not strides {x.stride()}"
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)

@@ -127,6 +127,7 @@ def launch(
     apply: Tile = APPLY[0],
 ) -> Tensor:
     """Launches. Shapes as `kernels.group_norm_silu.group_norm_silu`; x in channels-last memory. moments, apply: how to cut."""
+    assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     assert x.is_contiguous(memory_format=torch.channels_last), f"channels-last images, not strides {x.stride()}"
     assert weight.is_contiguous()
     assert bias.is_contiguous()

@@ -40,6 +40,7 @@ def launch(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int, tile: Tile = VALUES[0]
 ) -> Tensor:
     """Launches. Shapes as `kernels.layer_norm.layer_norm`; everything contiguous. tile: how to cut."""
+    assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     for tensor in (x, weight, bias, positions):
         assert tensor is None or tensor.is_contiguous(), f"contiguous rows, not strides {tensor.stride()}"
     channels = x.shape[-1]

@@ -41,6 +41,7 @@ def launch(
     h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None, tile: Tile = TILES[0]
 ) -> Tensor:
     """Launches. Shapes as `kernels.residual_blend.residual_blend`; everything contiguous. tile: how to cut."""
+    assert h.itemsize <= 4, f"{h.dtype} would be computed in fp32"
     for tensor in (h, residual, bias, other):
         assert tensor is None or tensor.is_contiguous(), f"contiguous rows, not strides {tensor.stride()}"
     channels = h.shape[-1]

@@ -136,6 +136,13 @@ def test_every_tile_of_the_application_fits_every_card(tile: Tile, capability: i
     assert_streams(apply_affine, types, constants, capability, tile.warps)
 
 
+def test_an_image_of_one_chunk_fits_too():
+    """Whole numbers that are 1 are constants to Triton."""
+    types = {"x": "*fp16", **SIZES, "means": "*fp32", "squares": "*fp32"}
+    constants = {"chunks": 1, "ROWS": MOMENTS[0].rows, "COLUMNS": MOMENTS[0].columns, "REPEATS": MOMENTS[0].repeats}
+    assert_streams(chunk_moments, types, constants, 90, MOMENTS[0].warps)
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("width", [next_power_of_2(width) for width in GROUP_WIDTHS])
 def test_every_width_of_a_group_fits_every_card(width: int, capability: int):
