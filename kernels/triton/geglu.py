@@ -14,6 +14,7 @@ TILES = (Tile(8, 256, 4), Tile(4, 256, 4))
 def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out = a g (1 + erf(g / sqrt 2)) / 2. The exact gelu, which the models were trained with, not the one with tanh.
 
+    40 instructions a value, most of them erf's (sm_90), are 0.87 of what an H200 can issue while the memory moves 6 bytes.
     x: (rows, 2 width), a beside g. out: (rows, width).
     """
     blocks = tl.cdiv(width, COLUMNS)

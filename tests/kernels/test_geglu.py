@@ -2,7 +2,6 @@ from concurrent.futures import Executor
 
 import pytest
 import torch
-from diffusers.models.activations import GEGLU
 
 from kernels import reference
 from kernels.geglu import geglu
@@ -33,6 +32,8 @@ def test_every_tile_gives_the_same(interpreted: Executor, tile: Tile):
 
 
 def test_the_reference_is_diffusers_geglu():
+    from diffusers.models.activations import GEGLU  # slow to import, and the interpreting process needs none of it
+
     layer = GEGLU(20, 50).double()
     x = values(2, 7, 20)
     assert error(reference.geglu(layer.proj(x)), layer(x)) < 1e-14

