@@ -92,9 +92,10 @@ def temporal(
 def _temporal_ways(qkv: Tensor, frames: int, heads: int, position: Tensor | None) -> dict[str, Way]:
     if qkv.device.type != "cuda":
         return {"reference": lambda: temporal_attention(qkv, frames, heads, position)}
-    from kernels.triton.temporal_attention import TILES, launch
+    from kernels.triton.device import capability
+    from kernels.triton.temporal_attention import launch, tiles
 
-    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in TILES}
+    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in tiles(capability(qkv.device))}
 
 
 def spatial(
@@ -118,7 +119,8 @@ def spatial(
 def _flash_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Way]:
     if q.device.type != "cuda":
         return {"reference": lambda: flash_attention(q, k, v)}
-    from kernels.triton.flash_attention import capability, launch, tiles
+    from kernels.triton.device import capability
+    from kernels.triton.flash_attention import launch, tiles
 
     return {str(tile): partial(launch, q, k, v, tile) for tile in tiles(q.shape[3], capability(q.device))}
 

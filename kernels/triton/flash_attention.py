@@ -6,7 +6,6 @@ FlashAttention-2, arXiv 2307.08691, algorithm 1.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from math import log2
 from typing import Any
 
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.device import WARPGROUPS, capability
 from kernels.triton.head_dim import split
 
 LOG2_E = log2(2.718281828459045)
@@ -29,6 +29,16 @@ class Tile:
     keys: int
     warps: int
     stages: int
+
+
+def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
+    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+
+    capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, and so does a tile of 128 rows with 4 warps anywhere.
+    """
+    if head_dim > 80 and capability not in WARPGROUPS:
+        return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
+    return Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
 
 
 @triton.jit
@@ -123,15 +133,6 @@ def _store(row, x, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.
     tl.store(row[:, None] + column[None, :], x.to(row.dtype.element_ty), mask=real[:, None] & (column < HEAD_DIM)[None, :])
 
 
-SMALL_SHARED = frozenset({86, 87, 89, 120, 121})
-"""Compute capabilities where a block has about 99 KiB, not 163 or more (CUDA C++ Programming Guide, technical specifications)."""
-
-
-def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
-    """The tiles to try, the first the one to take unless a measurement says otherwise. capability: 80, 89, 90 or 100, say."""
-    return (Tile(64, 64, 4, 2),)
-
-
 def constants(heads: int, head_dim: int, keys: int, tile: Tile) -> dict[str, Any]:
     """The kernel's constant arguments, by name."""
     first, second = split(head_dim)
@@ -154,10 +155,3 @@ def launch(query: Tensor, key: Tensor, value: Tensor, tile: Tile | None = None) 
         named = constants(heads, head_dim, keys, tile)
         kernel[(blocks,)](q, k, v, queries, keys, *strides, out, **named, num_warps=tile.warps, num_stages=tile.stages)
     return out
-
-
-@cache
-def capability(device: torch.device) -> int:
-    """90 for an H200."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -31,6 +31,11 @@ class Needs:
     spills: int
     sass: str
 
+    @property
+    def uses_matrix_units(self) -> bool:
+        """Whether products are instructions of the tensor cores: HMMA, a warpgroup's HGMMA, or capability 100's UTCHMMA."""
+        return bool(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", self.sass))
+
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the code, e.g. HGMMA."""
         return len(re.findall(rf"\b{instruction}\b", self.sass))
