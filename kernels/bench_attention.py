@@ -1,7 +1,7 @@
 """The sites of both models' attentions. Every way starts at the projections' output and ends where the next projection reads it.
 
-What a back end needs permuted, its way permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips. ControlNeXt SVD:
-576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
+What a back end needs permuted, its way permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips.
+ControlNeXt SVD: 576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,8 @@ def spatial(
         q, k, v = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype).unbind(2)
 
     def theirs(back_end: SDPBackend | None) -> Tensor:
-        return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), back_end).transpose(1, 2).contiguous()
+        seen = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), back_end)
+        return seen.transpose(1, 2).contiguous()
 
     return Contest(_flash_ways(q, k, v), {name: partial(theirs, which) for name, which in back_ends(device)})
 

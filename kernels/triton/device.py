@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 WARPGROUPS = frozenset({90, 100, 103})
-"""Compute capabilities whose matrix instructions read shared memory, of which a block has 227 KiB: elsewhere registers hold it all."""
+"""Compute capabilities whose matrix instructions read shared memory, of which a block has 227 KiB. Others read registers."""
 
 
 @cache

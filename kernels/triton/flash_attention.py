@@ -34,7 +34,7 @@ class Tile:
 def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
     """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
 
-    capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, and so does a tile of 128 rows with 4 warps anywhere.
+    capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, a tile of 128 rows with 4 warps anywhere.
     """
     if head_dim > 80 and capability not in WARPGROUPS:
         return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
@@ -66,7 +66,7 @@ def kernel(
 ):
     """out[n] = sum_m softmax_m(SCALE q[n] k[m]) v[m], with SCALE in units of log 2 and the softmax's sum kept while m runs.
 
-    One block is `QUERIES` rows of one head; blocks of one head follow each other, so that its keys and values stay in the L2 cache.
+    One block is `QUERIES` rows of one head; blocks of one head follow each other, so its keys and values stay in the L2 cache.
     RAGGED: whether `keys` is no multiple of `KEYS`. The output is the last pointer and every other argument whole or constant.
     """
     index = tl.program_id(0)

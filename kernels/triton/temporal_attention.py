@@ -58,7 +58,7 @@ def kernel(
 ):
     """out[f] = sum_g softmax_g(SCALE q[f] k[g]) v[g] for every position and head, with SCALE in units of log 2.
 
-    One block is `ROWS` rows of one head; heads are the fastest index, so that the blocks which share sectors of memory run together.
+    One block is `ROWS` rows of one head; heads are the fastest index, so blocks which share sectors of memory run together.
     The output is the last pointer and every other argument whole or constant: so it can become a TensorRT plugin.
     """
     index = tl.program_id(0)

@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: what a launch would need, read from the machine code.
 
-Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own instructions runs on any machine; only their speed
-cannot be known here. `tensorrt-triton.md`, section 7.
+Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own instructions runs on any machine; only their
+speed cannot be known here. `tensorrt-triton.md`, section 7.
 """
 
 import re
