@@ -23,12 +23,16 @@ LOG2_E = log2(2.718281828459045)
 
 @dataclass(frozen=True)
 class Tile:
-    """queries, keys: rows of a block and of one step of its loop. warps: of a block. stages: steps whose loads are under way."""
+    """queries, keys: rows of a block and of one step of its loop. warps: of a block. stages: steps whose loads are under way.
+
+    padded: a head is one tile of the next power of two, with fewer and larger instructions, and not two.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    padded: bool = False
 
 
 def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
@@ -38,7 +42,8 @@ def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
     """
     if head_dim > 80 and capability not in WARPGROUPS:
         return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
-    return Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
+    both = Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
+    return (*both, Tile(128, 64, 8, 3, padded=True)) if head_dim == 40 else both  # 8 products of 64 or 11 of 32 and 16
 
 
 @triton.jit
@@ -135,7 +140,7 @@ def _store(row, x, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.
 
 def constants(heads: int, head_dim: int, keys: int, tile: Tile) -> dict[str, Any]:
     """The kernel's constant arguments, by name."""
-    first, second = split(head_dim)
+    first, second = (triton.next_power_of_2(head_dim), 0) if tile.padded else split(head_dim)
     names = {"HEADS": heads, "HEAD_DIM": head_dim, "FIRST": first, "SECOND": second}
     names |= {"QUERIES": tile.queries, "KEYS": tile.keys, "RAGGED": keys % tile.keys != 0}
     return names | {"SCALE": LOG2_E * head_dim**-0.5}
@@ -153,5 +158,6 @@ def launch(query: Tensor, key: Tensor, value: Tensor, tile: Tile | None = None) 
     if blocks:
         strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
         named = constants(heads, head_dim, keys, tile)
-        kernel[(blocks,)](q, k, v, queries, keys, *strides, out, **named, num_warps=tile.warps, num_stages=tile.stages)
+        with torch.cuda.device_of(query):
+            kernel[(blocks,)](q, k, v, queries, keys, *strides, out, **named, num_warps=tile.warps, num_stages=tile.stages)
     return out

@@ -135,5 +135,6 @@ def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, ti
     blocks = images // num_frames * triton.cdiv(positions, tile.rows // named["PADDED"]) * heads
     if blocks:
         arguments = (qkv, position, positions, qkv.stride(0), qkv.stride(1), out)
-        kernel[(blocks,)](*arguments, **named, num_warps=tile.warps, num_stages=1)
+        with torch.cuda.device_of(qkv):
+            kernel[(blocks,)](*arguments, **named, num_warps=tile.warps, num_stages=1)
     return out
