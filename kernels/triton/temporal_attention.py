@@ -36,7 +36,7 @@ def tiles(capability: int) -> tuple[Tile, ...]:
 
     capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
     """
-    return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4), Tile(32, 2))
+    return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4),)
 
 
 @triton.jit

@@ -1,6 +1,5 @@
 from concurrent.futures import Executor
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -126,8 +125,9 @@ def compiled(head_dim: int, capability: int, number: int, keys: int) -> Needs:
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_every_tile_offered_fits_its_gpu(compilers: Executor, head_dim: int, capability: int):
-    numbers = range(3 if head_dim == 40 else 2)
-    for used in compilers.map(partial(compiled, head_dim, capability), *zip(*product(numbers, (4096, 77)), strict=True)):
+    parts = {40: [(0, 4096), (0, 77), (1, 77), (2, 77)], 160: [(0, 4096), (0, 77), (1, 77)]}  # a ragged end takes more registers
+    forms = parts.get(head_dim, [(0, 4096), (1, 77)])
+    for used in compilers.map(partial(compiled, head_dim, capability), *zip(*forms, strict=True)):
         assert used.spills == 0
         assert used.registers <= 255
         assert used.shared <= SHARED_BYTES[capability]

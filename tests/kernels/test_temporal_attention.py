@@ -149,7 +149,7 @@ def compiled(head_dim: int, frames: int, with_table: bool, capability: int, numb
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("site", SITES)
 def test_every_tile_offered_fits_its_gpu(compilers: Executor, site: tuple[int, int, bool], capability: int):
-    for used in compilers.map(partial(compiled, *site, capability), range(2)):
+    for used in compilers.map(partial(compiled, *site, capability), range(2 if capability in (90, 100) else 1)):
         assert used.spills == 0
         assert used.registers <= 255
         assert used.shared <= SHARED_BYTES[capability] // 3  # bound by memory: several blocks must be under way
