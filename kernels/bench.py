@@ -1,7 +1,7 @@
 """Every operation of ours against the best that PyTorch has, at the shapes at which the models call it.
 
-`python -m kernels.bench` on a machine with a GPU measures all sites and appends to `kernels/results/<gpu>.json`, with versions and
-date: the record that decides where a kernel is used. Without a GPU it runs tiny shapes, compares values and records nothing.
+`python -m kernels.bench` on a machine with a GPU measures all sites and appends to `kernels/results/<gpu>.json`, with versions
+and date: the record that decides where a kernel is used. Without a GPU it runs tiny shapes, compares values, records nothing.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Site:
-    """One operation at one place of a model. calls: of one step of its UNet. prepare: (device, dtype, tiny) to inputs and ways."""
+    """One operation at one place of a model. calls: of a step of its UNet. prepare: (device, dtype, tiny) to inputs and ways."""
 
     operation: str
     name: str
@@ -51,7 +51,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one site. ours, theirs: microseconds of a call by way. refused: why a way did not run. difference: relative, the largest."""
+    """Of one site. ours, theirs: microseconds of a call by way. refused: why a way did not run. difference: largest, relative."""
 
     operation: str
     site: str

@@ -1,7 +1,7 @@
 """The sites of both models' attentions. Every way starts at the projections' output and ends where the next projection reads it.
 
-What a back end needs permuted, its way permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips. ControlNeXt SVD:
-576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
+What a back end needs permuted, its way permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips.
+ControlNeXt SVD: 576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
 """
 
 from collections.abc import Iterator
@@ -92,9 +92,10 @@ def temporal(
 def _temporal_ways(qkv: Tensor, frames: int, heads: int, position: Tensor | None) -> dict[str, Way]:
     if qkv.device.type != "cuda":
         return {"reference": lambda: temporal_attention(qkv, frames, heads, position)}
-    from kernels.triton.temporal_attention import TILES, launch
+    from kernels.triton.device import capability
+    from kernels.triton.temporal_attention import launch, tiles
 
-    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in TILES}
+    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in tiles(capability(qkv.device))}
 
 
 def spatial(
@@ -110,7 +111,8 @@ def spatial(
         q, k, v = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype).unbind(2)
 
     def theirs(back_end: SDPBackend | None) -> Tensor:
-        return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), back_end).transpose(1, 2).contiguous()
+        seen = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), back_end)
+        return seen.transpose(1, 2).contiguous()
 
     return Contest(_flash_ways(q, k, v), {name: partial(theirs, which) for name, which in back_ends(device)})
 
@@ -118,7 +120,8 @@ def spatial(
 def _flash_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Way]:
     if q.device.type != "cuda":
         return {"reference": lambda: flash_attention(q, k, v)}
-    from kernels.triton.flash_attention import capability, launch, tiles
+    from kernels.triton.device import capability
+    from kernels.triton.flash_attention import launch, tiles
 
     return {str(tile): partial(launch, q, k, v, tile) for tile in tiles(q.shape[3], capability(q.device))}
 

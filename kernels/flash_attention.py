@@ -1,7 +1,7 @@
 """Attention on tokens with their heads side by side, as the projections write them, for head dimensions such as 40, 80 and 160.
 
-On CUDA it is a kernel of ours whose tiles are as wide as the head; elsewhere it is the reference. Where several images share their
-keys and values (the frames of a clip and its text), fold them into the queries: (F, N, heads, D) is (1, F N, heads, D).
+On CUDA it is a kernel of ours whose tiles are as wide as the head; elsewhere it is the reference. Where several images share
+their keys and values (the frames of a clip and its text), fold them into the queries: (F, N, heads, D) is (1, F N, heads, D).
 """
 
 import torch
@@ -13,9 +13,10 @@ from kernels import reference
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V for every head.  Attention Is All You Need, arXiv 1706.03762, eq. 1.
 
-    query: (B, N, heads, D); key, value: (B, M, heads, D), one dtype, any strides, D a multiple of 8. Heads that do not lie side by
-    side are copied first; views of (B, N, C) and of a fused projection are not. Returns (B, N, heads, D), contiguous.
-    Scores and sums are in fp32 on CUDA. Raises `ValueError` where the shapes do not fit.
+    query: (B, N, heads, D); key, value: (B, M, heads, D), one dtype, any strides, D a multiple of 8, on CUDA of 160 at most.
+    Heads that do not lie side by side are copied first; views of (B, N, C) and of a fused projection are not.
+    Returns (B, N, heads, D), contiguous. Scores and sums are in fp32 on CUDA.
+    Raises `ValueError` where the shapes do not fit.
     """
     return _operation(query, key, value)
 

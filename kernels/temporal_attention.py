@@ -17,9 +17,9 @@ MOST_FRAMES = 32
 def temporal_attention(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V for every position and head, over the frames.  arXiv 1706.03762, eq. 1.
 
-    qkv: (B F, S, 3 C), any strides; C is heads x D and D a multiple of 8. position: (F or more, 3 C), added to every position's
-    qkv by its frame, of the same dtype; or None. Returns (B F, S, C), contiguous. Scores and sums are in fp32 on CUDA.
-    Raises `ValueError` where the shapes do not fit, or for more than 32 frames.
+    qkv: (B F, S, 3 C), any strides; C is heads x D, D a multiple of 8, on CUDA of 160 at most. position: (F or more, 3 C), of the
+    same dtype, added to every position's qkv by its frame; or None. Returns (B F, S, C), contiguous. Scores and sums are in fp32
+    on CUDA. Raises `ValueError` where the shapes do not fit, or for more than 32 frames.
     """
     return _operation(qkv, num_frames, heads, position)
 

@@ -6,7 +6,6 @@ FlashAttention-2, arXiv 2307.08691, algorithm 1.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from math import log2
 from typing import Any
 
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.device import WARPGROUPS, capability
 from kernels.triton.head_dim import split
 
 LOG2_E = log2(2.718281828459045)
@@ -23,12 +23,27 @@ LOG2_E = log2(2.718281828459045)
 
 @dataclass(frozen=True)
 class Tile:
-    """queries, keys: rows of a block and of one step of its loop. warps: of a block. stages: steps whose loads are under way."""
+    """queries, keys: rows of a block and of one step of its loop. warps: of a block. stages: steps whose loads are under way.
+
+    padded: a head is one tile of the next power of two, with fewer and larger instructions, and not two.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    padded: bool = False
+
+
+def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
+    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+
+    capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, a tile of 128 rows with 4 warps anywhere.
+    """
+    if head_dim > 80 and capability not in WARPGROUPS:
+        return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
+    both = Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
+    return (*both, Tile(128, 64, 8, 3, padded=True)) if head_dim == 40 else both  # 8 products of 64 or 11 of 32 and 16
 
 
 @triton.jit
@@ -56,7 +71,7 @@ def kernel(
 ):
     """out[n] = sum_m softmax_m(SCALE q[n] k[m]) v[m], with SCALE in units of log 2 and the softmax's sum kept while m runs.
 
-    One block is `QUERIES` rows of one head; blocks of one head follow each other, so that its keys and values stay in the L2 cache.
+    One block is `QUERIES` rows of one head; blocks of one head follow each other, so its keys and values stay in the L2 cache.
     RAGGED: whether `keys` is no multiple of `KEYS`. The output is the last pointer and every other argument whole or constant.
     """
     index = tl.program_id(0)
@@ -123,18 +138,9 @@ def _store(row, x, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.
     tl.store(row[:, None] + column[None, :], x.to(row.dtype.element_ty), mask=real[:, None] & (column < HEAD_DIM)[None, :])
 
 
-SMALL_SHARED = frozenset({86, 87, 89, 120, 121})
-"""Compute capabilities where a block has about 99 KiB, not 163 or more (CUDA C++ Programming Guide, technical specifications)."""
-
-
-def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
-    """The tiles to try, the first the one to take unless a measurement says otherwise. capability: 80, 89, 90 or 100, say."""
-    return (Tile(64, 64, 4, 2),)
-
-
 def constants(heads: int, head_dim: int, keys: int, tile: Tile) -> dict[str, Any]:
     """The kernel's constant arguments, by name."""
-    first, second = split(head_dim)
+    first, second = (triton.next_power_of_2(head_dim), 0) if tile.padded else split(head_dim)
     names = {"HEADS": heads, "HEAD_DIM": head_dim, "FIRST": first, "SECOND": second}
     names |= {"QUERIES": tile.queries, "KEYS": tile.keys, "RAGGED": keys % tile.keys != 0}
     return names | {"SCALE": LOG2_E * head_dim**-0.5}
@@ -152,12 +158,6 @@ def launch(query: Tensor, key: Tensor, value: Tensor, tile: Tile | None = None) 
     if blocks:
         strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
         named = constants(heads, head_dim, keys, tile)
-        kernel[(blocks,)](q, k, v, queries, keys, *strides, out, **named, num_warps=tile.warps, num_stages=tile.stages)
+        with torch.cuda.device_of(query):
+            kernel[(blocks,)](q, k, v, queries, keys, *strides, out, **named, num_warps=tile.warps, num_stages=tile.stages)
     return out
-
-
-@cache
-def capability(device: torch.device) -> int:
-    """90 for an H200."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

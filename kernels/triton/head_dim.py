@@ -5,8 +5,8 @@ Triton's tiles are powers of two: one tile for 40, 80 or 160 would be 64, 128 or
 
 NARROWEST = 16
 """A matrix instruction contracts no less at once."""
-WIDEST = 192
-"""128 + 64. Wider ones do not fit the registers of a 64-row tile."""
+WIDEST = 160
+"""128 + 32, the widest of the models; its tiles fill the registers."""
 
 
 def split(head_dim: int) -> tuple[int, int]:

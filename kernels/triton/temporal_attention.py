@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.device import WARPGROUPS, capability
 from kernels.triton.head_dim import split
 
 LOG2_E = log2(2.718281828459045)
@@ -30,8 +31,12 @@ class Tile:
     warps: int
 
 
-TILES = (Tile(64, 4), Tile(32, 2))
-"""The first is taken unless a measurement says otherwise. 128 rows need 235 registers at head dimension 80 and spill at 160."""
+def tiles(capability: int) -> tuple[Tile, ...]:
+    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+
+    capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
+    """
+    return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4),)
 
 
 @triton.jit
@@ -53,7 +58,7 @@ def kernel(
 ):
     """out[f] = sum_g softmax_g(SCALE q[f] k[g]) v[g] for every position and head, with SCALE in units of log 2.
 
-    One block is `ROWS` rows of one head; heads are the fastest index, so that the blocks which share sectors of memory run together.
+    One block is `ROWS` rows of one head; heads are the fastest index, so blocks which share sectors of memory run together.
     The output is the last pointer and every other argument whole or constant: so it can become a TensorRT plugin.
     """
     index = tl.program_id(0)
@@ -73,19 +78,17 @@ def kernel(
         bias_k, bias_v = bias_q + HEADS * HEAD_DIM, bias_q + 2 * HEADS * HEAD_DIM
     to = out + (image * positions + place) * (HEADS * HEAD_DIM) + head * HEAD_DIM
 
-    v_first = _load(v, bias_v, real, 0, FIRST, HEAD_DIM)
-    scores = tl.dot(
-        _load(q, bias_q, real, 0, FIRST, HEAD_DIM), _load(k, bias_k, real, 0, FIRST, HEAD_DIM).T, input_precision="ieee"
-    )
+    q_first, k_first = _load(q, bias_q, real, 0, FIRST, HEAD_DIM), _load(k, bias_k, real, 0, FIRST, HEAD_DIM)
+    scores = tl.dot(q_first, k_first.T, input_precision="ieee")
     if SECOND > 0:
-        q_second = _load(q, bias_q, real, FIRST, SECOND, HEAD_DIM)
-        k_second = _load(k, bias_k, real, FIRST, SECOND, HEAD_DIM)
+        q_second, k_second = _load(q, bias_q, real, FIRST, SECOND, HEAD_DIM), _load(k, bias_k, real, FIRST, SECOND, HEAD_DIM)
         scores = tl.dot(q_second, k_second.T, scores, input_precision="ieee")
     same = (rows // PADDED)[:, None] == (rows // PADDED)[None, :]
     scores = tl.where(same & (frame < FRAMES)[None, :], scores * SCALE, float("-inf"))  # padded rows see their position's frames
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     total = tl.sum(weights, axis=1)[:, None]
-    weights = weights.to(v_first.dtype)
+    weights = weights.to(out.dtype.element_ty)
+    v_first = _load(v, bias_v, real, 0, FIRST, HEAD_DIM)
     _store(to, tl.dot(weights, v_first, input_precision="ieee") / total, real, 0, FIRST, HEAD_DIM)
     if SECOND > 0:
         v_second = _load(v, bias_v, real, FIRST, SECOND, HEAD_DIM)
@@ -117,10 +120,12 @@ def constants(frames: int, heads: int, head_dim: int, tile: Tile) -> dict[str, A
     return names | {"FIRST": first, "SECOND": second, "SCALE": LOG2_E * head_dim**-0.5}
 
 
-def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile = TILES[0]) -> Tensor:
+def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile | None = None) -> Tensor:
     """`kernels.temporal_attention.temporal_attention` by the kernel. Arguments as there, which has checked them."""
     images, positions, width = qkv.shape
     head_dim = width // 3 // heads
+    if tile is None:
+        tile = tiles(capability(qkv.device))[0]
     if qkv.stride(2) != 1:
         qkv = qkv.contiguous()
     if position is not None:
@@ -130,5 +135,6 @@ def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, ti
     blocks = images // num_frames * triton.cdiv(positions, tile.rows // named["PADDED"]) * heads
     if blocks:
         arguments = (qkv, position, positions, qkv.stride(0), qkv.stride(1), out)
-        kernel[(blocks,)](*arguments, **named, num_warps=tile.warps, num_stages=1)
+        with torch.cuda.device_of(qkv):
+            kernel[(blocks,)](*arguments, **named, num_warps=tile.warps, num_stages=1)
     return out

@@ -1,4 +1,4 @@
-"""What runs in the process where Triton's kernels are Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
+"""The process where Triton's kernels are Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
 
 import os
 from typing import Any

@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: what a launch would need, read from the machine code.
 
-Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own instructions runs on any machine; only their speed
-cannot be known here. `tensorrt-triton.md`, section 7.
+Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own instructions runs on any machine; only their
+speed cannot be known here. `tensorrt-triton.md`, section 7.
 """
 
 import re
@@ -30,6 +30,11 @@ class Needs:
     shared: int
     spills: int
     sass: str
+
+    @property
+    def uses_matrix_units(self) -> bool:
+        """Whether products are instructions of the tensor cores: HMMA, a warpgroup's HGMMA, or capability 100's UTCHMMA."""
+        return bool(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", self.sass))
 
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the code, e.g. HGMMA."""
