@@ -52,6 +52,10 @@ bench: install ## measure both models against diffusers and the service against 
 bench-queue: install ## measure submits, claims and status reads with 1,000 and 1,000,000 jobs waiting
 	$(BIN)/python -m tests.load.bench_queue
 
+.PHONY: bench-kernels
+bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
+	$(BIN)/python -m kernels.bench
+
 .PHONY: chaos
 chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
 	$(BIN)/python -m tests.chaos --save

@@ -1,0 +1,177 @@
+"""The sites of the memory-bound operations: what both models do between their products, at the sizes at which they do it.
+
+AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips. ControlNeXt SVD: 576x1024, a window of 24 frames, the halves
+of guidance one after the other, so twice the calls. Theirs is what the layers run today, eagerly and as inductor fuses it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from kernels.bench import Contest, Site, Way
+from kernels.geglu import geglu
+from kernels.group_norm_silu import group_norm_silu
+from kernels.layer_norm import layer_norm
+from kernels.residual_blend import residual_add, residual_blend
+
+GROUPS = 32
+"""Of every GroupNorm in both models."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """clips x frames images of `pixels` positions and `channels` channels."""
+
+    clips: int
+    frames: int
+    pixels: int
+    channels: int
+
+    def tiny(self) -> "Images":
+        """The same in kind, for a CPU."""
+        return Images(self.clips, 3, 5, 2 * GROUPS)
+
+
+def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Values as activations are."""
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def theirs(way: Way) -> dict[str, Way]:
+    """PyTorch's ways. Inductor needs a compiler, which a CPU's machine may not have, and says nothing about GPUs there."""
+    return {"eager": way} | ({"inductor": torch.compile(way, dynamic=False)} if torch.cuda.is_available() else {})
+
+
+def of_group_norm(images: Images, shared: bool, silu: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
+    """shared: one statistic for the frames of a clip. Theirs is `F.group_norm` on the layout that the layers give it."""
+    images = images.tiny() if tiny else images
+    c, frames = images.channels, images.frames if shared else 1
+    x = normal(device, dtype, images.clips * images.frames, images.pixels, 1, c).permute(0, 3, 1, 2)  # channels-last
+    weight, bias = normal(device, dtype, 2, c)
+
+    def norm() -> Tensor:
+        clips = x.unflatten(0, (-1, frames)).transpose(1, 2) if shared else x  # (B, C, F, L, 1)
+        y = F.group_norm(clips, GROUPS, weight, bias, 1e-5)
+        y = F.silu(y) if silu else y
+        return (y.transpose(1, 2).flatten(0, 1) if shared else y).contiguous(memory_format=torch.channels_last)
+
+    if device.type != "cuda":
+        return Contest(
+            {"reference": lambda: group_norm_silu(x, weight, bias, GROUPS, num_frames=frames, silu=silu)}, theirs(norm)
+        )
+    from kernels.triton.group_norm_silu import APPLY, MOMENTS, launch
+
+    cuts = [(moments, apply) for moments in MOMENTS for apply in APPLY]
+    return Contest({str(cut): partial(launch, x, weight, bias, GROUPS, 1e-5, frames, silu, *cut) for cut in cuts}, theirs(norm))
+
+
+def of_geglu(images: Images, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
+    """The projection of a feed-forward, 2 x 4 C wide."""
+    images = images.tiny() if tiny else images
+    x = normal(device, dtype, images.clips * images.frames, images.pixels, 8 * images.channels)
+
+    def product() -> Tensor:
+        a, g = x.chunk(2, dim=-1)
+        return a * F.gelu(g)
+
+    if device.type != "cuda":
+        return Contest({"reference": lambda: geglu(x)}, theirs(product))
+    from kernels.triton.geglu import TILES, launch
+
+    return Contest({str(tile): partial(launch, x, tile) for tile in TILES}, theirs(product))
+
+
+def of_residual(images: Images, with_bias: bool, blend: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
+    """with_bias: a convolution's, which cuDNN may have left to a pass of its own. blend: SVD's, after a temporal block."""
+    images = images.tiny() if tiny else images
+    h, residual, other = normal(device, dtype, 3, images.clips * images.frames, images.pixels, images.channels)
+    bias = normal(device, dtype, images.channels) if with_bias else None
+    mix = torch.tensor([0.3], device=device)
+
+    def added() -> Tensor:
+        y = residual + (h if bias is None else h + bias)
+        return torch.lerp(y, other, 0.3) if blend else y
+
+    if device.type != "cuda":
+        ours: Way = partial(residual_blend, h, residual, other, mix, bias) if blend else partial(residual_add, h, residual, bias)
+        return Contest({"reference": ours}, theirs(added))
+    from kernels.triton.residual_blend import TILES, launch
+
+    spatial, share = (other, mix) if blend else (None, None)
+    return Contest({str(tile): partial(launch, h, residual, bias, spatial, share, tile) for tile in TILES}, theirs(added))
+
+
+def of_layer_norm(images: Images, with_positions: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
+    """with_positions: AnimateDiff's table of 32 frames, on tokens (B L, F, C)."""
+    images = images.tiny() if tiny else images
+    c = images.channels
+    x = normal(device, dtype, images.clips * images.pixels, images.frames, c)
+    weight, bias = normal(device, dtype, 2, c)
+    positions = normal(device, dtype, 32, c) if with_positions else None
+
+    def norm() -> Tensor:
+        y = F.layer_norm(x, (c,), weight, bias, 1e-5)
+        return y if positions is None else y + positions[: images.frames]
+
+    if device.type != "cuda":
+        return Contest({"reference": lambda: layer_norm(x, weight, bias, positions=positions, axis=1)}, theirs(norm))
+    from kernels.triton.layer_norm import VALUES, launch
+
+    return Contest({str(tile): partial(launch, x, weight, bias, 1e-5, positions, 1, tile) for tile in VALUES}, theirs(norm))
+
+
+# By level: channels, spatial transformers, motion modules of AnimateDiff, resnets. The last level counts the middle block in.
+LEVELS = ((320, 5, 5, 5), (640, 5, 5, 5), (1280, 5, 5, 5), (1280, 1, 6, 7))
+# By level: calls of the resnets' norms by width, which skips add to on the way up. The norm before the output is in the first.
+RESNETS = (
+    {320: 8, 640: 2, 960: 1},
+    {320: 1, 640: 6, 960: 1, 1280: 1, 1920: 1},
+    {640: 1, 1280: 6, 1920: 1, 2560: 2},
+    {1280: 11, 2560: 3},
+)
+Prepare = Callable[[torch.device, torch.dtype, bool], Contest]
+
+
+def _animatediff() -> Iterator[tuple[str, str, int, Prepare]]:
+    for pixels, (channels, spatial, motion, resnets), norms in zip((4096, 1024, 256, 64), LEVELS, RESNETS, strict=True):
+        images = Images(2, 16, pixels, channels)
+        for width, calls in norms.items():
+            yield (
+                "group_norm_silu",
+                f"resnet {pixels} {width}",
+                calls,
+                partial(of_group_norm, Images(2, 16, pixels, width), False, True),
+            )
+        yield "group_norm_silu", f"motion {pixels}", motion, partial(of_group_norm, images, True, False)
+        yield "group_norm_silu", f"image {pixels}", spatial, partial(of_group_norm, images, False, False)
+        yield "geglu", f"feed-forward {pixels}", spatial + motion, partial(of_geglu, images)
+        yield "residual_blend", f"residual {pixels}", 4 * spatial + 4 * motion, partial(of_residual, images, False, False)
+        yield "residual_blend", f"residual and bias {pixels}", resnets, partial(of_residual, images, True, False)
+        yield "layer_norm", f"tokens {pixels}", 3 * spatial + motion, partial(of_layer_norm, images, False)
+        yield "layer_norm", f"tokens and positions {pixels}", 2 * motion, partial(of_layer_norm, images, True)
+
+
+def _controlnext() -> Iterator[tuple[str, str, int, Prepare]]:
+    for pixels, (channels, blocks, _, resnets), norms in zip((9216, 2304, 576, 144), LEVELS, RESNETS, strict=True):
+        images = Images(1, 24, pixels, channels)
+        for width, calls in norms.items():
+            wide = Images(1, 24, pixels, width)
+            yield "group_norm_silu", f"resnet {pixels} {width}", 2 * calls, partial(of_group_norm, wide, False, True)
+        yield "group_norm_silu", f"time {pixels}", 4 * resnets, partial(of_group_norm, images, True, True)
+        yield "group_norm_silu", f"image {pixels}", 2 * blocks, partial(of_group_norm, images, False, False)
+        yield "geglu", f"feed-forward {pixels}", 6 * blocks, partial(of_geglu, images)
+        yield "residual_blend", f"residual {pixels}", 10 * blocks, partial(of_residual, images, False, False)
+        yield "residual_blend", f"residual and bias {pixels}", 4 * resnets, partial(of_residual, images, True, False)
+        yield "residual_blend", f"blend {pixels}", 2 * blocks, partial(of_residual, images, False, True)
+        yield "layer_norm", f"tokens {pixels}", 10 * blocks, partial(of_layer_norm, images, False)
+
+
+SITES = tuple(
+    Site(operation, f"{model} {name}", calls, prepare)
+    for model, sites in (("animatediff", _animatediff()), ("controlnext", _controlnext()))
+    for operation, name, calls, prepare in sites
+)

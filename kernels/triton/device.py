@@ -1,0 +1,15 @@
+"""What decides between tiles: the GPU's kind."""
+
+from functools import cache
+
+import torch
+
+WARPGROUPS = frozenset({90, 100, 103})
+"""Compute capabilities whose matrix instructions read shared memory, of which a block has 227 KiB. Others read registers."""
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """90 for an H200."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

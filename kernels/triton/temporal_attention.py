@@ -1,0 +1,140 @@
+"""Temporal self-attention on the layout of the video: several positions share a tile, and nothing is permuted.
+
+A pixel's sequence has 14 to 32 frames, where attention kernels work on 64 or more rows: one sequence a tile would waste most of
+it. Here a tile holds `ROWS / PADDED` neighbouring positions with all of their frames, and a block-diagonal mask keeps them apart.
+The operation is bound by memory, so the scores computed in vain cost nothing.
+"""
+
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.device import WARPGROUPS, capability
+from kernels.triton.head_dim import split
+
+LOG2_E = log2(2.718281828459045)
+"""exp(x) = exp2(x log2 e), and exp2 is one instruction."""
+LEAST_PADDED = 16
+"""Frames are padded to a power of two; below 16 a tile of few frames would read rows of many positions, and gain nothing."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: positions times padded frames of a block. warps: of a block."""
+
+    rows: int
+    warps: int
+
+
+def tiles(capability: int) -> tuple[Tile, ...]:
+    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+
+    capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
+    """
+    return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4),)
+
+
+@triton.jit
+def kernel(
+    qkv,
+    position,
+    positions,
+    frame_stride,
+    token_stride,
+    out,
+    FRAMES: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """out[f] = sum_g softmax_g(SCALE q[f] k[g]) v[g] for every position and head, with SCALE in units of log 2.
+
+    One block is `ROWS` rows of one head; heads are the fastest index, so blocks which share sectors of memory run together.
+    The output is the last pointer and every other argument whole or constant: so it can become a TensorRT plugin.
+    """
+    index = tl.program_id(0)
+    head = index % HEADS
+    tiles = tl.cdiv(positions, ROWS // PADDED)
+    clip = index // HEADS // tiles
+    rows = tl.arange(0, ROWS)
+    frame, place = rows % PADDED, index // HEADS % tiles * (ROWS // PADDED) + rows // PADDED
+    real = (frame < FRAMES) & (place < positions)
+    image = clip.to(tl.int64) * FRAMES + frame  # (ROWS)
+    q = qkv + image * frame_stride + place.to(tl.int64) * token_stride + head * HEAD_DIM
+    k, v = q + HEADS * HEAD_DIM, q + 2 * HEADS * HEAD_DIM
+    if position is None:
+        bias_q, bias_k, bias_v = None, None, None
+    else:
+        bias_q = position + frame * (3 * HEADS * HEAD_DIM) + head * HEAD_DIM
+        bias_k, bias_v = bias_q + HEADS * HEAD_DIM, bias_q + 2 * HEADS * HEAD_DIM
+    to = out + (image * positions + place) * (HEADS * HEAD_DIM) + head * HEAD_DIM
+
+    q_first, k_first = _load(q, bias_q, real, 0, FIRST, HEAD_DIM), _load(k, bias_k, real, 0, FIRST, HEAD_DIM)
+    scores = tl.dot(q_first, k_first.T, input_precision="ieee")
+    if SECOND > 0:
+        q_second, k_second = _load(q, bias_q, real, FIRST, SECOND, HEAD_DIM), _load(k, bias_k, real, FIRST, SECOND, HEAD_DIM)
+        scores = tl.dot(q_second, k_second.T, scores, input_precision="ieee")
+    same = (rows // PADDED)[:, None] == (rows // PADDED)[None, :]
+    scores = tl.where(same & (frame < FRAMES)[None, :], scores * SCALE, float("-inf"))  # padded rows see their position's frames
+    weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+    total = tl.sum(weights, axis=1)[:, None]
+    weights = weights.to(out.dtype.element_ty)
+    v_first = _load(v, bias_v, real, 0, FIRST, HEAD_DIM)
+    _store(to, tl.dot(weights, v_first, input_precision="ieee") / total, real, 0, FIRST, HEAD_DIM)
+    if SECOND > 0:
+        v_second = _load(v, bias_v, real, FIRST, SECOND, HEAD_DIM)
+        _store(to, tl.dot(weights, v_second, input_precision="ieee") / total, real, FIRST, SECOND, HEAD_DIM)
+
+
+@triton.jit
+def _load(row, bias, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns from START of the rows at these pointers, plus the table's where there is one, rounded as the sum would be."""
+    column = START + tl.arange(0, WIDTH)
+    mask = real[:, None] & (column < HEAD_DIM)[None, :]
+    x = tl.load(row[:, None] + column[None, :], mask=mask, other=0.0)
+    if bias is not None:
+        x = (x.to(tl.float32) + tl.load(bias[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _store(row, x, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    column = START + tl.arange(0, WIDTH)
+    tl.store(row[:, None] + column[None, :], x.to(row.dtype.element_ty), mask=real[:, None] & (column < HEAD_DIM)[None, :])
+
+
+def constants(frames: int, heads: int, head_dim: int, tile: Tile) -> dict[str, Any]:
+    """The kernel's constant arguments, by name."""
+    first, second = split(head_dim)
+    padded = max(LEAST_PADDED, 1 << (frames - 1).bit_length())
+    names = {"FRAMES": frames, "PADDED": padded, "ROWS": tile.rows, "HEADS": heads, "HEAD_DIM": head_dim}
+    return names | {"FIRST": first, "SECOND": second, "SCALE": LOG2_E * head_dim**-0.5}
+
+
+def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile | None = None) -> Tensor:
+    """`kernels.temporal_attention.temporal_attention` by the kernel. Arguments as there, which has checked them."""
+    images, positions, width = qkv.shape
+    head_dim = width // 3 // heads
+    if tile is None:
+        tile = tiles(capability(qkv.device))[0]
+    if qkv.stride(2) != 1:
+        qkv = qkv.contiguous()
+    if position is not None:
+        position = position.contiguous()
+    out = torch.empty(images, positions, width // 3, dtype=qkv.dtype, device=qkv.device)
+    named = constants(num_frames, heads, head_dim, tile)
+    blocks = images // num_frames * triton.cdiv(positions, tile.rows // named["PADDED"]) * heads
+    if blocks:
+        arguments = (qkv, position, positions, qkv.stride(0), qkv.stride(1), out)
+        with torch.cuda.device_of(qkv):
+            kernel[(blocks,)](*arguments, **named, num_warps=tile.warps, num_stages=1)
+    return out

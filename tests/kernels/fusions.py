@@ -1,0 +1,36 @@
+"""What the tests of the memory-bound kernels share: inputs, tolerances, and what compiled code must fulfil."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels.offline import SHARED_BYTES, needs
+
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+MOST_REGISTERS = 96
+"""At 128 threads five blocks fit a multiprocessor, so 25 kB can be under way at once, which is what hides the latency of HBM3."""
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float64, offset: float = 0.0, seed: int = 0) -> Tensor:
+    """Normally distributed about `offset`."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset).to(dtype)
+
+
+def error(ours: Tensor, expected: Tensor) -> float:
+    """The greatest difference, relative to the greatest expected value where that is above 1."""
+    return ((ours.double() - expected.double()).abs().max() / max(1.0, expected.abs().max().item())).item()
+
+
+def assert_streams(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, warps: int, *, wide: bool = True
+) -> None:
+    """The kernel fits the card without spilling, and, if `wide`, moves its tensors by 16 bytes a thread."""
+    found = needs(kernel, types, constants, capability, num_warps=warps)
+    assert found.spills == 0
+    assert found.registers * warps <= MOST_REGISTERS * 4, found.registers
+    assert found.shared <= SHARED_BYTES[capability]
+    if wide:
+        assert found.count(r"LDG\.E(?:\.\w+)*\.128") >= 1, found.sass
+        assert found.count(r"LDG\.E(?:\.\w+)*\.(?:U16|U8)") == 0

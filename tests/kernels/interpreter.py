@@ -1,0 +1,22 @@
+"""The process where Triton's kernels are Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
+
+import os
+from typing import Any
+
+
+def start() -> None:
+    """The process's first words."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    torch.set_num_threads(1)
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        """The interpreter keeps bfloat16 as uint16, and its product (triton 3.7.1) multiplies those as whole numbers."""
+        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot

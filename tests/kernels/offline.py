@@ -1,0 +1,76 @@
+"""Kernels compiled for GPUs that are not here: what a launch would need, read from the machine code.
+
+Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own instructions runs on any machine; only their
+speed cannot be known here. `tensorrt-triton.md`, section 7.
+"""
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 89, 90, 100)
+"""Compute capabilities: A100, L40S and RTX 4090, H100 and H200, B200."""
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What one block may have (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one block. registers: a thread's. shared: bytes. spills: loads and stores of those that did not fit. sass: the code."""
+
+    registers: int
+    shared: int
+    spills: int
+    sass: str
+
+    @property
+    def uses_matrix_units(self) -> bool:
+        """Whether products are instructions of the tensor cores: HMMA, a warpgroup's HGMMA, or capability 100's UTCHMMA."""
+        return bool(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", self.sass))
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction stands in the code, e.g. HGMMA."""
+        return len(re.findall(rf"\b{instruction}\b", self.sass))
+
+
+def needs(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    capability: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Needs:
+    """Compiles a `triton.jit` function. types: of its parameters that are no constants, by name, e.g. "*fp16" or "i32".
+
+    All pointers are taken to be aligned to 16 bytes, as a tensor's are; all whole numbers too, which strides should be.
+    """
+    names: Sequence[str] = kernel.arg_names
+    places = {name: (i,) for i, name in enumerate(names)}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] in "*i"}
+    source = ASTSource(kernel, signature, {places[name]: value for name, value in constants.items()}, aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Needs(int(registers[1]), compiled.metadata.shared, spills, sass)
+
+
+def _cuobjdump(what: str, path: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, what, path], capture_output=True, text=True, check=True).stdout
