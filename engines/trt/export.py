@@ -117,7 +117,7 @@ def export_onnx(call: UNetCall, path: Path) -> None:
             call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False
         )
         program = torch.onnx.export(
-            traced, dynamo=True, opset_version=OPSET, input_names=list(call.example), output_names=[OUTPUT], verbose=False
+            traced, dynamo=True, opset_version=OPSET, input_names=list(call.example), output_names=[OUTPUT], verbose=False, optimize=False
         )
     assert program is not None
     graph = program.model.graph
