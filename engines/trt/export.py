@@ -64,7 +64,10 @@ def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> U
         context = unet.text_context(weight.new_zeros(halves, _TOKENS, text_width))
         time = unet.time_embeddings((0,))
     images: int | str = "frames" if halves == 1 else f"{halves}*frames"
-    dims: dict[str, Dims] = {"latents": (halves, unet.conv_in.in_channels, "frames", "height", "width"), "time": tuple(time.shape)}
+    dims: dict[str, Dims] = {
+        "latents": (halves, unet.conv_in.in_channels, "frames", "height", "width"),
+        "time": tuple(time.shape),
+    }
     dims |= {name: tuple(tensor.shape) for name, tensor in _context_inputs(context).items()}
     if controlled:
         shapes = [(images, channels, *_sides(ratio)) for channels, ratio in (*levels, (levels[-1][0], deepest))]
@@ -113,11 +116,15 @@ def export_onnx(call: UNetCall, path: Path) -> None:
     auto = torch.export.Dim.AUTO  # of SVD a named number of frames is refused: a guard that the solver cannot discharge
     dynamic = [{i: auto for i, dim in enumerate(call.dims[name]) if isinstance(dim, str)} for name in call.example]
     with torch.no_grad():
-        traced = torch.export.export(
-            call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False
-        )
+        traced = torch.export.export(call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False)
+        # its rewriting is needed: a chunk is a SplitToSequence before, which TensorRT does not read
         program = torch.onnx.export(
-            traced, dynamo=True, opset_version=OPSET, input_names=list(call.example), output_names=[OUTPUT], verbose=False, optimize=False
+            traced,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(call.example),
+            output_names=[OUTPUT],
+            verbose=False,
         )
     assert program is not None
     graph = program.model.graph
