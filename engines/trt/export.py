@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engines.animatediff.layers import CrossAttention, KeyValue, TextContext
 from engines.animatediff.unet import MotionUNet, Residuals
-from engines.controlnext.layers import Biases
+from engines.controlnext.layers import Biases, SelfAttention
 from engines.controlnext.unet import Control, Half, SVDUNet
 
 OPSET = 23
@@ -36,22 +36,22 @@ Dims = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class UNetCall:
-    """What is exported: a module of flat tensors, an example of each input by name in order, and the shapes they may take."""
+    """What is exported: a module of flat tensors, an example of each input by name in order, and the shapes they may take.
+
+    multiple: what the latents' height and width must be multiples of.
+    """
 
     module: nn.Module
     example: Mapping[str, Tensor]
     dims: Mapping[str, Dims]
+    multiple: int
 
     def shapes(self, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Every input's shape. height, width: of the latents; multiples of `multiple`."""
+        """Every input's shape. height, width: of the latents. Raises `ValueError` unless they are multiples of `multiple`."""
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"height {height} or width {width} is not a multiple of {self.multiple}")
         sizes = {"frames": frames, "height": height, "width": width}
         return {name: tuple(_size(dim, sizes) for dim in dims) for name, dims in self.dims.items()}
-
-    @property
-    def multiple(self) -> int:
-        """What the latents' height and width must be multiples of."""
-        deepest = (int(str(dim).partition("/")[2] or 1) for dims in self.dims.values() for dim in dims)
-        return max(deepest)
 
 
 def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> UNetCall:
@@ -59,7 +59,7 @@ def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> U
     weight = unet.conv_in.weight
     levels = _levels(unet.down, unet.conv_in.out_channels)
     deepest = levels[-1][1]
-    text_width = next(m for m in unet.modules() if isinstance(m, CrossAttention)).to_k.in_features
+    text_width: Any = next(m.to_k.in_features for m in unet.modules() if isinstance(m, CrossAttention))
     with torch.no_grad():
         context = unet.text_context(weight.new_zeros(halves, _TOKENS, text_width))
         time = unet.time_embeddings((0,))
@@ -72,14 +72,14 @@ def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> U
     if controlled:
         shapes = [(images, channels, *_sides(ratio)) for channels, ratio in (*levels, (levels[-1][0], deepest))]
         dims |= _residual_names(shapes)
-    return UNetCall(_MotionCall(unet, len(context)), _example(dims, weight, 2 * deepest), dims)
+    return UNetCall(_MotionCall(unet, len(context)), _example(dims, weight, deepest), dims, deepest)
 
 
 def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
     """One window in one half of ControlNeXt. controlled: whether the control's maps are an input (the conditional half)."""
     weight = unet.conv_in.weight
     levels = _levels(unet.down, unet.conv_in.out_channels)
-    image_width = next(m.cross_v.in_features for m in unet.modules() if hasattr(m, "cross_v"))
+    image_width: Any = next(m.cross_v.in_features for m in unet.modules() if isinstance(m, SelfAttention))
     with torch.no_grad():
         half = unet.guidance_half(weight.new_zeros(unet.latent_channels, 1, 1), weight.new_zeros(1, image_width))
         (time,) = unet.time_biases((0.0,), (0.0, 0.0, 0.0))
@@ -90,10 +90,12 @@ def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
     }
     dims |= {name: tuple(t.shape) for name, t in (*_numbered("context", half.context), *_numbered("time", time))}
     if controlled:
-        trunk = len(unet.down[0].resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
-        channels, ratio = levels[trunk + 1] if unet.down[0].downsampler is not None else levels[trunk]
+        first: Any = unet.down[0]
+        trunk = len(first.resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
+        channels, ratio = levels[trunk + 1] if first.downsampler is not None else levels[trunk]
         dims |= {"control": ("frames", channels, *_sides(ratio)), "control_scale": (1,)}
-    return UNetCall(_SVDCall(unet, len(half.context), len(time)), _example(dims, weight, 2 * levels[-1][1]), dims)
+    deepest = levels[-1][1]
+    return UNetCall(_SVDCall(unet, len(half.context), len(time)), _example(dims, weight, deepest), dims, deepest)
 
 
 def motion_inputs(latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None = None) -> dict[str, Tensor]:
@@ -111,7 +113,7 @@ def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | Non
 
 def export_onnx(call: UNetCall, path: Path) -> None:
     """Writes the graph, in opset 23 and with attention as `Attention`; above 2 GB its weights lie in a file beside it."""
-    import onnx_ir  # noqa: PLC0415  with onnxscript, which a service that only runs engines has not
+    import onnx_ir  # comes with onnxscript, which a service that only runs engines has not
 
     auto = torch.export.Dim.AUTO  # of SVD a named number of frames is refused: a guard that the solver cannot discharge
     dynamic = [{i: auto for i, dim in enumerate(call.dims[name]) if isinstance(dim, str)} for name in call.example]
@@ -169,16 +171,16 @@ def _levels(down: nn.ModuleList, entry: int) -> list[tuple[int, int]]:
     """(channels, how often the latents' size is divided) of every skip tensor."""
     levels, ratio = [(entry, 1)], 1
     for block in down:
-        levels += [(resnet_width(resnet), ratio) for resnet in block.resnets]  # type: ignore[union-attr]
+        levels += [(_width(resnet), ratio) for resnet in block.resnets]  # type: ignore[union-attr]
         if (downsampler := block.downsampler) is not None:
             ratio *= 2
             levels.append((downsampler.conv.out_channels, ratio))  # type: ignore[union-attr, arg-type]
     return levels
 
 
-def resnet_width(resnet: nn.Module) -> int:
+def _width(resnet: nn.Module) -> int:
     """The channels that a resnet of either family gives."""
-    convs = getattr(resnet, "spatial", resnet)
+    convs: Any = getattr(resnet, "spatial", resnet)
     width: int = convs.conv2.out_channels
     return width
 
@@ -207,14 +209,11 @@ def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
         factor, _, name = dim.partition("*")
         return int(factor) * sizes[name]
     name, _, divisor = dim.partition("/")
-    size, rest = divmod(sizes[name], int(divisor or 1))
-    if rest:
-        raise ValueError(f"{name} is {sizes[name]}, not a multiple of {divisor}")
-    return size
+    return sizes[name] // int(divisor or 1)
 
 
-def _example(dims: Mapping[str, Dims], like: Tensor, side: int) -> dict[str, Tensor]:
+def _example(dims: Mapping[str, Dims], like: Tensor, multiple: int) -> dict[str, Tensor]:
     """Small tensors of the right kind. Height and width differ, or the exporter takes them for one."""
-    sizes = {"frames": _TRACED, "height": 2 * side, "width": 3 * side}
+    sizes = {"frames": _TRACED, "height": 4 * multiple, "width": 6 * multiple}
     shapes = {name: tuple(_size(dim, sizes) for dim in shape) for name, shape in dims.items()}
     return {name: torch.linspace(0, 1, math.prod(shape)).reshape(shape).to(like) for name, shape in shapes.items()}

@@ -6,12 +6,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
 from engines.animatediff.unet import MotionUNet, Residuals
 from engines.controlnext.unet import Control, SVDUNet
 from engines.trt.export import OPSET, OUTPUT, motion_call, motion_inputs, svd_call, svd_inputs
+from engines.weights import build
 from tests.engines.trt.conftest import Exported, randn, same_shapes
+from tests.load.bench_flops import MOTION_UNET, SVD_UNET, with_known_blend
 
 TOLERANCE = 1e-5
 SHAPES = [(4, 8, 12), (7, 8, 8), (16, 16, 8)]  # the first is the example's
@@ -87,5 +90,19 @@ def test_the_call_of_a_lone_uncontrolled_half_has_no_inputs_of_the_control(motio
 
 def test_a_size_that_the_unet_cannot_halve_is_refused(svd: Exported):
     assert svd.call.multiple == 2
-    with pytest.raises(ValueError, match="height is 9"):
+    with pytest.raises(ValueError, match="height 9"):
         svd.call.shapes(4, 9, 8)
+
+
+def test_inputs_at_full_size_are_as_published():
+    """video-models.md, 2A.6 and 1B."""
+    motion = motion_call(MotionUNet(build(lambda: UNetMotionModel(**MOTION_UNET))))
+    assert motion.multiple == 8
+    residuals = [shape for name, shape in motion.shapes(16, 64, 64).items() if name.startswith(("skip", "mid"))]
+    sizes = [(320, 64)] * 3 + [(320, 32)] + [(640, 32)] * 2 + [(640, 16)] + [(1280, 16)] * 2 + [(1280, 8)] * 4
+    assert residuals == [(16, channels, side, side) for channels, side in sizes]
+    stock = build(lambda: UNetSpatioTemporalConditionModel(**SVD_UNET))
+    with_known_blend(stock)
+    svd = svd_call(SVDUNet(stock))
+    assert svd.multiple == 8
+    assert svd.shapes(24, 128, 72)["control"] == (24, 320, 64, 36)

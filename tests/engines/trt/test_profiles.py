@@ -12,6 +12,7 @@ CALL = UNetCall(
     nn.Identity(),
     {"latents": torch.zeros(2, 4, 2, 8, 8), "time": torch.zeros(1, 3)},
     {"latents": (2, 4, "frames", "height", "width"), "time": (1, 3), "skip_0": ("2*frames", 8, "height/8", "width/8")},
+    8,
 )
 FAMILY = ShapeFamily(Shape(8, 64, 64), Shape(16, 64, 64), Shape(32, 64, 96))
 
@@ -31,7 +32,7 @@ def test_a_family_out_of_order_is_refused():
 
 
 def test_a_family_that_the_unet_cannot_halve_is_refused():
-    with pytest.raises(EngineError, match="height is 60"):
+    with pytest.raises(EngineError, match="height 60"):
         profile_of(CALL, ShapeFamily.fixed(16, 60, 64))
 
 
