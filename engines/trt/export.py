@@ -113,13 +113,13 @@ def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | Non
 
 def export_onnx(call: UNetCall, path: Path) -> None:
     """Writes the graph, in opset 23 and with attention as `Attention`; above 2 GB its weights lie in a file beside it."""
-    import onnx_ir  # comes with onnxscript, which a service that only runs engines has not
+    import onnx_ir  # these two are of the extra rtx: a service that only runs engines has not got them
+    from onnxscript import optimizer
 
     auto = torch.export.Dim.AUTO  # of SVD a named number of frames is refused: a guard that the solver cannot discharge
     dynamic = [{i: auto for i, dim in enumerate(call.dims[name]) if isinstance(dim, str)} for name in call.example]
     with torch.no_grad():
         traced = torch.export.export(call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False)
-        # its rewriting is needed: a chunk is a SplitToSequence before, which TensorRT does not read
         program = torch.onnx.export(
             traced,
             dynamo=True,
@@ -127,8 +127,11 @@ def export_onnx(call: UNetCall, path: Path) -> None:
             input_names=list(call.example),
             output_names=[OUTPUT],
             verbose=False,
+            optimize=False,
         )
     assert program is not None
+    # needed: a chunk is a SplitToSequence before, which TensorRT does not read. Once is enough; the exporter's own goes twice
+    optimizer.optimize(program.model, num_iterations=1)
     graph = program.model.graph
     # the exporter gives every dimension a name of its own; equal names tell TensorRT which are equal
     for value in graph.inputs:
