@@ -44,6 +44,7 @@ fix: install ## format and mend what ruff can
 
 .PHONY: bench
 bench: install ## measure both models against diffusers and the service against the pipeline
+	$(BIN)/python -m tests.load.bench_flops
 	$(BIN)/python -m tests.load.bench_pipeline
 	$(BIN)/python -m tests.load.bench_controlnext
 	$(BIN)/python -m tests.load.bench_service

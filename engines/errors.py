@@ -30,7 +30,8 @@
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
     │   └── StartTimeout                504  request_timeout
-    └── WeightsError                the operator's: a checkpoint that does not fit
+    ├── WeightsError                the operator's: a checkpoint that does not fit
+    └── EngineError                 the operator's: a TensorRT engine that cannot be built or may not be loaded
 
 Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. These objects cross Ray, so every
 argument goes positionally to `Exception.__init__`: pickle rebuilds an exception from its `args`.
@@ -262,6 +263,10 @@ class StartTimeout(RequestError):
 
 class WeightsError(ReelrayError):
     """A checkpoint does not fit the model."""
+
+
+class EngineError(ReelrayError):
+    """A TensorRT engine cannot be built or may not be loaded."""
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, context: Biases) -> Tensor:
         """x: (F, C, H, W)."""
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (F, L, C)
-        positions = self.positions(len(x))
+        positions = self.positions(x.shape[0])  # not len(x), which would fix the number of frames of an exported graph
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
             tokens = spatial(tokens, context)
             tokens = torch.lerp(temporal(tokens + positions, context), tokens, self.mix)  # a x_s + (1 - a) x_t
@@ -172,11 +172,16 @@ class Transformer(nn.Module):
 
     def positions(self, num_frames: int) -> Tensor:
         """(F, 1, C): the MLP of the frame's index, a constant of the weights (5g)."""
+        if torch.compiler.is_exporting():  # F has no value then, and what is kept would be no tensor
+            return self._computed_positions(num_frames)
         if (found := self._positions.get(num_frames)) is None:
-            weight = self.proj_in.weight
-            sinusoid = self.position_proj(torch.arange(num_frames, device=weight.device)).to(weight.dtype)
-            found = self._positions[num_frames] = self.position_mlp(sinusoid)[:, None]
+            found = self._positions[num_frames] = self._computed_positions(num_frames)
         return found
+
+    def _computed_positions(self, num_frames: int) -> Tensor:
+        weight = self.proj_in.weight
+        sinusoid = self.position_proj(torch.arange(num_frames, device=weight.device)).to(weight.dtype)
+        return self.position_mlp(sinusoid)[:, None]
 
 
 class DownBlock(nn.Module):

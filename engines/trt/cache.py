@@ -1,0 +1,181 @@
+"""Built plans on disk: found by everything that shaped them, built once however many ask, and never loaded unchecked.
+
+A plan is executable, so a folder that others may write to is refused. A file appears under its name whole or not at all, and
+begins with its key and a digest of the rest. Entries are never changed: another driver, checkpoint or profile is another key.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engines.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the files here; part of the key, so another one finds nothing of ours."""
+
+REFITTABLE = "refittable"
+"""In place of the weights' hash for a plan whose weights are put in after it is loaded."""
+
+_MAGIC = b"reelray plan\n"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan is built for. capability: as (9, 0). driver_major: a plan's kernels are not promised to the next one."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    driver_major: int
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything that shapes a plan.
+
+    library, version: "tensorrt" or "tensorrt_rtx". graph: hash of the ONNX file. weights: their hash, or `REFITTABLE`.
+    precision: of the graph. profiles, flags: as text, in order. plugins: hash of our kernels' source; triton: its version.
+    """
+
+    library: str
+    version: str
+    gpu: Gpu
+    graph: str
+    weights: str
+    precision: str
+    profiles: tuple[str, ...]
+    plugins: str
+    triton: str
+    flags: tuple[str, ...]
+    format: int = FORMAT
+
+    @property
+    def text(self) -> str:
+        """The key, readable; equal keys have equal text and no others."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """The name of its entry."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, for `graph`, `weights` and `plugins`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class PlanCache:
+    """folder: made if absent, for its owner alone. Raises `EngineError` for one that others can write to."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = folder.resolve()
+        self._check_owned()
+
+    def load(self, key: PlanKey) -> bytes | None:
+        """The plan of `key`; None if there is none, or if what lies there is not whole or is another's.
+
+        Raises `EngineError` if somebody else could have written it.
+        """
+        self._check_owned()
+        path = self._path(key)
+        try:
+            # opened once, so that what is checked is what is read; not through a link to somewhere else
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise EngineError(f"{path} cannot be opened: {exc}") from exc
+        with os.fdopen(descriptor, "rb") as file:
+            _require_private(os.fstat(file.fileno()), path)
+            content = file.read()
+        plan = _unpacked(content, key)
+        if plan is None:
+            logger.warning("an engine is not what it should be", extra={"action": "engine_refused", "path": str(path)})
+        return plan
+
+    def get(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
+        """The plan of `key`, built now if need be. Of several processes that ask at once one builds and the others wait."""
+        if (plan := self.load(key)) is not None:
+            return plan
+        with self._lock(key):
+            if (plan := self.load(key)) is None:
+                plan = build()
+                self._store(key, plan)
+        return plan
+
+    def _store(self, key: PlanKey, plan: bytes) -> None:
+        descriptor, draft = tempfile.mkstemp(dir=self.folder, prefix=f"{key.digest}.", suffix=".draft")  # for its owner alone
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_packed(plan, key))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(draft, self._path(key))
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name
+        finally:
+            os.close(folder)
+
+    @contextmanager
+    def _lock(self, key: PlanKey) -> Iterator[None]:
+        """Held by one process; the kernel frees it when that dies. Its file stays: removing it would make two locks of one."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.folder / f"{key.digest}.lock", flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _path(self, key: PlanKey) -> Path:
+        return self.folder / f"{key.digest}.plan"
+
+    def _check_owned(self) -> None:
+        _require_private(self.folder.stat(), self.folder)
+        for parent in self.folder.parents:  # whoever may rename a parent can put another folder in its place
+            about = parent.stat()
+            foreign = about.st_uid not in (0, os.getuid())
+            open_to_others = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not about.st_mode & stat.S_ISVTX
+            if foreign or open_to_others:
+                raise EngineError(f"{parent} is not ours alone, and a plan below it is executable")
+
+
+def _require_private(about: os.stat_result, path: Path) -> None:
+    if about.st_uid != os.getuid():
+        raise EngineError(f"{path} belongs to another user, and a plan is executable")
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise EngineError(f"{path} can be written by others, and a plan is executable")
+
+
+def _packed(plan: bytes, key: PlanKey) -> bytes:
+    text = key.text.encode()
+    body = len(text).to_bytes(8, "big") + text + plan
+    return _MAGIC + hashlib.sha256(body).digest() + body
+
+
+def _unpacked(content: bytes, key: PlanKey) -> bytes | None:
+    body = content[len(_MAGIC) + _DIGEST_BYTES :]
+    text = key.text.encode()
+    head = len(text).to_bytes(8, "big") + text
+    if content[: len(content) - len(body)] != _MAGIC + hashlib.sha256(body).digest() or not body.startswith(head):
+        return None
+    return body[len(head) :]
