@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.attention import attention
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -15,8 +16,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     query: (B, N, heads, D); key, value: (B, M, heads, D), one dtype, any strides, D a multiple of 8, on CUDA of 160 at most.
     Heads that do not lie side by side are copied first; views of (B, N, C) and of a fused projection are not.
-    Returns (B, N, heads, D), contiguous. Scores and sums are in fp32 on CUDA.
-    Raises `ValueError` where the shapes do not fit.
+    Returns (B, N, heads, D), contiguous. On CUDA halves are computed by the kernel, with scores and sums in fp32; other dtypes
+    by PyTorch's. Raises `ValueError` where the shapes do not fit.
     """
     return _operation(query, key, value)
 
@@ -38,6 +39,9 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     from kernels.triton.flash_attention import launch
 
     _check(query, key, value)
+    if query.element_size() != 2:  # no tensor cores: the tiles spill
+        seen = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return seen.transpose(1, 2).contiguous()
     return launch(query, key, value)
 
 

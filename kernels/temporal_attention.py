@@ -18,8 +18,9 @@ def temporal_attention(qkv: Tensor, num_frames: int, heads: int, position: Tenso
     """softmax(Q K^T / sqrt(D)) V for every position and head, over the frames.  arXiv 1706.03762, eq. 1.
 
     qkv: (B F, S, 3 C), any strides; C is heads x D, D a multiple of 8, on CUDA of 160 at most. position: (F or more, 3 C), of the
-    same dtype, added to every position's qkv by its frame; or None. Returns (B F, S, C), contiguous. Scores and sums are in fp32
-    on CUDA. Raises `ValueError` where the shapes do not fit, or for more than 32 frames.
+    same dtype, added to every position's qkv by its frame; or None. Returns (B F, S, C), contiguous. On CUDA halves are computed
+    by the kernel, with scores and sums in fp32; other dtypes by the reference. Raises `ValueError` where the shapes do not fit,
+    or for more than 32 frames.
     """
     return _operation(qkv, num_frames, heads, position)
 
@@ -41,6 +42,8 @@ def _(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> Tens
     from kernels.triton.temporal_attention import launch
 
     _check(qkv, num_frames, heads, position)
+    if qkv.element_size() != 2:  # no tensor cores: the tiles spill
+        return reference.temporal_attention(qkv, num_frames, heads, position)
     return launch(qkv, num_frames, heads, position)
 
 
