@@ -1,44 +1,11 @@
-"""Which shapes an engine is built for: families, each with a smallest, a best and a largest shape.
-
-A family is narrow on purpose: kernels are chosen for its best shape and must fit all of it. So one for each size that is
-served, and not one from 8 frames at 512 to 32 at 1024. `tensorrt-triton.md`, section 5.
-"""
+"""A family of shapes as a TensorRT profile: the ranges of a UNet call's inputs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from engines.errors import EngineError
-from engines.trt.export import UNetCall
-
-
-@dataclass(frozen=True, order=True)
-class Shape:
-    """Frames of a call, height and width of its latents (an eighth of the pixels')."""
-
-    frames: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class ShapeFamily:
-    """The shapes from `smallest` to `largest`, each side for itself; `best` is what kernels are chosen for."""
-
-    smallest: Shape
-    best: Shape
-    largest: Shape
-
-    @classmethod
-    def fixed(cls, frames: int, height: int, width: int) -> "ShapeFamily":
-        """One shape alone: the fastest engine, for nothing else."""
-        shape = Shape(frames, height, width)
-        return cls(shape, shape, shape)
-
-    def holds(self, shape: Shape) -> bool:
-        """Whether an engine of this family takes `shape`."""
-        return all(
-            getattr(self.smallest, f.name) <= getattr(shape, f.name) <= getattr(self.largest, f.name) for f in fields(Shape)
-        )
+from engines.shapes import Shape, ShapeFamily
+from engines.unet_call import UNetCall
 
 
 @dataclass(frozen=True)
@@ -70,9 +37,7 @@ def profile_of(call: UNetCall, family: ShapeFamily) -> Profile:
     if not (family.holds(family.smallest) and family.holds(family.best)):
         raise EngineError(f"{family} is out of order: smallest <= best <= largest, each side for itself")
     try:
-        smallest, best, largest = (
-            call.shapes(shape.frames, shape.height, shape.width) for shape in (family.smallest, family.best, family.largest)
-        )
+        smallest, best, largest = (call.shapes(shape) for shape in (family.smallest, family.best, family.largest))
     except ValueError as exc:
         raise EngineError(f"{family} does not fit the UNet: {exc}") from exc
     changing = (name for name, dims in call.dims.items() if any(isinstance(dim, str) for dim in dims))

@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.animatediff.call import motion_call
 from engines.animatediff.checkpoint import load_unet as load_motion_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.unet import MotionUNet
+from engines.controlnext.call import svd_call
 from engines.controlnext.checkpoint import load_unet as load_svd_unet
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.unet import SVDUNet
-from engines.trt.export import UNetCall, export_onnx, motion_call, svd_call
+from engines.trt.export import export_onnx
+from engines.unet_call import UNetCall
 
 
 @dataclass(frozen=True)

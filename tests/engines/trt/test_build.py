@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.errors import EngineError
+from engines.shapes import Shape, ShapeFamily
 from engines.trt.build import BuildOptions, build_plan, load_library
-from engines.trt.profiles import Range, Shape, ShapeFamily, profile_of
+from engines.trt.profiles import Range, profile_of
 from tests.engines.trt.conftest import Exported
 
 SMALL = ShapeFamily(Shape(2, 8, 8), Shape(8, 8, 8), Shape(16, 16, 16))

@@ -9,9 +9,12 @@ import torch
 from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
+from engines.animatediff.call import motion_call, motion_inputs
 from engines.animatediff.unet import MotionUNet, Residuals
+from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.unet import Control, SVDUNet
-from engines.trt.export import OPSET, OUTPUT, motion_call, motion_inputs, svd_call, svd_inputs
+from engines.shapes import Shape
+from engines.trt.export import OPSET, OUTPUT
 from engines.weights import build
 from tests.engines.trt.conftest import Exported, randn, same_shapes
 from tests.load.bench_flops import MOTION_UNET, SVD_UNET, with_known_blend
@@ -35,14 +38,14 @@ def run(graph: Exported, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def assert_same(graph: Exported, inputs: Mapping[str, Tensor], expected: Tensor, shape: tuple[int, int, int]):
-    assert same_shapes(inputs, graph.call.shapes(*shape))
+    assert same_shapes(inputs, graph.call.shapes(Shape(*shape)))
     assert expected.std() > 0.01, "a comparison of nothing proves nothing"
     assert (run(graph, inputs) - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_motion_unet_under_sparse_control_is_the_same_in_onnx_runtime(motion: Exported, shape: tuple[int, int, int]):
-    unet, shapes = motion.unet, motion.call.shapes(*shape)
+    unet, shapes = motion.unet, motion.call.shapes(Shape(*shape))
     assert isinstance(unet, MotionUNet)
     skips = tuple(randn(*size) for name, size in shapes.items() if name.startswith("skip"))
     residuals = Residuals(skips, randn(*shapes["mid"]))
@@ -52,7 +55,7 @@ def test_the_motion_unet_under_sparse_control_is_the_same_in_onnx_runtime(motion
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_svd_unet_under_control_is_the_same_in_onnx_runtime(svd: Exported, shape: tuple[int, int, int]):
-    unet, shapes = svd.unet, svd.call.shapes(*shape)
+    unet, shapes = svd.unet, svd.call.shapes(Shape(*shape))
     assert isinstance(unet, SVDUNet)
     half = unet.guidance_half(randn(4, *shape[1:]), randn(1, 32))
     (time,) = unet.time_biases([0.37], (6.0, 127.0, 0.02))
@@ -84,25 +87,25 @@ def test_the_call_of_a_lone_uncontrolled_half_has_no_inputs_of_the_control(motio
     assert isinstance(svd.unet, SVDUNet)
     lone = motion_call(motion.unet, halves=1, controlled=False)
     assert not any(name.startswith(("skip", "mid")) for name in lone.dims)
-    assert lone.shapes(16, 8, 8)["latents"] == (1, 4, 16, 8, 8)
+    assert lone.shapes(Shape(16, 8, 8))["latents"] == (1, 4, 16, 8, 8)
     assert not any(name.startswith("control") for name in svd_call(svd.unet, controlled=False).dims)
 
 
 def test_a_size_that_the_unet_cannot_halve_is_refused(svd: Exported):
     assert svd.call.multiple == 2
     with pytest.raises(ValueError, match="height 9"):
-        svd.call.shapes(4, 9, 8)
+        svd.call.shapes(Shape(4, 9, 8))
 
 
 def test_inputs_at_full_size_are_as_published():
     """video-models.md, 2A.6 and 1B."""
     motion = motion_call(MotionUNet(build(lambda: UNetMotionModel(**MOTION_UNET))))
     assert motion.multiple == 8
-    residuals = [shape for name, shape in motion.shapes(16, 64, 64).items() if name.startswith(("skip", "mid"))]
+    residuals = [shape for name, shape in motion.shapes(Shape(16, 64, 64)).items() if name.startswith(("skip", "mid"))]
     sizes = [(320, 64)] * 3 + [(320, 32)] + [(640, 32)] * 2 + [(640, 16)] + [(1280, 16)] * 2 + [(1280, 8)] * 4
     assert residuals == [(16, channels, side, side) for channels, side in sizes]
     stock = build(lambda: UNetSpatioTemporalConditionModel(**SVD_UNET))
     with_known_blend(stock)
     svd = svd_call(SVDUNet(stock))
     assert svd.multiple == 8
-    assert svd.shapes(24, 128, 72)["control"] == (24, 320, 64, 36)
+    assert svd.shapes(Shape(24, 128, 72))["control"] == (24, 320, 64, 36)

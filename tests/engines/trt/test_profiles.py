@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from engines.errors import EngineError
-from engines.trt.export import UNetCall
-from engines.trt.profiles import ANIMATEDIFF, CONTROLNEXT, Shape, ShapeFamily, profile_of
+from engines.shapes import Shape, ShapeFamily
+from engines.trt.profiles import ANIMATEDIFF, CONTROLNEXT, profile_of
+from engines.unet_call import UNetCall
 
 CALL = UNetCall(
+    "a UNet",
     nn.Identity(),
     {"latents": torch.zeros(2, 4, 2, 8, 8), "time": torch.zeros(1, 3)},
     {"latents": (2, 4, "frames", "height", "width"), "time": (1, 3), "skip_0": ("2*frames", 8, "height/8", "width/8")},

@@ -1,0 +1,54 @@
+"""SVD's UNet call as flat tensors: `unet.py`'s arguments by name."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.controlnext.layers import Biases, SelfAttention
+from engines.controlnext.unet import Control, Half, SVDUNet
+from engines.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
+
+
+def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
+    """One window in one half of ControlNeXt. controlled: whether the control's maps are an input (the conditional half)."""
+    weight = unet.conv_in.weight
+    levels = skip_levels(unet.down, unet.conv_in.out_channels)
+    image_width: Any = next(m.cross_v.in_features for m in unet.modules() if isinstance(m, SelfAttention))
+    with torch.no_grad():
+        half = unet.guidance_half(weight.new_zeros(unet.latent_channels, 1, 1), weight.new_zeros(1, image_width))
+        (time,) = unet.time_biases((0.0,), (0.0, 0.0, 0.0))
+    full = sides(1)
+    dims: dict[str, Dims] = {
+        "latents": ("frames", unet.latent_channels, *full),
+        "image": (1, unet.conv_in.out_channels, *full),
+    }
+    dims |= {name: tuple(t.shape) for name, t in (*numbered("context", half.context), *numbered("time", time))}
+    if controlled:
+        first: Any = unet.down[0]
+        trunk = len(first.resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
+        channels, ratio = levels[trunk + 1] if first.downsampler is not None else levels[trunk]
+        dims |= {"control": ("frames", channels, *sides(ratio)), "control_scale": (1,)}
+    deepest = levels[-1][1]
+    name = "svd" + ("-controlled" if controlled else "")
+    return unet_call(name, _SVDCall(unet, len(half.context), len(time)), dims, weight, deepest)
+
+
+def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> dict[str, Tensor]:
+    """The arguments of `SVDUNet.forward` by the graph's names."""
+    inputs = {"latents": latents, "image": half.image}
+    inputs |= dict((*numbered("context", half.context), *numbered("time", time)))
+    return inputs if control is None else inputs | {"control": control.maps, "control_scale": latents.new_tensor([control.scale])}
+
+
+class _SVDCall(nn.Module):
+    def __init__(self, unet: SVDUNet, num_contexts: int, num_times: int):
+        super().__init__()
+        self.unet, self.num_contexts, self.num_times = unet, num_contexts, num_times
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        latents, image, *rest = inputs
+        context, rest = rest[: self.num_contexts], rest[self.num_contexts :]
+        time, rest = rest[: self.num_times], rest[self.num_times :]
+        control = Control(rest[0], rest[1]) if rest else None  # type: ignore[arg-type]  # a number that may change
+        return self.unet(latents, Half(image, context), time, control)
