@@ -4,6 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from kernels.geglu import geglu
+from kernels.group_norm_silu import group_norm_silu
+from kernels.layer_norm import layer_norm
+from kernels.residual_blend import adds_by_kernel, residual_add
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -18,6 +24,64 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def fused_qkv(source: Any) -> nn.Linear:
     """The three projections of a self-attention (diffusers' `Attention`) as one GEMM, (..., C) -> (..., 3 C)."""
     return linear(torch.cat([source.to_q.weight, source.to_k.weight, source.to_v.weight]), None)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, L, C); of channels-last images a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_images(tokens: Tensor, like: Tensor) -> Tensor:
+    """(N, L, C) -> (N, C, H, W), a view. like: images of that height and width."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.Module):
+    """diffusers' GroupNorm with what follows it. silu: whether a SiLU does."""
+
+    def __init__(self, source: Any, silu: bool):
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+        self.num_groups, self.eps, self.silu = source.num_groups, source.eps, silu
+
+    def forward(self, x: Tensor, num_frames: int = 1) -> Tensor:
+        """x: (B F, C, H, W). num_frames: how many consecutive images share statistics."""
+        shared = (self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm_silu(x, *shared, num_frames=num_frames, silu=self.silu)
+
+
+class LayerNorm(nn.Module):
+    """diffusers' LayerNorm."""
+
+    def __init__(self, source: Any):
+        super().__init__()
+        self.weight, self.bias, self.eps = source.weight, source.bias, source.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FeedForward(nn.Module):
+    """diffusers' `FeedForward` with GEGLU: (..., C) -> (..., C)."""
+
+    def __init__(self, source: Any):
+        super().__init__()
+        gate, _, out = source.net
+        self.proj: nn.Linear = gate.proj
+        self.out: nn.Linear = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C)."""
+        return self.out(geglu(self.proj(x)))
+
+
+def conv_added(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + conv(x), the convolution's bias in the same pass where a kernel of ours adds. Both (N, C, H, W)."""
+    if not adds_by_kernel(residual.permute(0, 2, 3, 1), conv.bias):
+        return conv(x).add_(residual)
+    h = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    return residual_add(h.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1), conv.bias).permute(0, 3, 1, 2)
 
 
 class Slots:

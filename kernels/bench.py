@@ -6,7 +6,6 @@ and date: the record that decides where a kernel is used. Without a GPU it runs 
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kernels.choice import RESULTS, Shape, record_of
+
 SITES_IN = ("kernels.bench_attention", "kernels.bench_fusions")
 """The modules with a tuple `SITES`. A new kernel's sites are one file and one name here."""
-RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """Of the largest difference between two ways, as a share of the largest value: more is an error, not rounding."""
 
@@ -33,8 +33,12 @@ Way = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Contest:
-    """ours, theirs: ways by name, e.g. a tile's or a back end's. A way may raise `RuntimeError` where it does not serve."""
+    """ours, theirs: ways by name, e.g. a tile's or a back end's. A way may raise `RuntimeError` where it does not serve.
 
+    shape: as the operation's `site` gives it, by which `choice.py` finds the result.
+    """
+
+    shape: Shape
     ours: Mapping[str, Way]
     theirs: Mapping[str, Way]
 
@@ -55,6 +59,7 @@ class Result:
 
     operation: str
     site: str
+    shape: Shape
     calls: int
     ours: dict[str, float]
     theirs: dict[str, float]
@@ -95,7 +100,7 @@ def measure(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool 
             difference = max(difference, apart)
             del got
             found[name] = microseconds(way, device)
-    return Result(site.operation, site.name, site.calls, *times, refused, difference)
+    return Result(site.operation, site.name, contest.shape, site.calls, *times, refused, difference)
 
 
 def microseconds(way: Way, device: torch.device) -> float:
@@ -117,7 +122,7 @@ def append(folder: Path, results: Iterable[Result], device: torch.device, dtype:
     import triton
 
     gpu = torch.cuda.get_device_name(device)
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    path = record_of(gpu, folder)
     runs = json.loads(path.read_text()) if path.exists() else []
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     versions["cudnn"] = torch.backends.cudnn.version()

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import attention, temporal_attention
 from kernels.bench import Contest, Site, Way
-from kernels.flash_attention import flash_attention
-from kernels.temporal_attention import temporal_attention
 
 BACK_ENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -86,16 +85,15 @@ def temporal(
 
     forms = {"permuted": permuted, "pixel layout": pixel_layout} | ({"clip by clip": clip_by_clip} if clips > 1 else {})
     theirs = {f"{name}, {form}": partial(way, which) for form, way in forms.items() for name, which in back_ends(device)}
-    return Contest(_temporal_ways(qkv, frames, heads, position), theirs)
+    return Contest(temporal_attention.site(qkv, frames, heads, position), _temporal_ways(qkv, frames, heads, position), theirs)
 
 
 def _temporal_ways(qkv: Tensor, frames: int, heads: int, position: Tensor | None) -> dict[str, Way]:
     if qkv.device.type != "cuda":
-        return {"reference": lambda: temporal_attention(qkv, frames, heads, position)}
-    from kernels.triton.device import capability
-    from kernels.triton.temporal_attention import launch, tiles
+        return {"reference": lambda: temporal_attention.temporal_attention(qkv, frames, heads, position)}
+    from kernels.triton.temporal_attention import launch, tiles_of
 
-    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in tiles(capability(qkv.device))}
+    return {str(tile): partial(launch, qkv, frames, heads, position, tile) for tile in tiles_of(qkv, frames, heads)}
 
 
 def spatial(
@@ -114,16 +112,17 @@ def spatial(
         seen = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), back_end)
         return seen.transpose(1, 2).contiguous()
 
-    return Contest(_flash_ways(q, k, v), {name: partial(theirs, which) for name, which in back_ends(device)})
+    return Contest(
+        attention.site(q, k), _flash_ways(q, k, v), {name: partial(theirs, which) for name, which in back_ends(device)}
+    )
 
 
 def _flash_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Way]:
     if q.device.type != "cuda":
-        return {"reference": lambda: flash_attention(q, k, v)}
-    from kernels.triton.device import capability
-    from kernels.triton.flash_attention import launch, tiles
+        return {"reference": lambda: attention.attention(q, k, v)}
+    from kernels.triton.flash_attention import launch, tiles_of
 
-    return {str(tile): partial(launch, q, k, v, tile) for tile in tiles(q.shape[3], capability(q.device))}
+    return {str(tile): partial(launch, q, k, v, tile) for tile in tiles_of(q)}
 
 
 def _sites() -> Iterator[Site]:
@@ -131,14 +130,14 @@ def _sites() -> Iterator[Site]:
         form = partial(temporal, 2, 16, positions, 8, head_dim, True)
         yield Site("temporal_attention", f"animatediff motion {positions}", motion, form)
         form = partial(spatial, 32, positions, 0, 8, head_dim)
-        yield Site("flash_attention", f"animatediff image {positions}", image, form)
+        yield Site("attention", f"animatediff image {positions}", image, form)
         form = partial(spatial, 2, 16 * positions, 77, 8, head_dim)
-        yield Site("flash_attention", f"animatediff text {positions}", image, form)
+        yield Site("attention", f"animatediff text {positions}", image, form)
     for positions, heads, calls in ((9216, 5, 10), (2304, 10, 10), (576, 20, 10), (144, 20, 2)):
         form = partial(temporal, 1, 24, positions, heads, 64, False)
         yield Site("temporal_attention", f"controlnext time {positions}", calls, form)
         form = partial(spatial, 24, positions, 0, heads, 64)
-        yield Site("flash_attention", f"controlnext image {positions}", calls, form)
+        yield Site("attention", f"controlnext image {positions}", calls, form)
 
 
 SITES = tuple(_sites())

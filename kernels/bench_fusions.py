@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from kernels import geglu, group_norm_silu, layer_norm, residual_blend
 from kernels.bench import Contest, Site, Way
-from kernels.geglu import geglu
-from kernels.group_norm_silu import group_norm_silu
-from kernels.layer_norm import layer_norm
-from kernels.residual_blend import residual_add, residual_blend
+from kernels.choice import forced
 
 GROUPS = 32
 """Of every GroupNorm in both models."""
@@ -46,27 +44,35 @@ def theirs(way: Way) -> dict[str, Way]:
     return {"eager": way} | ({"inductor": torch.compile(way, dynamic=False)} if torch.cuda.is_available() else {})
 
 
+def kernel(way: Way) -> Way:
+    """The operation and not PyTorch's instead of it."""
+
+    def run() -> Tensor:
+        with forced("kernels"):
+            return way()
+
+    return run
+
+
 def of_group_norm(images: Images, shared: bool, silu: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
-    """shared: one statistic for the frames of a clip. Theirs is `F.group_norm` on the layout that the layers give it."""
+    """shared: one statistic for the frames of a clip. Theirs is `F.group_norm`, of a clip as one image of all its rows."""
     images = images.tiny() if tiny else images
     c, frames = images.channels, images.frames if shared else 1
     x = normal(device, dtype, images.clips * images.frames, images.pixels, 1, c).permute(0, 3, 1, 2)  # channels-last
     weight, bias = normal(device, dtype, 2, c)
 
     def norm() -> Tensor:
-        clips = x.unflatten(0, (-1, frames)).transpose(1, 2) if shared else x  # (B, C, F, L, 1)
-        y = F.group_norm(clips, GROUPS, weight, bias, 1e-5)
-        y = F.silu(y) if silu else y
-        return (y.transpose(1, 2).flatten(0, 1) if shared else y).contiguous(memory_format=torch.channels_last)
+        y = group_norm_silu.by_pytorch(x, weight, bias, GROUPS, 1e-5, frames, silu)
+        return y.contiguous(memory_format=torch.channels_last)
 
+    shape = group_norm_silu.site(x, GROUPS, frames, silu)
     if device.type != "cuda":
-        return Contest(
-            {"reference": lambda: group_norm_silu(x, weight, bias, GROUPS, num_frames=frames, silu=silu)}, theirs(norm)
-        )
-    from kernels.triton.group_norm_silu import APPLY, MOMENTS, launch
+        ours = partial(group_norm_silu.group_norm_silu, x, weight, bias, GROUPS, num_frames=frames, silu=silu)
+        return Contest(shape, {"reference": kernel(ours)}, theirs(norm))
+    from kernels.triton.group_norm_silu import CUTS, launch
 
-    cuts = [(moments, apply) for moments in MOMENTS for apply in APPLY]
-    return Contest({str(cut): partial(launch, x, weight, bias, GROUPS, 1e-5, frames, silu, *cut) for cut in cuts}, theirs(norm))
+    ways = {str(cut): partial(launch, x, weight, bias, GROUPS, 1e-5, frames, silu, *cut) for cut in CUTS}
+    return Contest(shape, ways, theirs(norm))
 
 
 def of_geglu(images: Images, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
@@ -78,11 +84,12 @@ def of_geglu(images: Images, device: torch.device, dtype: torch.dtype, tiny: boo
         a, g = x.chunk(2, dim=-1)
         return a * F.gelu(g)
 
+    shape = geglu.site(x)
     if device.type != "cuda":
-        return Contest({"reference": lambda: geglu(x)}, theirs(product))
+        return Contest(shape, {"reference": kernel(partial(geglu.geglu, x))}, theirs(product))
     from kernels.triton.geglu import TILES, launch
 
-    return Contest({str(tile): partial(launch, x, tile) for tile in TILES}, theirs(product))
+    return Contest(shape, {str(tile): partial(launch, x, tile) for tile in TILES}, theirs(product))
 
 
 def of_residual(images: Images, with_bias: bool, blend: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
@@ -96,20 +103,23 @@ def of_residual(images: Images, with_bias: bool, blend: bool, device: torch.devi
         y = residual + (h if bias is None else h + bias)
         return torch.lerp(y, other, 0.3) if blend else y
 
+    spatial, share = (other, mix) if blend else (None, None)
+    shape = residual_blend.site(h, bias, spatial)
     if device.type != "cuda":
-        ours: Way = partial(residual_blend, h, residual, other, mix, bias) if blend else partial(residual_add, h, residual, bias)
-        return Contest({"reference": ours}, theirs(added))
+        blended = partial(residual_blend.residual_blend, h, residual, other, mix, bias)
+        ours = blended if blend else partial(residual_blend.residual_add, h, residual, bias)
+        return Contest(shape, {"reference": kernel(ours)}, theirs(added))
     from kernels.triton.residual_blend import TILES, launch
 
-    spatial, share = (other, mix) if blend else (None, None)
-    return Contest({str(tile): partial(launch, h, residual, bias, spatial, share, tile) for tile in TILES}, theirs(added))
+    return Contest(shape, {str(tile): partial(launch, h, residual, bias, spatial, share, tile) for tile in TILES}, theirs(added))
 
 
 def of_layer_norm(images: Images, with_positions: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
-    """with_positions: AnimateDiff's table of 32 frames, on tokens (B L, F, C)."""
+    """with_positions: AnimateDiff's table of 32 frames, on tokens (B L, F, C); the model has it in a bias of q, k and v."""
     images = images.tiny() if tiny else images
-    c = images.channels
-    x = normal(device, dtype, images.clips * images.pixels, images.frames, c)
+    c, n = images.channels, images.clips * images.frames
+    tokens = (images.clips * images.pixels, images.frames) if with_positions else (n, images.pixels)
+    x = normal(device, dtype, *tokens, c)
     weight, bias = normal(device, dtype, 2, c)
     positions = normal(device, dtype, 32, c) if with_positions else None
 
@@ -117,11 +127,15 @@ def of_layer_norm(images: Images, with_positions: bool, device: torch.device, dt
         y = F.layer_norm(x, (c,), weight, bias, 1e-5)
         return y if positions is None else y + positions[: images.frames]
 
+    shape = layer_norm.site(x, positions)
     if device.type != "cuda":
-        return Contest({"reference": lambda: layer_norm(x, weight, bias, positions=positions, axis=1)}, theirs(norm))
+        ours = partial(layer_norm.layer_norm, x, weight, bias, positions=positions, axis=1)
+        return Contest(shape, {"reference": kernel(ours)}, theirs(norm))
     from kernels.triton.layer_norm import VALUES, launch
 
-    return Contest({str(tile): partial(launch, x, weight, bias, 1e-5, positions, 1, tile) for tile in VALUES}, theirs(norm))
+    return Contest(
+        shape, {str(tile): partial(launch, x, weight, bias, 1e-5, positions, 1, tile) for tile in VALUES}, theirs(norm)
+    )
 
 
 # By level: channels, spatial transformers, motion modules of AnimateDiff, resnets. The last level counts the middle block in.
@@ -151,8 +165,8 @@ def _animatediff() -> Iterator[tuple[str, str, int, Prepare]]:
         yield "geglu", f"feed-forward {pixels}", spatial + motion, partial(of_geglu, images)
         yield "residual_blend", f"residual {pixels}", 4 * spatial + 4 * motion, partial(of_residual, images, False, False)
         yield "residual_blend", f"residual and bias {pixels}", resnets, partial(of_residual, images, True, False)
-        yield "layer_norm", f"tokens {pixels}", 3 * spatial + motion, partial(of_layer_norm, images, False)
-        yield "layer_norm", f"tokens and positions {pixels}", 2 * motion, partial(of_layer_norm, images, True)
+        yield "layer_norm", f"tokens {pixels}", 3 * (spatial + motion), partial(of_layer_norm, images, False)
+        yield "layer_norm", f"tokens and positions {pixels}", 0, partial(of_layer_norm, images, True)
 
 
 def _controlnext() -> Iterator[tuple[str, str, int, Prepare]]:

@@ -6,8 +6,10 @@ just a longer image.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from kernels import reference
+from kernels.choice import Shape, chosen, prefers_kernel
 
 
 def group_norm_silu(
@@ -15,7 +17,7 @@ def group_norm_silu(
 ) -> Tensor:
     """silu((x - mean) / sqrt(var + eps) weight + bias), mean and var of each group of channels over its clip, in fp32.
 
-    x: (B num_frames, C, H, W), on a GPU in channels-last memory, as the result is. weight, bias: (C,). groups divides C.
+    x: (B num_frames, C, H, W), in channels-last memory or copied into it, as the result is. weight, bias: (C,). groups divides C.
     num_frames: how many consecutive images share statistics. silu: without it, the norm alone.
     Group Normalization, arXiv 1803.08494, eq. 1; SiLU, arXiv 1606.08415, section 2.
     """
@@ -23,7 +25,25 @@ def group_norm_silu(
     assert x.shape[0] % num_frames == 0, (x.shape, num_frames)
     assert x.shape[1] % groups == 0, (x.shape, groups)
     assert weight.shape == bias.shape == x.shape[1:2], (weight.shape, bias.shape, x.shape)
-    return _op(x, weight, bias, groups, eps, num_frames, silu)
+    if prefers_kernel("group_norm_silu", site(x, groups, num_frames, silu), x):
+        return _op(x, weight, bias, groups, eps, num_frames, silu)
+    return by_pytorch(x, weight, bias, groups, eps, num_frames, silu)
+
+
+def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
+    """`group_norm_silu` by PyTorch's operations. A clip's frames are one image of F H rows, in this memory a view."""
+    if num_frames == 1:
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y, inplace=True) if silu else y
+    rows = x.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames)).flatten(1, 2)  # (B, F H, W, C)
+    y = F.group_norm(rows.permute(0, 3, 1, 2), groups, weight, bias, eps)  # (B, C, F H, W)
+    y = F.silu(y, inplace=True) if silu else y
+    return y.permute(0, 2, 3, 1).unflatten(1, (num_frames, -1)).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def site(x: Tensor, groups: int, num_frames: int, silu: bool) -> Shape:
+    """Channels, pixels, groups, frames that share statistics, and whether there is a SiLU."""
+    return x.shape[1], x.shape[2] * x.shape[3], groups, num_frames, int(silu)
 
 
 @torch.library.custom_op("reelray::group_norm_silu", mutates_args=())
@@ -38,7 +58,8 @@ def _like(x: Tensor, *_: object) -> Tensor:
 
 @_op.register_kernel("cuda")
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
-    from kernels.triton.group_norm_silu import launch  # late: Triton is optional
+    from kernels.triton.group_norm_silu import CUTS, launch  # late: Triton is optional
 
+    cut = chosen("group_norm_silu", site(x, groups, num_frames, silu), x, CUTS) or CUTS[0]
     with torch.cuda.device_of(x):  # where Triton launches
-        return launch(x, weight, bias, groups, eps, num_frames, silu)
+        return launch(x.contiguous(memory_format=torch.channels_last), weight, bias, groups, eps, num_frames, silu, *cut)

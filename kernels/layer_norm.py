@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from kernels import reference
+from kernels.choice import Shape, chosen, prefers_kernel
 
 
 def layer_norm(
@@ -11,7 +13,7 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) weight + bias + positions[i], mean and var over the channels of a token, in fp32.
 
-    x: (..., C), on a GPU contiguous. weight, bias: (C,). positions: (P, C) or None; i is a token's index along `axis` of x,
+    x: (..., C). weight, bias: (C,). positions: (P, C) or None; i is a token's index along `axis` of x,
     0 for (F, L, C) and 1 for (B L, F, C), of no more than P. Layer Normalization, arXiv 1607.06450, eq. 4.
     """
     assert weight.shape == bias.shape == x.shape[-1:], (weight.shape, bias.shape, x.shape)
@@ -19,7 +21,18 @@ def layer_norm(
     if positions is not None:
         assert positions.shape[1:] == x.shape[-1:], (positions.shape, x.shape)
         assert positions.shape[0] >= x.shape[axis], (positions.shape, x.shape)
-    return _op(x, weight, bias, eps, positions, axis)
+    if prefers_kernel("layer_norm", site(x, positions), x):
+        return _op(x, weight, bias, eps, positions, axis)
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    if positions is None:
+        return y
+    between = (1,) * (x.ndim - 2 - axis)
+    return y.add_(positions[: x.shape[axis]].unflatten(0, (-1, *between)))  # (length, 1, ..., 1, C)
+
+
+def site(x: Tensor, positions: Tensor | None) -> Shape:
+    """The last two sizes, tokens and channels, and whether there are positions."""
+    return x.shape[-2], x.shape[-1], int(positions is not None)
 
 
 @torch.library.custom_op("reelray::layer_norm", mutates_args=())
@@ -34,7 +47,8 @@ def _like(x: Tensor, *_: object) -> Tensor:
 
 @_op.register_kernel("cuda")
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int) -> Tensor:
-    from kernels.triton.layer_norm import launch  # late: Triton is optional
+    from kernels.triton.layer_norm import VALUES, launch  # late: Triton is optional
 
+    tile = chosen("layer_norm", site(x, positions), x, VALUES) or VALUES[0]
     with torch.cuda.device_of(x):  # where Triton launches
-        return launch(x, weight, bias, eps, positions, axis)
+        return launch(x.contiguous(), weight, bias, eps, positions, axis, tile)

@@ -15,34 +15,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import Slots, fused_qkv, linear
+from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, as_images, as_tokens, conv_added, fused_qkv, linear
 from kernels.attention import attention
+from kernels.temporal_attention import temporal_attention
 
 KeyValue = tuple[Tensor, Tensor]
 TextContext = Sequence[KeyValue]
-"""Keys and values of the text for every cross-attention of a net, in order: each (G, heads, 77, D)."""
+"""Keys and values of the text for every cross-attention of a net, in order: each (G, 77, heads, D)."""
 
 
 class SelfAttention(nn.Module):
-    """Attention within a sequence. position: (1, P, C) table that is added to the input of q, k and v, or None."""
+    """Attention within a frame."""
 
-    position: Tensor | None
-
-    def __init__(self, source: Any, position: Tensor | None = None):
+    def __init__(self, source: Any):
         super().__init__()
         self.heads: int = source.heads
-        self.out: nn.Module = source.to_out[0]
-        self.qkv = fused_qkv(source)
-        # W (x + p) = W x + W p: the table becomes a bias per position, and adding it no pass of its own (5p)
-        self.register_buffer("position", None if position is None else self.qkv(position), persistent=False)
+        self.qkv, self.out = fused_qkv(source), source.to_out[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, C) -> (B, N, C)."""
-        qkv = self.qkv(x)
-        if self.position is not None:
-            qkv = qkv + self.position[:, : x.shape[1]]
-        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        return self.out(attention(query, key, value).transpose(1, 2).flatten(2))
+        """x: (N, L, C) -> (N, L, C)."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (N, L, heads, D)
+        return self.out(attention(query, key, value).flatten(2))
+
+
+class TemporalAttention(nn.Module):
+    """Attention of a pixel over the frames. position: (1, P, C), a row for each frame, added to the input of q, k and v."""
+
+    position: Tensor
+
+    def __init__(self, source: Any, position: Tensor):
+        super().__init__()
+        self.heads: int = source.heads
+        self.qkv, self.out = fused_qkv(source), source.to_out[0]
+        # W (x + p) = W x + W p: the table becomes a bias of each frame's q, k and v, and adding it no pass of its own (5p)
+        self.register_buffer("position", self.qkv(position)[0], persistent=False)  # (P, 3 C)
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """x: (B F, L, C) -> (B F, L, C)."""
+        return self.out(temporal_attention(self.qkv(x), num_frames, self.heads, self.position))
 
 
 class CrossAttention(nn.Module):
@@ -56,14 +66,14 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, text: Tensor) -> KeyValue:
         """text: (G, 77, D_text). They depend on nothing else, so once a request is enough (5n)."""
-        key, value = (proj(text).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.to_k, self.to_v))
+        key, value = (proj(text).unflatten(-1, (self.heads, -1)) for proj in (self.to_k, self.to_v))
         return key, value
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
         """x: (N, L, C). The frames of a half are one long query sequence over shared keys and values (5n)."""
-        key, value = context[self.slot]  # (B, heads, 77, D)
-        query = self.to_q(x).reshape(key.shape[0], -1, self.heads, key.shape[-1]).transpose(1, 2)  # (B, heads, N L / B, D)
-        return self.out(attention(query, key, value).transpose(1, 2).reshape(x.shape))
+        key, value = context[self.slot]  # (B, 77, heads, D)
+        query = self.to_q(x).reshape(key.shape[0], -1, *key.shape[2:])  # (B, N L / B, heads, D)
+        return self.out(attention(query, key, value).reshape(x.shape))
 
 
 class SpatialBlock(nn.Module):
@@ -71,14 +81,15 @@ class SpatialBlock(nn.Module):
 
     def __init__(self, source: Any, slot: int):
         super().__init__()
-        self.norm1, self.norm2, self.norm3, self.ff = source.norm1, source.norm2, source.norm3, source.ff
-        self.attn1, self.attn2 = SelfAttention(source.attn1), CrossAttention(source.attn2, slot)
+        self.norm1, self.attn1 = LayerNorm(source.norm1), SelfAttention(source.attn1)
+        self.norm2, self.attn2 = LayerNorm(source.norm2), CrossAttention(source.attn2, slot)
+        self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
         """x: (N, L, C)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x)).add_(x)
+        x = self.attn2(self.norm2(x), context).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class SpatialTransformer(nn.Module):
@@ -86,16 +97,16 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, source: Any, first_slot: int):
         super().__init__()
-        self.norm = source.norm
+        self.norm = GroupNorm(source.norm, silu=False)
         self.proj_in, self.proj_out = _as_linear(source.proj_in), _as_linear(source.proj_out)
         self.blocks = nn.ModuleList(SpatialBlock(block, first_slot + i) for i, block in enumerate(source.transformer_blocks))
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
         """x: (N, C, H, W)."""
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (N, L, C)
+        tokens = self.proj_in(as_tokens(self.norm(x)))  # (N, L, C)
         for block in self.blocks:
             tokens = block(tokens, context)
-        return x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return as_images(self.proj_out(tokens), x).add_(x)
 
 
 class MotionBlock(nn.Module):
@@ -104,17 +115,17 @@ class MotionBlock(nn.Module):
     def __init__(self, source: Any):
         super().__init__()
         position = source.pos_embed.pe
-        self.norm1, self.attn1 = source.norm1, SelfAttention(source.attn1, position)
-        self.norm2 = source.norm2
-        self.attn2 = None if source.attn2 is None else SelfAttention(source.attn2, position)
-        self.norm3, self.ff = source.norm3, source.ff
+        self.norm1, self.attn1 = LayerNorm(source.norm1), TemporalAttention(source.attn1, position)
+        self.norm2 = None if source.attn2 is None else LayerNorm(source.norm2)
+        self.attn2 = None if source.attn2 is None else TemporalAttention(source.attn2, position)
+        self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B L, F, C)."""
-        x = x + self.attn1(self.norm1(x))
-        if self.attn2 is not None:
-            x = x + self.attn2(self.norm2(x))
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """x: (B F, L, C). Only the attentions need the frames together; everything else works in place."""
+        x = self.attn1(self.norm1(x), num_frames).add_(x)
+        if self.attn2 is not None and self.norm2 is not None:
+            x = self.attn2(self.norm2(x), num_frames).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class MotionModule(nn.Module):
@@ -125,17 +136,16 @@ class MotionModule(nn.Module):
 
     def __init__(self, source: Any):
         super().__init__()
-        self.norm, self.proj_in, self.proj_out = source.norm, source.proj_in, source.proj_out
+        self.norm = GroupNorm(source.norm, silu=False)
+        self.proj_in, self.proj_out = source.proj_in, source.proj_out
         self.blocks = nn.ModuleList(MotionBlock(block) for block in source.transformer_blocks)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         """x: (B F, C, H, W)."""
-        clip = x.unflatten(0, (-1, num_frames)).transpose(1, 2)  # (B, C, F, H, W)
-        b, c, f, h, w = clip.shape
-        tokens = self.proj_in(self.norm(clip).permute(0, 3, 4, 2, 1).reshape(b * h * w, f, c))
+        tokens = self.proj_in(as_tokens(self.norm(x, num_frames)))  # (B F, L, C)
         for block in self.blocks:
-            tokens = block(tokens)
-        return x + self.proj_out(tokens).reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2).flatten(0, 1)
+            tokens = block(tokens, num_frames)
+        return as_images(self.proj_out(tokens), x).add_(x)
 
 
 class Resnet(nn.Module):
@@ -143,16 +153,20 @@ class Resnet(nn.Module):
 
     def __init__(self, source: Any):
         super().__init__()
-        self.norm1, self.conv1, self.norm2, self.conv2 = source.norm1, source.conv1, source.norm2, source.conv2
+        self.norm1, self.norm2 = GroupNorm(source.norm1, silu=True), GroupNorm(source.norm2, silu=True)
+        self.conv1, self.conv2 = source.conv1, source.conv2
         self.time_emb_proj, self.shortcut = source.time_emb_proj, source.conv_shortcut
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x: (N, C, H, W). time: (T, E) after SiLU, each row for N / T consecutive images."""
-        bias = self.time_emb_proj(time)  # (T, C')
-        bias = bias.repeat_interleave(x.shape[0] // bias.shape[0], dim=0)[:, :, None, None]
-        h = self.conv1(F.silu(self.norm1(x))) + bias
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.shortcut is None else self.shortcut(x)) + h
+        bias = self.time_emb_proj(time) + self.conv1.bias  # (T, C')
+        h = self.norm1(x)
+        if len(bias) == 1:  # a step: its time is a bias of the convolution, and no pass of its own
+            h = F.conv2d(h, self.conv1.weight, bias[0], padding=1)
+        else:
+            h = F.conv2d(h, self.conv1.weight, padding=1)
+            h += bias.repeat_interleave(x.shape[0] // bias.shape[0], dim=0)[:, :, None, None]
+        return conv_added(self.conv2, self.norm2(h), x if self.shortcut is None else self.shortcut(x))
 
 
 class DownBlock(nn.Module):

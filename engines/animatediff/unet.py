@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from engines.animatediff.layers import DownBlock, MidBlock, TextContext, UpBlock, take_slots, text_context, time_embedding
-from engines.layers import Slots
+from engines.layers import GroupNorm, Slots
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class MotionUNet(nn.Module):
         self.down = nn.ModuleList(DownBlock(block, take_slots(slots, block)) for block in source.down_blocks)
         self.mid = MidBlock(source.mid_block, take_slots(slots, source.mid_block))
         self.up = nn.ModuleList(UpBlock(block, take_slots(slots, block)) for block in source.up_blocks)
-        self.norm_out, self.conv_out = source.conv_norm_out, source.conv_out
+        self.norm_out, self.conv_out = GroupNorm(source.conv_norm_out, silu=True), source.conv_out
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def text_context(self, text: Tensor) -> TextContext:
@@ -64,5 +63,5 @@ class MotionUNet(nn.Module):
             x = x + residuals.mid
         for block in self.up:
             x = block(x, skips, time, context, num_frames)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(self.norm_out(x))
         return x.unflatten(0, (-1, num_frames)).transpose(1, 2)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import Slots, fused_qkv
+from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, as_images, as_tokens, conv_added, fused_qkv
 from kernels.attention import attention
+from kernels.residual_blend import residual_blend
+from kernels.temporal_attention import temporal_attention
 
 Biases = Sequence[Tensor]
 """A vector (C,) for each slot."""
@@ -38,7 +40,8 @@ class SpatialConvs(nn.Module):
 
     def __init__(self, source: Any, slot: int):
         super().__init__()
-        self.norm1, self.conv1, self.norm2, self.conv2 = source.norm1, source.conv1, source.norm2, source.conv2
+        self.norm1, self.norm2 = GroupNorm(source.norm1, silu=True), GroupNorm(source.norm2, silu=True)
+        self.conv1, self.conv2 = source.conv1, source.conv2
         self.time_emb_proj, self.shortcut, self.slot = source.time_emb_proj, source.conv_shortcut, slot
 
     def time_biases(self, time: Tensor) -> Tensor:
@@ -47,9 +50,8 @@ class SpatialConvs(nn.Module):
 
     def forward(self, x: Tensor, time: Biases) -> Tensor:
         """x: (F, C, H, W) -> (F, C', H, W)."""
-        h = F.conv2d(F.silu(self.norm1(x)), self.conv1.weight, time[self.slot], padding=1)
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.shortcut is None else self.shortcut(x)) + h
+        h = F.conv2d(self.norm1(x), self.conv1.weight, time[self.slot], padding=1)
+        return conv_added(self.conv2, self.norm2(h), x if self.shortcut is None else self.shortcut(x))
 
 
 class TemporalConvs(nn.Module):
@@ -60,7 +62,8 @@ class TemporalConvs(nn.Module):
 
     def __init__(self, source: Any, mix: float, slot: int):
         super().__init__()
-        self.norm1, self.norm2, self.time_emb_proj, self.slot = source.norm1, source.norm2, source.time_emb_proj, slot
+        self.norm1, self.norm2 = GroupNorm(source.norm1, silu=True), GroupNorm(source.norm2, silu=True)
+        self.time_emb_proj, self.slot = source.time_emb_proj, slot
         assert source.conv_shortcut is None  # input and output are always equally wide
         self.conv1 = _frame_conv(source.conv1, 1.0)
         self.conv2 = _frame_conv(source.conv2, 1.0 - mix)
@@ -71,10 +74,10 @@ class TemporalConvs(nn.Module):
 
     def forward(self, x: Tensor, time: Biases) -> Tensor:
         """x: (F, C, H, W). GroupNorm shares statistics between the frames."""
-        rows = x.flatten(2).permute(1, 0, 2)[None]  # (1, C, F, L)
-        h = F.conv2d(F.silu(self.norm1(rows)), self.conv1.weight, time[self.slot], padding=(1, 0))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return x + h[0].permute(1, 0, 2).unflatten(2, x.shape[2:])
+        frames = x.shape[0]
+        h = F.conv2d(_rows(self.norm1(x, frames)), self.conv1.weight, time[self.slot], padding=(1, 0))
+        h = self.norm2(_images(h, x), frames)
+        return _images(conv_added(self.conv2, _rows(h), _rows(x)), x)
 
 
 class Resnet(nn.Module):
@@ -107,14 +110,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Biases, over_frames: bool) -> Tensor:
         """x: (F, L, C), attending within a frame, or within a pixel over the frames."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (F, L, 3, heads, D)
+        qkv = self.qkv(x)
         if over_frames:
-            query, key, value = qkv.permute(2, 1, 3, 0, 4)  # each (L, heads, F, D)
-            seen = attention(query, key, value).permute(2, 0, 1, 3)  # (F, L, heads, D)
+            seen = temporal_attention(qkv, x.shape[0], self.heads)  # (F, L, C)
         else:
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (F, heads, L, D)
-            seen = attention(query, key, value).transpose(1, 2)  # (F, L, heads, D)
-        return F.linear(seen.flatten(2), self.out.weight, context[self.slot])
+            query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (F, L, heads, D)
+            seen = attention(query, key, value).flatten(2)
+        return F.linear(seen, self.out.weight, context[self.slot])
 
 
 class SpatialBlock(nn.Module):
@@ -122,29 +124,33 @@ class SpatialBlock(nn.Module):
 
     def __init__(self, source: Any, slot: int):
         super().__init__()
-        self.norm1, self.attn = source.norm1, SelfAttention(source.attn1, source.attn2, slot)
-        self.norm3, self.ff = source.norm3, source.ff
+        self.norm1, self.attn = LayerNorm(source.norm1), SelfAttention(source.attn1, source.attn2, slot)
+        self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: Biases) -> Tensor:
         """x: (F, L, C)."""
-        x = x + self.attn(self.norm1(x), context, over_frames=False)
-        return x + self.ff(self.norm3(x))
+        x = self.attn(self.norm1(x), context, over_frames=False).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class TemporalBlock(nn.Module):
-    """diffusers' `TemporalBasicTransformerBlock`: feed-forward, self-attention over time, feed-forward."""
+    """diffusers' `TemporalBasicTransformerBlock` and the blend: feed-forward, self-attention over time, feed-forward."""
 
-    def __init__(self, source: Any, slot: int):
+    mix: Tensor
+
+    def __init__(self, source: Any, mix: float, slot: int):
         super().__init__()
-        self.norm_in, self.ff_in = source.norm_in, source.ff_in
-        self.norm1, self.attn = source.norm1, SelfAttention(source.attn1, source.attn2, slot)
-        self.norm3, self.ff = source.norm3, source.ff
+        self.norm_in, self.ff_in = LayerNorm(source.norm_in), FeedForward(source.ff_in)
+        self.norm1, self.attn = LayerNorm(source.norm1), SelfAttention(source.attn1, source.attn2, slot)
+        self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
+        self.register_buffer("mix", torch.tensor([mix], dtype=torch.float64), persistent=False)
 
-    def forward(self, x: Tensor, context: Biases) -> Tensor:
-        """x: (F, L, C). Only the attention needs the frames together; everything else works in place."""
-        x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn(self.norm1(x), context, over_frames=True)
-        return x + self.ff(self.norm3(x))
+    def forward(self, spatial: Tensor, positions: Tensor, context: Biases) -> Tensor:
+        """a x_s + (1 - a) x_t. spatial: x_s, (F, L, C). positions: (F, 1, C). Only the attention needs the frames together."""
+        x = spatial + positions
+        x = self.ff_in(self.norm_in(x)).add_(x)
+        x = self.attn(self.norm1(x), context, over_frames=True).add_(x)
+        return residual_blend(self.ff(self.norm3(x)), x, spatial, self.mix)
 
 
 class Transformer(nn.Module):
@@ -152,23 +158,23 @@ class Transformer(nn.Module):
 
     def __init__(self, source: Any, slots: BlockSlots):
         super().__init__()
-        self.norm, self.proj_in, self.proj_out = source.norm, source.proj_in, source.proj_out
+        self.norm = GroupNorm(source.norm, silu=False)
+        self.proj_in, self.proj_out = source.proj_in, source.proj_out
         self.position_proj, self.position_mlp = source.time_proj, source.time_pos_embed
-        self.mix = _mix(source.time_mixer)
+        mix = _mix(source.time_mixer)
         self.spatial, self.temporal = nn.ModuleList(), nn.ModuleList()
         for spatial, temporal in zip(source.transformer_blocks, source.temporal_transformer_blocks, strict=True):
             self.spatial.append(SpatialBlock(spatial, slots.context.take()))
-            self.temporal.append(TemporalBlock(temporal, slots.context.take()))
+            self.temporal.append(TemporalBlock(temporal, mix, slots.context.take()))
         self._positions: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor, context: Biases) -> Tensor:
         """x: (F, C, H, W)."""
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (F, L, C)
+        tokens = self.proj_in(as_tokens(self.norm(x)))  # (F, L, C)
         positions = self.positions(x.shape[0])  # not len(x), which would fix the number of frames of an exported graph
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
-            tokens = spatial(tokens, context)
-            tokens = torch.lerp(temporal(tokens + positions, context), tokens, self.mix)  # a x_s + (1 - a) x_t
-        return x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+            tokens = temporal(spatial(tokens, context), positions, context)
+        return as_images(self.proj_out(tokens), x).add_(x)
 
     def positions(self, num_frames: int) -> Tensor:
         """(F, 1, C): the MLP of the frame's index, a constant of the weights (5g)."""
@@ -247,6 +253,16 @@ def _mix(blender: Any) -> float:
     assert blender.merge_strategy == "learned_with_images"
     assert not blender.switch_spatial_to_temporal_mix  # the VAE's
     return float(torch.sigmoid(blender.mix_factor.double()))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(F, C, H, W) -> (1, C, F, L): the video as one image of a row for each frame."""
+    return x.flatten(2).permute(1, 0, 2)[None]
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """(1, C, F, L) -> (F, C, H, W). like: images of that height and width."""
+    return rows[0].permute(1, 0, 2).unflatten(2, like.shape[2:])
 
 
 def _frame_conv(source: nn.Conv3d, scale: float) -> nn.Conv2d:

@@ -22,6 +22,7 @@ from engines.controlnext.layers import (
     TemporalConvs,
     UpBlock,
 )
+from engines.layers import GroupNorm
 
 INJECTION = 0.2
 """Strength of the control, set by hand in the published code."""
@@ -56,7 +57,7 @@ class SVDUNet(nn.Module):
         self.down = nn.ModuleList(DownBlock(block, slots) for block in source.down_blocks)
         self.mid = MidBlock(source.mid_block, slots)
         self.up = nn.ModuleList(UpBlock(block, slots) for block in source.up_blocks)
-        self.norm_out, self.conv_out = source.conv_norm_out, source.conv_out
+        self.norm_out, self.conv_out = GroupNorm(source.conv_norm_out, silu=True), source.conv_out
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def guidance_half(self, image_latent: Tensor, image_embedding: Tensor) -> Half:
@@ -97,7 +98,7 @@ class SVDUNet(nn.Module):
         x = self.mid(x, time, half.context)
         for block in self.up:
             x = block(x, skips, time, half.context)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 def inject(x: Tensor, control: Control) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.device import WARPGROUPS, capability
-from kernels.triton.head_dim import split
+from kernels.triton.head_dim import WIDEST, split
 
 LOG2_E = log2(2.718281828459045)
 """exp(x) = exp2(x log2 e), and exp2 is one instruction."""
@@ -44,6 +44,12 @@ def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
         return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
     both = Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
     return (*both, Tile(128, 64, 8, 3, padded=True)) if head_dim == 40 else both  # 8 products of 64 or 11 of 32 and 16
+
+
+def tiles_of(query: Tensor) -> tuple[Tile, ...]:
+    """Those for queries (B, N, heads, D) on their GPU; none for a D above 160 or with rows that do not begin at 16 bytes."""
+    head_dim = query.shape[3]
+    return () if head_dim > WIDEST or head_dim % 8 else tiles(head_dim, capability(query.device))
 
 
 @triton.jit
@@ -146,12 +152,10 @@ def constants(heads: int, head_dim: int, keys: int, tile: Tile) -> dict[str, Any
     return names | {"SCALE": LOG2_E * head_dim**-0.5}
 
 
-def launch(query: Tensor, key: Tensor, value: Tensor, tile: Tile | None = None) -> Tensor:
-    """`kernels.flash_attention.flash_attention` by the kernel. Arguments as there, which has checked them."""
+def launch(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
+    """`kernels.attention.attention` by the kernel. Arguments as there, which has checked them; tile: one of `tiles_of`."""
     batch, queries, heads, head_dim = query.shape
     keys = key.shape[1]
-    if tile is None:
-        tile = tiles(head_dim, capability(query.device))[0]
     q, k, v = (x if x.stride(3) == 1 and x.stride(2) == head_dim else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, queries, heads, head_dim, dtype=query.dtype, device=query.device)
     blocks = batch * heads * triton.cdiv(queries, tile.queries)

@@ -15,6 +15,8 @@ from kernels.triton.tile import Tile, cdiv, next_power_of_2
 MOMENTS = (Tile(32, 64, 4, repeats=16), Tile(32, 64, 4, repeats=4))
 """A chunk is rows x repeats rows. With 512 the partial results are 1/128 of fp16 input, and SVD's top level is 2160 programs."""
 APPLY = (Tile(64, 64, 4), Tile(32, 64, 4))
+CUTS = tuple((moments, apply) for moments in MOMENTS for apply in APPLY)
+"""Each with each."""
 PARTIALS = 1024
 """Partial results that `channel_affine` holds at a time: 8 a thread. 4096 took 255 registers."""
 

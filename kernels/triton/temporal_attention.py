@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.device import WARPGROUPS, capability
-from kernels.triton.head_dim import split
+from kernels.triton.head_dim import WIDEST, split
 
 LOG2_E = log2(2.718281828459045)
 """exp(x) = exp2(x log2 e), and exp2 is one instruction."""
+MOST_FRAMES = 32
+"""AnimateDiff's motion modules have positions for no more, and SVD works in windows of 25 at most. More would spill."""
 LEAST_PADDED = 16
 """Frames are padded to a power of two; below 16 a tile of few frames would read rows of many positions, and gain nothing."""
 
@@ -37,6 +39,13 @@ def tiles(capability: int) -> tuple[Tile, ...]:
     capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
     """
     return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4),)
+
+
+def tiles_of(qkv: Tensor, num_frames: int, heads: int) -> tuple[Tile, ...]:
+    """Those for projections (B F, S, 3 C) on their GPU; none for more than 32 frames, heads above 160, or rows that do not
+    begin at 16 bytes."""
+    head_dim = qkv.shape[2] // 3 // heads
+    return () if num_frames > MOST_FRAMES or head_dim > WIDEST or head_dim % 8 else tiles(capability(qkv.device))
 
 
 @triton.jit
@@ -120,12 +129,11 @@ def constants(frames: int, heads: int, head_dim: int, tile: Tile) -> dict[str, A
     return names | {"FIRST": first, "SECOND": second, "SCALE": LOG2_E * head_dim**-0.5}
 
 
-def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile | None = None) -> Tensor:
-    """`kernels.temporal_attention.temporal_attention` by the kernel. Arguments as there, which has checked them."""
+def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile) -> Tensor:
+    """`kernels.temporal_attention.temporal_attention` by the kernel. Arguments as there, which has checked them; tile: one of
+    `tiles_of`."""
     images, positions, width = qkv.shape
     head_dim = width // 3 // heads
-    if tile is None:
-        tile = tiles(capability(qkv.device))[0]
     if qkv.stride(2) != 1:
         qkv = qkv.contiguous()
     if position is not None:

@@ -20,7 +20,7 @@ def test_every_way_of_a_site_computes_the_same(site: Site):
 
 
 def site(ours: bench.Way, *theirs: bench.Way) -> Site:
-    contest = Contest({"ours": ours}, {f"theirs {i}": way for i, way in enumerate(theirs)})
+    contest = Contest((1,), {"ours": ours}, {f"theirs {i}": way for i, way in enumerate(theirs)})
     return Site("operation", "site", 1, lambda device, dtype, tiny: contest)
 
 
@@ -41,14 +41,14 @@ def test_a_way_that_does_not_serve_is_recorded_as_refused():
 
 
 def test_gain_compares_the_best_of_each_side():
-    assert Result("o", "s", 1, {"a": 4.0, "b": 2.0}, {"c": 6.0, "d": 5.0}, {}, 0.0).gain == 2.5
+    assert Result("o", "s", (1,), 1, {"a": 4.0, "b": 2.0}, {"c": 6.0, "d": 5.0}, {}, 0.0).gain == 2.5
 
 
 def test_runs_are_appended_to_the_gpus_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (80 GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    result = Result("o", "s", 1, {"a": 4.0}, {"c": 6.0}, {}, 0.0)
+    result = Result("o", "s", (1,), 1, {"a": 4.0}, {"c": 6.0}, {}, 0.0)
     for _ in range(2):
         path = append(tmp_path, [result], CPU, torch.float16)
     runs = json.loads(path.read_text())

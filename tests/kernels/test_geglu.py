@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.choice import forced
 from kernels.geglu import geglu
 from kernels.triton import geglu as geglu_triton
 from kernels.triton.tile import Tile
@@ -42,7 +43,14 @@ def test_the_reference_is_diffusers_geglu():
 @pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
 def test_without_a_gpu_the_operation_is_the_reference(dtype: torch.dtype):
     x = values(3, 5, 2 * 90, dtype=dtype)
-    assert torch.equal(geglu(x), reference.geglu(x))
+    with forced("kernels"):
+        assert torch.equal(geglu(x), reference.geglu(x))
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
+def test_where_nothing_was_measured_pytorch_computes_the_same(dtype: torch.dtype):
+    x = values(3, 5, 2 * 90, dtype=dtype)
+    assert error(geglu(x), reference.geglu(x.double())) <= TOLERANCES.get(dtype, 1e-13)
 
 
 def test_the_operation_is_registered_soundly():

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from kernels import reference
+from kernels.choice import forced
 from kernels.group_norm_silu import group_norm_silu
 from kernels.triton import group_norm_silu as group_norm_silu_triton
 from kernels.triton.group_norm_silu import APPLY, MOMENTS, PARTIALS, apply_affine, channel_affine, chunk_moments
@@ -98,9 +99,21 @@ def test_frames_share_statistics_as_in_the_temporal_layers():
 @pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
 def test_without_a_gpu_the_operation_is_the_reference_in_channels_last(dtype: torch.dtype):
     x, weight, bias = inputs((10, 96, 5, 3), dtype)
-    ours = group_norm_silu(x.contiguous(), weight, bias, 32, num_frames=5)
+    with forced("kernels"):
+        ours = group_norm_silu(x.contiguous(), weight, bias, 32, num_frames=5)
     assert torch.equal(ours, reference.group_norm_silu(x.contiguous(), weight, bias, 32, 1e-5, num_frames=5))
     assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
+def test_where_nothing_was_measured_pytorch_computes_the_same(dtype: torch.dtype, frames: int, silu: bool):
+    x, weight, bias = inputs((10, 96, 5, 3), dtype)
+    expected = reference.group_norm_silu(x.double(), weight.double(), bias.double(), 32, 1e-5, num_frames=frames, silu=silu)
+    for images in (x, x.contiguous()):
+        ours = group_norm_silu(images, weight, bias, 32, num_frames=frames, silu=silu)
+        assert error(ours, expected) <= TOLERANCES.get(dtype, 1e-13)
 
 
 @pytest.mark.parametrize("frames", [1, 2])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import reference
+from kernels.choice import forced
 from kernels.layer_norm import layer_norm
 from kernels.triton import layer_norm as layer_norm_triton
 from kernels.triton.tile import Tile
@@ -73,7 +74,17 @@ def test_the_reference_is_torchs_layer_norm():
 def test_without_a_gpu_the_operation_is_the_reference(dtype: torch.dtype):
     x, weight, bias, table = inputs((3, 14, 90), 1, True, dtype)
     expected = reference.layer_norm(x, weight, bias, 1e-5, positions=table, axis=1)
-    assert torch.equal(layer_norm(x, weight, bias, positions=table, axis=1), expected)
+    with forced("kernels"):
+        assert torch.equal(layer_norm(x, weight, bias, positions=table, axis=1), expected)
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
+def test_where_nothing_was_measured_pytorch_computes_the_same(dtype: torch.dtype, with_table: bool):
+    x, weight, bias, table = inputs((3, 14, 90), 1, with_table, dtype)
+    wide = None if table is None else table.double()
+    expected = reference.layer_norm(x.double(), weight.double(), bias.double(), 1e-5, positions=wide, axis=1)
+    assert error(layer_norm(x, weight, bias, positions=table, axis=1), expected) <= TOLERANCES.get(dtype, 1e-13)
 
 
 @pytest.mark.parametrize("positions", [False, True])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.choice import forced
 from kernels.residual_blend import residual_add, residual_blend
 from kernels.triton import residual_blend as residual_blend_triton
 from kernels.triton.tile import Tile
@@ -67,9 +68,20 @@ def test_a_bias_of_each_image_is_that_of_a_time_embedding():
 @pytest.mark.parametrize("bias", BIASES)
 def test_without_a_gpu_the_operation_is_the_reference(bias: str | None, dtype: torch.dtype):
     h, residual, vector, other, mix = inputs((5, 7, 90), dtype, bias, True)
-    assert torch.equal(residual_add(h, residual, vector), reference.residual_blend(h, residual, vector, None, None))
-    blended = residual_blend(h, residual, other, mix, vector)
+    with forced("kernels"):
+        assert torch.equal(residual_add(h, residual, vector), reference.residual_blend(h, residual, vector, None, None))
+        blended = residual_blend(h, residual, other, mix, vector)
     assert torch.equal(blended, reference.residual_blend(h, residual, vector, other, mix))
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64])
+@pytest.mark.parametrize("bias", BIASES)
+def test_where_nothing_was_measured_pytorch_computes_the_same(bias: str | None, dtype: torch.dtype):
+    h, residual, vector, other, mix = inputs((5, 7, 90), dtype, bias, True)
+    wide = [None if t is None else t.double() for t in (h, residual, vector, other, mix)]
+    tolerance = TOLERANCES.get(dtype, 1e-13)
+    assert error(residual_add(h, residual, vector), reference.residual_blend(*wide[:3], None, None)) <= tolerance
+    assert error(residual_blend(h, residual, other, mix, vector), reference.residual_blend(*wide)) <= tolerance
 
 
 @pytest.mark.parametrize(("bias", "blend"), [(None, False), ("image", True)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import reference
+from kernels.choice import plugins
 from kernels.temporal_attention import temporal_attention
 from tests.kernels.offline import SHARED_BYTES, TARGETS, Needs, needs
 
@@ -97,19 +98,28 @@ def test_a_frame_sees_its_own_positions_frames_and_no_others():
     assert torch.equal(differs, expected)
 
 
-def test_exports_as_one_node():
-    class Motion(nn.Module):
-        def forward(self, qkv: Tensor) -> Tensor:
-            return temporal_attention(qkv, 5, 2)
+class Motion(nn.Module):
+    def forward(self, qkv: Tensor) -> Tensor:
+        return temporal_attention(qkv, 5, 2)
 
+
+def exported() -> list[Any]:
     program = torch.export.export(Motion(), (inputs((2, 5, 3, 2, 8), torch.float32)[0],))
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert calls == [torch.ops.reelray.temporal_attention.default]
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_exports_as_pytorchs_own_attention():
+    assert exported().count(torch.ops.aten.scaled_dot_product_attention.default) == 1
+
+
+def test_exports_as_one_node_for_a_plugin():
+    with plugins(["temporal_attention"]):
+        assert exported() == [torch.ops.reelray.temporal_attention.default]
 
 
 @pytest.mark.parametrize(
     ("shape", "frames", "table"),
-    [((66, 3, 48), 33, None), ((7, 3, 48), 2, None), ((4, 3, 40), 2, None), ((4, 3, 48), 2, (1, 48)), ((4, 3, 48), 2, (2, 24))],
+    [((66, 3, 48), 0, None), ((7, 3, 48), 2, None), ((4, 3, 40), 2, None), ((4, 3, 48), 2, (1, 48)), ((4, 3, 48), 2, (2, 24))],
 )
 def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], frames: int, table: tuple[int, int] | None):
     with pytest.raises(ValueError, match=r"\d"):
@@ -119,7 +129,7 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], frames: int,
 def test_runs_where_triton_is_not_installed():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from kernels.temporal_attention import temporal_attention; import kernels.flash_attention\n"
+        "import torch; from kernels.temporal_attention import temporal_attention; import kernels.attention\n"
         "assert temporal_attention(torch.zeros(4, 3, 48), 2, 2).shape == (4, 3, 16)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

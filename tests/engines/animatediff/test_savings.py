@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from engines.animatediff.checkpoint import load_diffusers_sparse_control, load_diffusers_unet, load_sparse_control, load_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.animatediff.layers import CrossAttention, SelfAttention
+from engines.animatediff.layers import CrossAttention, TemporalAttention
 from engines.animatediff.spec import AnimateDiffSpec, ControlType
 from engines.pipeline import Pipeline
 from engines.weights import fold_lora
@@ -153,7 +153,8 @@ def test_5o_a_folded_lora_equals_one_run_beside_the_weights():
 def test_5p_the_position_table_as_a_bias_equals_adding_it_to_the_input(config: AnimateDiffConfig, frames: int):
     block = load_diffusers_unet(config).down_blocks[0].motion_modules[0].transformer_blocks[0]
     x = randn(7, frames, 32)
-    assert_rounding(SelfAttention(block.attn1, block.pos_embed.pe)(x), block.attn1(block.pos_embed(x)))
+    ours = TemporalAttention(block.attn1, block.pos_embed.pe)(x.transpose(0, 1), frames).transpose(0, 1)
+    assert_rounding(ours, block.attn1(block.pos_embed(x)))
 
 
 def test_5q_at_guidance_one_the_negative_prompt_is_neither_encoded_nor_run(pipeline: Pipeline):

@@ -1,0 +1,106 @@
+"""Where a kernel of ours runs: at the sites, on the GPU and in the dtype at which a recorded measurement has it faster than
+every way of PyTorch's. All else is PyTorch's.
+
+`make bench-kernels` measures and records (`results/`, one file a GPU). An entry says which tile won, so the same record gives
+the same bits. Exported graphs hold PyTorch's operations, for which their run time has kernels of its own, or a plugin of ours.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+Shape = tuple[int, ...]
+"""What of a site's shapes decides, as its operation's `site` gives it; how many images or clips there are does not."""
+
+T = TypeVar("T")
+
+_forced: Literal["kernels", "pytorch"] | None = None
+
+
+_plugins: frozenset[str] = frozenset()
+
+
+@contextmanager
+def plugins(operations: Iterable[str]) -> Iterator[None]:
+    """Graphs exported meanwhile keep these operations as nodes of their own, for a plugin that runs our kernel."""
+    global _plugins
+    before, _plugins = _plugins, frozenset(operations)
+    try:
+        yield
+    finally:
+        _plugins = before
+
+
+def exports_natively(operation: str) -> bool:
+    """Whether a graph is being exported that is to hold PyTorch's operations in place of this one."""
+    return torch.compiler.is_exporting() and operation not in _plugins
+
+
+@contextmanager
+def forced(back_end: Literal["kernels", "pytorch"]) -> Iterator[None]:
+    """Whatever was measured: our kernels with their first tile, or PyTorch's. For tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, back_end
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def record_of(gpu: str, folder: Path | None = None) -> Path:
+    """The file of a GPU by its name, e.g. "NVIDIA H200"."""
+    return (folder or RESULTS) / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | None:
+    """The tile that our kernel runs with for x, on CUDA, or None for PyTorch's. tiles: those that the kernel can, the first by
+    default.
+
+    fp32 is PyTorch's: matrix units round its inputs, and without them a tile spills.
+    """
+    if x.element_size() != 2 or not tiles or _forced == "pytorch":
+        return None
+    if _forced == "kernels":
+        return tiles[0]
+    name = winners(torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch.")).get((operation, shape))
+    return next((tile for tile in tiles if str(tile) == name), None)
+
+
+def prefers_kernel(operation: str, shape: Shape, x: Tensor) -> bool:
+    """Whether to call an operation that PyTorch, and inductor better, can do without one: asked as the model is traced."""
+    if torch.compiler.is_exporting() or _forced == "pytorch":
+        return False
+    if _forced == "kernels":
+        return True
+    return x.is_cuda and _wins(operation, shape, x.dtype, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiled model asks once
+def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int) -> bool:
+    return (operation, shape) in winners(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
+
+
+@cache
+def winners(gpu: str, dtype: str) -> dict[tuple[str, Shape], str]:
+    """The tile of every site at which the newest measurement has ours ahead. dtype: as "float16"."""
+    path = record_of(gpu)
+    found: dict[tuple[str, Shape], str] = {}
+    for run in json.loads(path.read_text()) if path.exists() else ():
+        if run["dtype"] != dtype:
+            continue
+        for result in run["results"]:
+            site = (result["operation"], tuple(result["shape"]))
+            found.pop(site, None)
+            ours, theirs = result["ours"], result["theirs"]
+            if ours and theirs and min(ours.values()) < min(theirs.values()):
+                found[site] = min(ours, key=lambda name: ours[name])
+    return found
