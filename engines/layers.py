@@ -63,7 +63,7 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """diffusers' `FeedForward` with GEGLU: (..., C) -> (..., C)."""
+    """diffusers' `FeedForward` with GEGLU."""
 
     def __init__(self, source: Any):
         super().__init__()
@@ -71,9 +71,25 @@ class FeedForward(nn.Module):
         self.proj: nn.Linear = gate.proj
         self.out: nn.Linear = out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the feed-forward of x, both (..., C). residual: as in `add_linear`."""
+        return add_linear(self.out, geglu(self.proj(x)), residual)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The feed-forward of x, for a residual that is added elsewhere."""
         return self.out(geglu(self.proj(x)))
+
+
+def add_linear(layer: nn.Linear, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual + layer(x). residual: (..., C), the caller's own and contiguous: the sum may come into its memory.
+
+    bias: in place of the layer's. A product that adds to what is there passes over the residual once less.
+    """
+    bias = layer.bias if bias is None else bias
+    if torch.compiler.is_compiling():  # a compiler adds where it sees fit
+        return F.linear(x, layer.weight, bias) + residual
+    residual.flatten(0, -2).addmm_(x.flatten(0, -2), layer.weight.t())
+    return residual.add_(bias)
 
 
 def conv_added(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def by_pytorch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None
     clips = qkv.unflatten(0, (-1, num_frames))  # (B, F, S, 3 C)
     if position is not None:
         clips = clips + position[:num_frames, None]
+    if len(clips) > 1 and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.cat([by_pytorch(clip, num_frames, heads, None) for clip in clips])  # views, and smaller than a cache
     num_clips, _, positions, _ = clips.shape
     query, key, value = clips.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (B S, heads, F, D)
     seen = F.scaled_dot_product_attention(query, key, value).unflatten(0, (num_clips, positions))

@@ -45,7 +45,8 @@ class AnimateDiffConfig:
     height, width: in pixels; None takes the base checkpoint's own size (512 for SD 1.5). fps: of the file.
     decode_chunk: frames per VAE call, exact for any value; bounds memory (about 0.7 GB a frame at 512x512, fp16).
     control_cache_bytes: SparseCtrl results kept for requests that differ in seed only (215 MB a step at 512x512, fp16).
-    control_steps: how many steps' SparseCtrl passes go through in one batch.
+    control_steps: how many steps' SparseCtrl passes go through in one batch; None is 4 on a GPU and 1 on a CPU, whose caches a
+    batch of more overflows (7 % of a job).
     max_image_pixels: larger keyframes are refused before they are decoded.
     threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
     """
@@ -59,7 +60,7 @@ class AnimateDiffConfig:
     fps: int = 8
     decode_chunk: int = 4
     control_cache_bytes: int = 2_000_000_000
-    control_steps: int = 4
+    control_steps: int | None = None
     max_image_pixels: int = 50_000_000
     threads: int | None = None
 
@@ -69,7 +70,8 @@ class AnimateDiffConfig:
         """Raises `ValueError` for numbers that cannot be."""
         if self.num_frames < API_FRAMES:
             raise ValueError(f"num_frames is {self.num_frames}; keyframes may be asked for at {API_FRAMES} frames")
-        if min(self.fps, self.decode_chunk, self.control_steps, self.max_image_pixels) < 1 or self.control_cache_bytes < 0:
+        counts = (self.fps, self.decode_chunk, self.max_image_pixels, 1 if self.control_steps is None else self.control_steps)
+        if min(counts) < 1 or self.control_cache_bytes < 0:
             raise ValueError(
                 "fps, decode_chunk, control_steps and max_image_pixels are at least 1, control_cache_bytes at least 0"
             )

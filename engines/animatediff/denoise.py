@@ -38,6 +38,7 @@ class Denoise:
             "rgb": load_sparse_control(config, "rgb"),
         }
         self.residuals = ResidualCache(config.control_cache_bytes)
+        self.control_steps = config.control_steps or (1 if config.device == "cpu" else 4)
 
     @torch.inference_mode()
     def sample(
@@ -110,7 +111,7 @@ class _Run:
 
     def _residuals(self, control: SparseControlInput, i: int) -> Residuals:
         """SparseCtrl's part of step i. A chunk of steps is computed at once, and only one chunk is held."""
-        size = self.stage.config.control_steps
+        size = self.stage.control_steps
         if self._chunk[0] != i // size:
             timesteps = self.timesteps[i // size * size :][:size]
             key = (control.key, timesteps)

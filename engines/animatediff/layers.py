@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, as_images, as_tokens, conv_added, fused_qkv, linear
+from engines.layers import (
+    FeedForward,
+    GroupNorm,
+    LayerNorm,
+    Slots,
+    add_linear,
+    as_images,
+    as_tokens,
+    conv_added,
+    fused_qkv,
+    linear,
+)
 from kernels.attention import attention
 from kernels.temporal_attention import temporal_attention
 
@@ -32,10 +43,10 @@ class SelfAttention(nn.Module):
         self.heads: int = source.heads
         self.qkv, self.out = fused_qkv(source), source.to_out[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, L, C) -> (N, L, C)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the attention of x, both (N, L, C). residual: as in `add_linear`."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (N, L, heads, D)
-        return self.out(attention(query, key, value).flatten(2))
+        return add_linear(self.out, attention(query, key, value).flatten(2), residual)
 
 
 class TemporalAttention(nn.Module):
@@ -50,9 +61,9 @@ class TemporalAttention(nn.Module):
         # W (x + p) = W x + W p: the table becomes a bias of each frame's q, k and v, and adding it no pass of its own (5p)
         self.register_buffer("position", self.qkv(position)[0], persistent=False)  # (P, 3 C)
 
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        """x: (B F, L, C) -> (B F, L, C)."""
-        return self.out(temporal_attention(self.qkv(x), num_frames, self.heads, self.position))
+    def forward(self, x: Tensor, residual: Tensor, num_frames: int) -> Tensor:
+        """residual + the attention of x, both (B F, L, C). residual: as in `add_linear`."""
+        return add_linear(self.out, temporal_attention(self.qkv(x), num_frames, self.heads, self.position), residual)
 
 
 class CrossAttention(nn.Module):
@@ -69,11 +80,14 @@ class CrossAttention(nn.Module):
         key, value = (proj(text).unflatten(-1, (self.heads, -1)) for proj in (self.to_k, self.to_v))
         return key, value
 
-    def forward(self, x: Tensor, context: TextContext) -> Tensor:
-        """x: (N, L, C). The frames of a half are one long query sequence over shared keys and values (5n)."""
+    def forward(self, x: Tensor, residual: Tensor, context: TextContext) -> Tensor:
+        """residual + the attention of x, both (N, L, C). residual: as in `add_linear`.
+
+        The frames of a half are one long query sequence over shared keys and values (5n).
+        """
         key, value = context[self.slot]  # (B, 77, heads, D)
         query = self.to_q(x).reshape(key.shape[0], -1, *key.shape[2:])  # (B, N L / B, heads, D)
-        return self.out(attention(query, key, value).reshape(x.shape))
+        return add_linear(self.out, attention(query, key, value).reshape(x.shape), residual)
 
 
 class SpatialBlock(nn.Module):
@@ -86,10 +100,10 @@ class SpatialBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
-        """x: (N, L, C)."""
-        x = self.attn1(self.norm1(x)).add_(x)
-        x = self.attn2(self.norm2(x), context).add_(x)
-        return self.ff(self.norm3(x)).add_(x)
+        """x: (N, L, C), which is changed."""
+        x = self.attn1(self.norm1(x), x)
+        x = self.attn2(self.norm2(x), x, context)
+        return self.ff(self.norm3(x), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -121,11 +135,11 @@ class MotionBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        """x: (B F, L, C). Only the attentions need the frames together; everything else works in place."""
-        x = self.attn1(self.norm1(x), num_frames).add_(x)
+        """x: (B F, L, C), which is changed. Only the attentions need the frames together."""
+        x = self.attn1(self.norm1(x), x, num_frames)
         if self.attn2 is not None and self.norm2 is not None:
-            x = self.attn2(self.norm2(x), num_frames).add_(x)
-        return self.ff(self.norm3(x)).add_(x)
+            x = self.attn2(self.norm2(x), x, num_frames)
+        return self.ff(self.norm3(x), x)
 
 
 class MotionModule(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, as_images, as_tokens, conv_added, fused_qkv
+from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, add_linear, as_images, as_tokens, conv_added, fused_qkv
 from kernels.attention import attention
 from kernels.residual_blend import residual_blend
 from kernels.temporal_attention import temporal_attention
@@ -108,15 +108,18 @@ class SelfAttention(nn.Module):
         """image_embedding: (1, D) -> (C,). The softmax over one key is 1 whatever the query, so q and k have no part in it."""
         return self.out.bias + self.cross_out(self.cross_v(image_embedding))[0]
 
-    def forward(self, x: Tensor, context: Biases, over_frames: bool) -> Tensor:
-        """x: (F, L, C), attending within a frame, or within a pixel over the frames."""
+    def forward(self, x: Tensor, residual: Tensor, context: Biases, over_frames: bool) -> Tensor:
+        """residual + the attention of x within a frame, or within a pixel over the frames; both (F, L, C).
+
+        residual: as in `add_linear`.
+        """
         qkv = self.qkv(x)
         if over_frames:
             seen = temporal_attention(qkv, x.shape[0], self.heads)  # (F, L, C)
         else:
             query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (F, L, heads, D)
             seen = attention(query, key, value).flatten(2)
-        return F.linear(seen, self.out.weight, context[self.slot])
+        return add_linear(self.out, seen, residual, context[self.slot])
 
 
 class SpatialBlock(nn.Module):
@@ -128,9 +131,9 @@ class SpatialBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: Biases) -> Tensor:
-        """x: (F, L, C)."""
-        x = self.attn(self.norm1(x), context, over_frames=False).add_(x)
-        return self.ff(self.norm3(x)).add_(x)
+        """x: (F, L, C), which is changed."""
+        x = self.attn(self.norm1(x), x, context, over_frames=False)
+        return self.ff(self.norm3(x), x)
 
 
 class TemporalBlock(nn.Module):
@@ -148,9 +151,9 @@ class TemporalBlock(nn.Module):
     def forward(self, spatial: Tensor, positions: Tensor, context: Biases) -> Tensor:
         """a x_s + (1 - a) x_t. spatial: x_s, (F, L, C). positions: (F, 1, C). Only the attention needs the frames together."""
         x = spatial + positions
-        x = self.ff_in(self.norm_in(x)).add_(x)
-        x = self.attn(self.norm1(x), context, over_frames=True).add_(x)
-        return residual_blend(self.ff(self.norm3(x)), x, spatial, self.mix)
+        x = self.ff_in(self.norm_in(x), x)
+        x = self.attn(self.norm1(x), x, context, over_frames=True)
+        return residual_blend(self.ff.alone(self.norm3(x)), x, spatial, self.mix)
 
 
 class Transformer(nn.Module):

@@ -75,15 +75,14 @@ def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     pipeline: Pipeline, demo_weights: AnimateDiffWeights
 ):
     spec = AnimateDiffSpec(1, 4, 2.0, "a red ball", keyframes=keyframes(0, 8))
-    fresh = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1))
+    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=4)
+    fresh = Pipeline("animatediff-sparsectrl-lcm", config)
     calls: list[int] = []
     fresh.denoise.controls["scribble"].register_forward_pre_hook(lambda *_: calls.append(1))
     fresh.latents(spec)
     shared = fresh.latents(replace(spec, seed=2))
     assert len(calls) == 1
-    lone = Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=demo_weights, threads=1)).latents(
-        replace(spec, seed=2)
-    )
+    lone = Pipeline("animatediff-sparsectrl-lcm", config).latents(replace(spec, seed=2))
     assert torch.equal(shared.values, lone.values)
     fresh.latents(replace(spec, seed=2, prompt="a blue ball"))
     fresh.latents(replace(spec, seed=2, keyframes=keyframes(0, 9)))
@@ -122,7 +121,7 @@ def test_5n_shared_keys_and_values_equal_text_repeated_for_every_frame(config: A
     x, text = randn(2 * FRAMES, 64, 32), randn(2, 77, 32, seed=1)
     expected = source(x, encoder_hidden_states=text.repeat_interleave(FRAMES, dim=0))
     ours = CrossAttention(source, slot=0)
-    assert_rounding(ours(x, [ours.keys_values(text)]), expected)
+    assert_rounding(ours(x, torch.zeros_like(x), [ours.keys_values(text)]), expected)
 
 
 def test_5o_a_folded_lora_equals_one_run_beside_the_weights():
@@ -153,8 +152,9 @@ def test_5o_a_folded_lora_equals_one_run_beside_the_weights():
 def test_5p_the_position_table_as_a_bias_equals_adding_it_to_the_input(config: AnimateDiffConfig, frames: int):
     block = load_diffusers_unet(config).down_blocks[0].motion_modules[0].transformer_blocks[0]
     x = randn(7, frames, 32)
-    ours = TemporalAttention(block.attn1, block.pos_embed.pe)(x.transpose(0, 1), frames).transpose(0, 1)
-    assert_rounding(ours, block.attn1(block.pos_embed(x)))
+    images = x.transpose(0, 1)
+    ours = TemporalAttention(block.attn1, block.pos_embed.pe)(images, torch.zeros(images.shape).to(x), frames)
+    assert_rounding(ours.transpose(0, 1), block.attn1(block.pos_embed(x)))
 
 
 def test_5q_at_guidance_one_the_negative_prompt_is_neither_encoded_nor_run(pipeline: Pipeline):

@@ -47,7 +47,7 @@ def test_5a_cross_attention_over_one_token_is_a_bias(nets: tuple[Any, Any], embe
         TemporalBlock(source.temporal_transformer_blocks[0], 0.0, 0),  # of the blend, the temporal path alone
     )
     stock = source.transformer_blocks[0](x, encoder_hidden_states=image.expand(5, 1, 32))
-    assert_rounding(spatial(x, [spatial.attn.context_bias(image)]), stock)
+    assert_rounding(spatial(x.clone(), [spatial.attn.context_bias(image)]), stock)
     stock = source.temporal_transformer_blocks[0](x, num_frames=5, encoder_hidden_states=image.expand(12, 1, 32))
     assert_rounding(temporal(x, torch.zeros_like(x[:, :1]), [temporal.attn.context_bias(image)]), stock)
 
