@@ -146,7 +146,7 @@ class TemporalBlock(nn.Module):
         self.norm_in, self.ff_in = LayerNorm(source.norm_in), FeedForward(source.ff_in)
         self.norm1, self.attn = LayerNorm(source.norm1), SelfAttention(source.attn1, source.attn2, slot)
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
-        self.register_buffer("mix", torch.tensor([mix], dtype=torch.float64), persistent=False)
+        self.register_buffer("mix", source.norm1.weight.new_tensor([mix], dtype=torch.float64), persistent=False)
 
     def forward(self, spatial: Tensor, positions: Tensor, context: Biases) -> Tensor:
         """a x_s + (1 - a) x_t. spatial: x_s, (F, L, C). positions: (F, 1, C). Only the attention needs the frames together."""

@@ -33,6 +33,8 @@ from engines.weights import build
 from tests.engines.controlnext.reference import ReferenceControlNet
 from tests.load.report import Report, table
 
+Shape = torch.Size
+
 SVD_UNET: dict[str, Any] = {  # the class default of the heads, 5, 10, 10, 20, is not what was published
     "num_attention_heads": (5, 10, 20, 20),
 }
@@ -89,10 +91,29 @@ class Job:
         return Count(self.name, sum(p.theirs for p in self.parts), sum(p.ours for p in self.parts))
 
 
+def of_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Of `reelray::attention`: two products."""
+    batch, queries, heads, head_dim = query
+    return 4 * batch * heads * queries * key[1] * head_dim
+
+
+def of_temporal_attention(qkv: Shape, num_frames: int, *_: Any, **__: Any) -> int:
+    """Of `reelray::temporal_attention`: each of B F S tokens meets F of all heads together."""
+    images, positions, width = qkv
+    return 4 * images * positions * num_frames * width // 3
+
+
+def of_addmm_in_place(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
+    """Of `aten::addmm_`, which torch does not know."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def flops(call: Callable[[], object]) -> int:
     """What `call` computes, a multiplication and an addition being two operations."""
+    known = {torch.ops.reelray.attention: of_attention, torch.ops.reelray.temporal_attention: of_temporal_attention}
+    known |= {torch.ops.aten.addmm_: of_addmm_in_place}
     # not inference_mode, under which linear layers reach the counter whole and uncounted
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         call()
     return counter.get_total_flops()
 
