@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from engines.errors import EngineError
-from engines.trt.library import Messages, logger_of, require_supported
+from engines.trt.library import Messages, logger_of, note_faults, require_supported
 from engines.trt.profiles import Profile
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def build_plan(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        faults = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise said.fault(f"{graph} cannot be read" + (f": {faults}" if faults else ""))
+        note_faults(parser, said)
+        raise said.fault(f"{graph} cannot be read")
     _allow_decomposition(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)

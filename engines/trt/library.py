@@ -23,7 +23,7 @@ OLDEST = (10, 16)
 """Of TensorRT proper: what this code was written against. TensorRT-RTX counts otherwise."""
 
 DROPS_BIASES = (11, 3, 0)
-"""Its release notes: a plan that was built to be refitted can lose the bias of a matrix product. `tensorrt-triton.md`, section 3."""
+"""Documented: a plan built to be refitted can lose the bias of a matrix product. `tensorrt-triton.md`, section 3."""
 
 
 def load_library(name: Library) -> ModuleType:
@@ -71,6 +71,12 @@ class Messages:
         except (TypeError, ValueError, RuntimeError) as exc:
             self.note(str(exc))
             raise self.fault(what) from exc
+
+
+def note_faults(parser: Any, said: Messages) -> None:
+    """Keeps what an `OnnxParser` or `OnnxParserRefitter` has found wrong for the next `fault`."""
+    for i in range(parser.num_errors):
+        said.note(str(parser.get_error(i)))
 
 
 def logger_of(library: ModuleType, said: Messages) -> Any:
