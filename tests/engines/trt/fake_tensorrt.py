@@ -12,7 +12,7 @@ from enum import Enum
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ MEMORY_BYTES = 64
 
 
 class FakeStream:
-    """Runs at once. What is captured is a tape, with shapes, addresses and weights as they were: the worst a CUDA graph may do."""
+    """Runs at once. What is captured is a tape of shapes, addresses and weights as they were: the worst a CUDA graph may do."""
 
-    known: dict[int, "FakeStream"] = {}
+    known: ClassVar[dict[int, "FakeStream"]] = {}
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -238,41 +238,71 @@ class Builder:
     def create_network(self, flags: int) -> "INetworkDefinition":
         return INetworkDefinition()
 
+    def create_optimization_profile(self) -> "IOptimizationProfile":
+        return IOptimizationProfile()
+
     def create_builder_config(self) -> "IBuilderConfig":
         return IBuilderConfig()
 
     def build_serialized_network(self, network: "INetworkDefinition", config: "IBuilderConfig") -> bytes:
         assert config.hidden_cache is not None
         config.hidden_cache.hidden_timings += b"+"
-        return network.hidden_graph.read_bytes()
+        plan = network.hidden_plan | {"profiles": config.hidden_profiles, "refittable": config.hidden_refit}
+        return json.dumps(plan).encode()
+
+
+class ITensor:
+    def __init__(self, name: str, shape: Sequence[int]) -> None:
+        self.name, self.shape = name, shape
 
 
 class INetworkDefinition:
     num_layers = 0
     num_inputs = 0
-    hidden_graph: Path
+
+    def __init__(self) -> None:
+        self.hidden_plan: dict[str, Any] = {}
+
+    def get_input(self, index: int) -> ITensor:
+        inputs = [(name, shape) for name, (mode, _, shape) in self.hidden_plan["tensors"].items() if mode == "INPUT"]
+        return ITensor(*inputs[index])
 
 
 class OnnxParser:
-    """Of "ONNX files" that are plans of this fake."""
+    """Of "ONNX files" that are plans of this fake without their profiles."""
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self.hidden_network = network
 
     def parse_from_file(self, model: str) -> bool:
-        self.hidden_network.hidden_graph = Path(model)
+        plan = self.hidden_network.hidden_plan = json.loads(Path(model).read_text())
+        self.hidden_network.num_inputs = len(plan["tensors"]) - 1
         return True
 
 
+class IOptimizationProfile:
+    def __init__(self) -> None:
+        self.hidden_ranges: dict[str, Any] = {}
+
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:  # noqa: A002  (the library's names)
+        self.hidden_ranges[input] = [min, opt, max]
+
+
 class IBuilderConfig:
-    """Takes timings that begin with "measured"; what the real library does with others is not known here, so both ways."""
+    """What the real library does with timings that it cannot use is not known here, so both ways."""
 
     def __init__(self) -> None:
         self.hidden_cache: ITimingCache | None = None
+        self.hidden_profiles: list[dict[str, Any]] = []
+        self.hidden_refit = False
         self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
 
     def set_flag(self, flag: Any) -> None:
-        assert flag == BuilderFlag.REFIT
+        self.hidden_refit = flag == BuilderFlag.REFIT
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        self.hidden_profiles.append(profile.hidden_ranges)
+        return len(self.hidden_profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> "ITimingCache | None":
         return None if serialized_timing_cache == b"unreadable" else ITimingCache(serialized_timing_cache)
@@ -280,7 +310,7 @@ class IBuilderConfig:
     def set_timing_cache(self, cache: "ITimingCache", ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
         self.hidden_cache = cache
-        return cache.hidden_timings != b"another GPU"
+        return cache.hidden_timings != b"of another GPU"
 
 
 class ITimingCache:
