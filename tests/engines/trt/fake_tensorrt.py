@@ -213,7 +213,7 @@ class Refitter:
 
 
 class OnnxParserRefitter:
-    """Of "ONNX files" that hold the weight as a number, or nothing."""
+    """Of "ONNX files" that hold a number, the weight, or a plan of this fake; else it fails."""
 
     def __init__(self, refitter: Refitter, logger: ILogger) -> None:
         self.hidden_refitter = refitter
@@ -221,7 +221,8 @@ class OnnxParserRefitter:
 
     def refit_from_file(self, model: str) -> bool:
         try:
-            self.hidden_refitter.hidden_weight = float(Path(model).read_text())
+            held = json.loads(Path(model).read_text())
+            self.hidden_refitter.hidden_weight = held["weight"] if isinstance(held, dict) else float(held)
         except ValueError:
             self.num_errors = 1
             return False

@@ -23,7 +23,8 @@ class Scaled(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weight), requires_grad=False)
 
-    def forward(self, latents: Tensor, time: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
+        latents, time, skip = inputs
         return latents * self.weight + time.sum() + skip.mean()
 
 

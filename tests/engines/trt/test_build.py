@@ -11,7 +11,6 @@ from onnx import TensorProto, helper
 from engines.errors import EngineError
 from engines.shapes import Shape, ShapeFamily
 from engines.trt.build import BuildOptions, build_plan
-from engines.trt.library import load_library
 from engines.trt.profiles import Range, profile_of
 from tests.engines.trt.conftest import Exported
 
@@ -78,9 +77,3 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(library: ModuleType, t
 def test_a_gpu_that_the_library_does_not_know_is_refused(library: ModuleType, svd: Exported):
     with pytest.raises(EngineError, match="SM90"):
         build_plan(library, svd.path, [profile_of(svd.call, SMALL)], BuildOptions(compute_capability="SM90"))
-
-
-def test_a_library_that_is_not_installed_is_our_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(EngineError, match="tensorrt cannot be imported"):
-        load_library("tensorrt")
