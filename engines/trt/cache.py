@@ -102,12 +102,6 @@ class TimingKey(Key):
     format: int = FORMAT
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, for `graph`, `weights` and `plugins`."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class PlanCache:
     """folder: made if absent, for its owner alone. Raises `EngineError` for one that others can write to."""
 

@@ -32,6 +32,7 @@ NetworkDefinitionCreationFlag = type("NetworkDefinitionCreationFlag", (), {"STRO
 ProfilingVerbosity = Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
 BuilderFlag = Enum("BuilderFlag", ["REFIT"])
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
+CUDA_TYPES = {"FLOAT": "<f4", "HALF": "<f2"}
 MEMORY_BYTES = 64
 
 
@@ -188,12 +189,16 @@ class IExecutionContext:
         shapes = {**self.hidden_shapes, OUTPUT: self.hidden_shapes["latents"]}
         places = {name: (self.hidden_addresses[name], shapes[name], plan["tensors"][name][1]) for name in shapes}
         weight = self.hidden_engine.hidden_weight
+        see = at if stream_handle in FakeStream.known else at_cuda
 
         def work() -> None:
-            tensors = {name: at(*place) for name, place in places.items()}
+            tensors = {name: see(*place) for name, place in places.items()}
             tensors[OUTPUT].copy_(tensors["latents"] * weight + tensors["time"].sum() + tensors["skip_0"].mean())
 
-        FakeStream.known[stream_handle].enqueue(work)
+        if stream_handle in FakeStream.known:
+            FakeStream.known[stream_handle].enqueue(work)
+        else:  # a CUDA stream, in whose order PyTorch works now
+            work()
         return True
 
 
@@ -327,6 +332,15 @@ def at(address: int, shape: Sequence[int], dtype: str) -> Tensor:
     torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
     size_bytes = prod(shape) * torch_dtype.itemsize
     return torch.frombuffer((ctypes.c_char * size_bytes).from_address(address), dtype=torch_dtype).view(*shape)
+
+
+def at_cuda(address: int, shape: Sequence[int], dtype: str) -> Tensor:
+    """The same of a GPU's memory."""
+
+    class Place:
+        __cuda_array_interface__ = {"shape": tuple(shape), "typestr": CUDA_TYPES[dtype], "data": (address, False), "version": 3}  # noqa: RUF012
+
+    return torch.as_tensor(Place(), device="cuda")
 
 
 def fake_tensorrt(version: str = "11.4.0.106") -> ModuleType:

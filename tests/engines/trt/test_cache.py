@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from engines.errors import EngineError
-from engines.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey, file_hash
+from engines.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey
 from tests.engines.trt.keys import KEY, PLAN
 
 OTHERS = {
@@ -200,12 +200,6 @@ def test_a_draft_that_was_cut_off_is_no_plan(folder: Path):
     cache = PlanCache(folder)
     (folder / f"{KEY.digest}.x.draft").write_bytes(b"half")
     assert cache.load(KEY) is None
-
-
-def test_a_files_hash_is_its_contents(tmp_path: Path):
-    (tmp_path / "a").write_bytes(b"one")
-    (tmp_path / "b").write_bytes(b"two")
-    assert file_hash(tmp_path / "a") != file_hash(tmp_path / "b")
 
 
 def test_timings_are_kept_for_every_plan_of_this_library_on_such_a_gpu(filled: PlanCache):
