@@ -1,8 +1,9 @@
-"""A plan made ready to run: one context for each family that is in use, and one CUDA graph for each shape.
+"""A plan made ready to run: for each shape that is called an execution context in the narrowest profile, and its CUDA graph.
 
 A CUDA graph repeats addresses, so inputs are copied into buffers of the engine's own and the result out of one; these are as
 large as the largest family needs and serve all shapes. So does one block of memory for activations: calls come one at a time.
-`tensorrt-triton.md`, section 5.
+Hence a further context costs little, and it is needed: TensorRT's guide forbids to alter one whose work is in a graph, as
+another shape would. `tensorrt-triton.md`, section 5.
 """
 
 import math
@@ -73,7 +74,7 @@ class TensorRTEngine:
         self._trt, self._families, self._stream, self._graphs = trt, tuple(families), stream, graphs
         self._said = Messages()
         self._log = logger_of(library, self._said)
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[Shape, Any] = {}
         self._ready: dict[Shape, _Ready] = {}
         self._spoilt = False
         with torch.inference_mode(False), stream.entered():  # buffers that may be written to in any mode
@@ -186,41 +187,29 @@ class TensorRTEngine:
 
     def _prepared(self, shape: Shape) -> _Ready:
         views = {name: self._buffers[name][: math.prod(size)].view(size) for name, size in self._shapes(shape).items()}
+        if shape not in self._contexts:
+            self._contexts[shape] = self._context(shape)
+        execute = partial(self._execute, self._contexts[shape], shape)
         output = views.pop(OUTPUT)
-        return _Ready(views, output, self._launch(shape))
-
-    def _launch(self, shape: Shape) -> Launch:
-        context = self._context(self._narrowest(shape))
-        self._bind(context, shape)
-        execute = partial(self._execute, context, shape)
-        if self._graphs:
-            with self._said.blamed_on(f"{self.call.name} at {shape} cannot be recorded"):
-                return self._stream.captured(execute)
-
-        def bind_and_execute() -> None:
-            self._bind(context, shape)  # another shape may have been there in between
-            execute()
-
-        return bind_and_execute
+        if not self._graphs:
+            return _Ready(views, output, execute)
+        with self._said.blamed_on(f"{self.call.name} at {shape} cannot be recorded"):
+            return _Ready(views, output, self._stream.captured(execute))
 
     def _narrowest(self, shape: Shape) -> int:
         """The profile whose kernels were chosen for the least besides this shape."""
         return min((i for i, f in enumerate(self._families) if f.holds(shape)), key=lambda i: _breadth(self._families[i]))
 
-    def _context(self, profile: int) -> Any:
-        """Made at its first use; it stays in its profile."""
-        if profile not in self._contexts:
-            strategy = self._trt.ExecutionContextAllocationStrategy
-            context = self._engine.create_execution_context(strategy.USER_MANAGED)
-            if context is None:
-                raise self._said.fault(f"no context can be made for {self.call.name}")
-            context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
-            if not context.set_optimization_profile_async(profile, self._stream.handle):
-                raise self._said.fault(f"profile {profile} of {self.call.name} is refused")
-            self._contexts[profile] = context
-        return self._contexts[profile]
-
-    def _bind(self, context: Any, shape: Shape) -> None:
+    def _context(self, shape: Shape) -> Any:
+        """A context with its profile, shapes and addresses, which stay."""
+        strategy = self._trt.ExecutionContextAllocationStrategy
+        context = self._engine.create_execution_context(strategy.USER_MANAGED)
+        if context is None:
+            raise self._said.fault(f"no context can be made for {self.call.name}")
+        context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        profile = self._narrowest(shape)
+        if not context.set_optimization_profile_async(profile, self._stream.handle):
+            raise self._said.fault(f"profile {profile} of {self.call.name} is refused")
         for name, size in self.call.shapes(shape).items():
             if not context.set_input_shape(name, size):
                 raise self._said.fault(f"{name} of {size} is refused")
@@ -230,6 +219,7 @@ class TensorRTEngine:
         made = tuple(context.get_tensor_shape(OUTPUT))
         if made != self._shapes(shape)[OUTPUT]:
             raise EngineError(f"the output is {made} instead of {self._shapes(shape)[OUTPUT]}")
+        return context
 
     def _execute(self, context: Any, shape: Shape) -> None:
         if not context.execute_async_v3(self._stream.handle):

@@ -152,12 +152,15 @@ class IExecutionContext:
         self.hidden_memory = 0
         self.hidden_shapes: dict[str, tuple[int, ...]] = {}
         self.hidden_addresses: dict[str, int] = {}
+        self.hidden_changes = 0
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.hidden_memory = size
+        self.hidden_changes += 1
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.hidden_profile = profile_index
+        self.hidden_changes += 1
         return profile_index < self.hidden_engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -169,10 +172,12 @@ class IExecutionContext:
             self.hidden_engine.hidden_log.log(Severity.ERROR, f"{name} does not satisfy the profile")
             return False
         self.hidden_shapes[name] = shape
+        self.hidden_changes += 1
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.hidden_addresses[name] = memory
+        self.hidden_changes += 1
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -191,7 +196,10 @@ class IExecutionContext:
         weight = self.hidden_engine.hidden_weight
         see = at if stream_handle in FakeStream.known else at_cuda
 
+        changes = self.hidden_changes
+
         def work() -> None:
+            assert changes == self.hidden_changes, "a context was altered whose work is in a graph"
             tensors = {name: see(*place) for name, place in places.items()}
             tensors[OUTPUT].copy_(tensors["latents"] * weight + tensors["time"].sum() + tensors["skip_0"].mean())
 

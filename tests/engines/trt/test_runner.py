@@ -86,7 +86,7 @@ def test_without_graphs_nothing_is_recorded():
     assert stream.captures == 0
 
 
-def test_the_narrowest_family_runs_a_shape_and_contexts_are_made_when_needed():
+def test_each_shape_runs_in_its_narrowest_family_in_a_context_of_its_own():
     ready = engine()
     contexts = ready._engine.hidden_contexts
     assert not contexts
@@ -94,7 +94,7 @@ def test_the_narrowest_family_runs_a_shape_and_contexts_are_made_when_needed():
     assert [context.hidden_profile for context in contexts] == [1], "the wide family is the first, the fixed one narrower"
     for shape in (OTHER_SHAPE, WIDE.largest, FIXED_SHAPE):
         ready(inputs_of(CALL, shape))
-    assert [context.hidden_profile for context in contexts] == [1, 0]
+    assert [context.hidden_profile for context in contexts] == [1, 0, 0]
 
 
 def test_it_holds_what_a_family_holds_and_the_unet_can_halve():
