@@ -72,11 +72,12 @@ def build_plan(
     _configure(trt, config, options)
     for profile in profiles:
         _add_profile(builder, config, network, profile, said)
-    known = _use_timings(trt, config, timings)
+    in_use = _use_timings(trt, config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise said.fault(f"{graph} cannot be built")
-    return Built(bytes(plan), b"" if known is None else bytes(known.serialize()))
+    measured = None if in_use is None else config.get_timing_cache().serialize()
+    return Built(bytes(plan), b"" if measured is None else bytes(measured))
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:

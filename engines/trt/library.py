@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Library = Literal["tensorrt", "tensorrt_rtx"]
 
 OLDEST = (10, 16)
-"""Of TensorRT proper: what this code was written against. TensorRT-RTX counts otherwise."""
+"""Of TensorRT proper; all that we use is in the bindings of 10.16.0 to 11.4.0. TensorRT-RTX counts otherwise."""
 
 DROPS_BIASES = (11, 3, 0)
 """Documented: a plan built to be refitted can lose the bias of a matrix product. `tensorrt-triton.md`, section 3."""

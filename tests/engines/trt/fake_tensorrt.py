@@ -321,6 +321,9 @@ class IBuilderConfig:
     def create_timing_cache(self, serialized_timing_cache: bytes) -> "ITimingCache | None":
         return None if serialized_timing_cache == b"unreadable" else ITimingCache(serialized_timing_cache)
 
+    def get_timing_cache(self) -> "ITimingCache | None":
+        return self.hidden_cache
+
     def set_timing_cache(self, cache: "ITimingCache", ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
         self.hidden_cache = cache

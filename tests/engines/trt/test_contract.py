@@ -2,7 +2,8 @@
 
 This runs nothing of TensorRT. The extension module is loaded over empty libraries and asked for its names, enumerations and
 signatures; our sources are read, and every use of the library in them is held against these. Whether what exists does what we
-think is only shown by `test_gpu.py`, where there is a GPU.
+think is only shown by `test_gpu.py`, where there is a GPU. Tried by hand once: the bindings of 10.16.0, 10.16.1 and 11.0 to 11.3
+offer all of it too.
 """
 
 import inspect
