@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -345,8 +346,9 @@ def at(address: int, shape: Sequence[int], dtype: str) -> Tensor:
     return torch.frombuffer((ctypes.c_char * size_bytes).from_address(address), dtype=torch_dtype).view(*shape)
 
 
-def at_cuda(address: int, shape: Sequence[int], dtype: str) -> Tensor:
-    """The same of a GPU's memory."""
+@cache
+def at_cuda(address: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The same of a GPU's memory. Made once: while work is captured, nobody may ask the driver about an address."""
 
     class Place:
         __cuda_array_interface__ = {"shape": tuple(shape), "typestr": CUDA_TYPES[dtype], "data": (address, False), "version": 3}  # noqa: RUF012
