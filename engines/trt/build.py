@@ -6,20 +6,18 @@ from UNet to plan is tested where neither is at hand. Precision is the graph's: 
 always is. `tensorrt-triton.md`, sections 2 and 3.
 """
 
-import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from engines.errors import EngineError
+from engines.trt.library import Messages, logger_of, note_faults, require_supported
 from engines.trt.profiles import Profile
 
 logger = logging.getLogger(__name__)
-
-Library = Literal["tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
@@ -38,38 +36,48 @@ class BuildOptions:
     compute_capability: str | None = None
 
 
-def load_library(name: Library) -> ModuleType:
-    """The module of that name. Raises `EngineError` where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as exc:
-        raise EngineError(f"{name} cannot be imported: {exc}") from exc
+@dataclass(frozen=True)
+class Built:
+    """plan: the serialised engine. timings: what the builder measured, to shorten later builds; b"" where it measures nothing."""
+
+    plan: bytes
+    timings: bytes
 
 
-def build_plan(library: ModuleType, graph: Path, profiles: Sequence[Profile], options: BuildOptions = BuildOptions()) -> bytes:
+def build_plan(
+    library: ModuleType,
+    graph: Path,
+    profiles: Sequence[Profile],
+    options: BuildOptions = BuildOptions(),
+    timings: bytes = b"",
+) -> Built:
     """The serialised engine of an ONNX file, with one optimisation profile for each of `profiles`.
 
-    Raises `EngineError` for a graph that is not understood, profiles that do not fit it, or a build that fails; the
-    library's own words are in it.
+    timings: of an earlier build by this version for this GPU, or b"". Raises `EngineError` for a version that does not do, a
+    graph that is not understood, profiles that do not fit it, or a build that fails; the library's own words are in it.
     """
     trt: Any = library
-    said = _Messages()
-    log = _logger(trt, said)
-    builder = trt.Builder(log)
+    require_supported(library, options.refit)
+    said = Messages()
+    log = logger_of(library, said)
+    with said.blamed_on("the builder cannot be made"):
+        builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        faults = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise EngineError(f"{graph} cannot be read: {faults or said.last()}")
+        note_faults(parser, said)
+        raise said.fault(f"{graph} cannot be read")
     _allow_decomposition(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     for profile in profiles:
         _add_profile(builder, config, network, profile, said)
+    in_use = _use_timings(trt, config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{graph} cannot be built: {said.last()}")
-    return bytes(plan)
+        raise said.fault(f"{graph} cannot be built")
+    measured = None if in_use is None else config.get_timing_cache().serialize()
+    return Built(bytes(plan), b"" if measured is None else bytes(measured))
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
@@ -99,7 +107,22 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         config.set_compute_capability(capability, 0)
 
 
-def _add_profile(builder: Any, config: Any, network: Any, profile: Profile, said: "_Messages") -> None:
+def _use_timings(trt: Any, config: Any, timings: bytes) -> Any:
+    """The timing cache that the build will use and add to, and that must live until its end; None for TensorRT-RTX.
+
+    That one measures nothing before it runs: its timing cache is deprecated and without effect since 1.2.
+    """
+    if trt.__name__ != "tensorrt":
+        return None
+    for stored in (timings, b""):
+        cache = config.create_timing_cache(stored)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+        logger.warning("a timing cache is refused", extra={"action": "timings_refused", "size_bytes": len(stored)})
+    return None
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile, said: Messages) -> None:
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     changing = {name for name, tensor in inputs.items() if -1 in tensor.shape}
     if changing != set(profile):
@@ -115,30 +138,4 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile, said
         except (ValueError, RuntimeError, TypeError) as exc:
             raise EngineError(f"the profile of {name} is refused: {shapes}") from exc
     if not made or config.add_optimization_profile(made) < 0:
-        raise EngineError(f"the profile is refused: {said.last()}")
-
-
-class _Messages:
-    """What the library said, for errors that only come as a None."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def last(self) -> str:
-        return "; ".join(self.errors[-3:]) or "the library gave no reason"
-
-
-def _logger(trt: Any, said: _Messages) -> Any:
-    levels = trt.ILogger.Severity
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # a class of the library that was chosen
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (levels.ERROR, levels.INTERNAL_ERROR):
-                said.errors.append(message)  # and raised
-            elif severity == levels.WARNING:
-                logger.warning("TensorRT says", extra={"action": "tensorrt", "text": message})
-
-    return Log()
+        raise said.fault("the profile is refused")

@@ -1,7 +1,8 @@
 """Built plans on disk: found by everything that shaped them, built once however many ask, and never loaded unchecked.
 
 A plan is executable, so a folder that others may write to is refused. A file appears under its name whole or not at all, and
-begins with its key and a digest of the rest. Entries are never changed: another driver, checkpoint or profile is another key.
+begins with its key and a digest of the rest. Plans are never changed: another driver, checkpoint or profile is another key.
+What builders measured lies beside them, the latest in place of the one before: losing it costs a build time and nothing else.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from engines.errors import EngineError
 
@@ -41,12 +43,32 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class PlanKey:
+class Key:
+    """What an entry is found by."""
+
+    suffix: ClassVar[str]
+
+    @property
+    def text(self) -> str:
+        """The key, readable; equal keys have equal text and no others."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """The name of its entry."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PlanKey(Key):
     """Everything that shapes a plan.
 
-    library, version: "tensorrt" or "tensorrt_rtx". graph: hash of the ONNX file. weights: their hash, or `REFITTABLE`.
-    precision: of the graph. profiles, flags: as text, in order. plugins: hash of our kernels' source; triton: its version.
+    library, version: "tensorrt" or "tensorrt_rtx". graph: hash of what the ONNX file is made from. weights: their hash, or
+    `REFITTABLE`. precision: of the graph. profiles, flags: as text, in order. plugins: hash of our kernels' source; triton:
+    its version.
     """
+
+    suffix: ClassVar[str] = "plan"
 
     library: str
     version: str
@@ -61,20 +83,23 @@ class PlanKey:
     format: int = FORMAT
 
     @property
-    def text(self) -> str:
-        """The key, readable; equal keys have equal text and no others."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def digest(self) -> str:
-        """The name of its entry."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    def timings(self) -> "TimingKey":
+        """Where the measurements of this plan's build belong."""
+        return TimingKey(self.library, self.version, self.gpu.name, self.gpu.capability, self.gpu.multiprocessors)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, for `graph`, `weights` and `plugins`."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True)
+class TimingKey(Key):
+    """What kernels' times depend on, in the words of `PlanKey` and `Gpu`. Another driver runs the same kernels."""
+
+    suffix: ClassVar[str] = "timings"
+
+    library: str
+    version: str
+    gpu: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    format: int = FORMAT
 
 
 class PlanCache:
@@ -90,6 +115,34 @@ class PlanCache:
 
         Raises `EngineError` if somebody else could have written it.
         """
+        return self._read(key)
+
+    def get(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
+        """The plan of `key`, built now if need be. Of several processes that ask at once one builds and the others wait."""
+        if (plan := self.load(key)) is not None:
+            return plan
+        with self._lock(key):
+            if (plan := self.load(key)) is None:
+                plan = build()
+                self._store(key, plan)
+        return plan
+
+    def timings(self, key: TimingKey) -> bytes:
+        """What a build of `key` measured; b"" if there is none that can be used, for whatever reason."""
+        try:
+            return self._read(key) or b""
+        except (EngineError, OSError) as exc:
+            logger.warning("timings cannot be read", extra={"action": "timings_unread", "error": str(exc)})
+            return b""
+
+    def keep_timings(self, key: TimingKey, timings: bytes) -> None:
+        """For the next build. Of two that end at once the later one's stay; that they cannot be written stops nothing."""
+        try:
+            self._store(key, timings)
+        except OSError as exc:
+            logger.warning("timings cannot be kept", extra={"action": "timings_unwritten", "error": str(exc)})
+
+    def _read(self, key: Key) -> bytes | None:
         self._check_owned()
         path = self._path(key)
         try:
@@ -102,26 +155,16 @@ class PlanCache:
         with os.fdopen(descriptor, "rb") as file:
             _require_private(os.fstat(file.fileno()), path)
             content = file.read()
-        plan = _unpacked(content, key)
-        if plan is None:
-            logger.warning("an engine is not what it should be", extra={"action": "engine_refused", "path": str(path)})
-        return plan
+        kept = _unpacked(content, key)
+        if kept is None:
+            logger.warning("a file is not what it should be", extra={"action": f"{key.suffix}_refused", "path": str(path)})
+        return kept
 
-    def get(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
-        """The plan of `key`, built now if need be. Of several processes that ask at once one builds and the others wait."""
-        if (plan := self.load(key)) is not None:
-            return plan
-        with self._lock(key):
-            if (plan := self.load(key)) is None:
-                plan = build()
-                self._store(key, plan)
-        return plan
-
-    def _store(self, key: PlanKey, plan: bytes) -> None:
+    def _store(self, key: Key, content: bytes) -> None:
         descriptor, draft = tempfile.mkstemp(dir=self.folder, prefix=f"{key.digest}.", suffix=".draft")  # for its owner alone
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(_packed(plan, key))
+                file.write(_packed(content, key))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(draft, self._path(key))
@@ -146,8 +189,8 @@ class PlanCache:
         finally:
             os.close(descriptor)
 
-    def _path(self, key: PlanKey) -> Path:
-        return self.folder / f"{key.digest}.plan"
+    def _path(self, key: Key) -> Path:
+        return self.folder / f"{key.digest}.{key.suffix}"
 
     def _check_owned(self) -> None:
         _require_private(self.folder.stat(), self.folder)
@@ -166,13 +209,13 @@ def _require_private(about: os.stat_result, path: Path) -> None:
         raise EngineError(f"{path} can be written by others, and a plan is executable")
 
 
-def _packed(plan: bytes, key: PlanKey) -> bytes:
+def _packed(kept: bytes, key: Key) -> bytes:
     text = key.text.encode()
-    body = len(text).to_bytes(8, "big") + text + plan
+    body = len(text).to_bytes(8, "big") + text + kept
     return _MAGIC + hashlib.sha256(body).digest() + body
 
 
-def _unpacked(content: bytes, key: PlanKey) -> bytes | None:
+def _unpacked(content: bytes, key: Key) -> bytes | None:
     body = content[len(_MAGIC) + _DIGEST_BYTES :]
     text = key.text.encode()
     head = len(text).to_bytes(8, "big") + text

@@ -18,7 +18,7 @@ OUTPUT = "output"
 
 def export_onnx(call: UNetCall, path: Path) -> None:
     """Writes the graph, in opset 23 and with attention as `Attention`; above 2 GB its weights lie in a file beside it."""
-    import onnx_ir  # these two are of the extra rtx: a service that only runs engines has not got them
+    import onnx_ir  # these two are of the extras gpu and rtx: a service on a CPU has not got them
     from onnxscript import optimizer
 
     auto = torch.export.Dim.AUTO  # of SVD a named number of frames is refused: a guard that the solver cannot discharge

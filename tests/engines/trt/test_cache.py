@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from engines.errors import EngineError
-from engines.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, file_hash
+from engines.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey
 from tests.engines.trt.keys import KEY, PLAN
 
 OTHERS = {
@@ -202,7 +202,39 @@ def test_a_draft_that_was_cut_off_is_no_plan(folder: Path):
     assert cache.load(KEY) is None
 
 
-def test_a_files_hash_is_its_contents(tmp_path: Path):
-    (tmp_path / "a").write_bytes(b"one")
-    (tmp_path / "b").write_bytes(b"two")
-    assert file_hash(tmp_path / "a") != file_hash(tmp_path / "b")
+def test_timings_are_kept_for_every_plan_of_this_library_on_such_a_gpu(filled: PlanCache):
+    assert filled.timings(KEY.timings) == b""
+    filled.keep_timings(KEY.timings, b"measured")
+    other_plan = replace(KEY, graph="d" * 64, gpu=replace(KEY.gpu, driver_major=590))
+    assert PlanCache(filled.folder).timings(other_plan.timings) == b"measured"
+    filled.keep_timings(KEY.timings, b"more")
+    assert filled.timings(KEY.timings) == b"more"
+    assert filled.load(KEY) == PLAN
+
+
+@pytest.mark.parametrize("part", [field.name for field in fields(TimingKey)])
+def test_timings_of_anything_else_are_not_used(filled: PlanCache, part: str):
+    filled.keep_timings(KEY.timings, b"measured")
+    others = {**OTHERS, **OTHER_GPUS, "gpu": OTHER_GPUS["name"]}
+    assert filled.timings(replace(KEY.timings, **{part: others[part]})) == b""
+
+
+def test_damaged_or_foreign_timings_are_none_and_are_replaced(filled: PlanCache):
+    filled.keep_timings(KEY.timings, b"measured")
+    (path,) = filled.folder.glob("*.timings")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert filled.timings(KEY.timings) == b""
+    filled.keep_timings(KEY.timings, b"anew")
+    assert filled.timings(KEY.timings) == b"anew"
+    path.chmod(0o666)
+    assert filled.timings(KEY.timings) == b""
+
+
+def test_timings_that_cannot_be_written_stop_nothing(filled: PlanCache, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    filled.keep_timings(KEY.timings, b"measured")
+    assert filled.timings(KEY.timings) == b""
+    assert not list(filled.folder.glob("*.draft"))
