@@ -6,7 +6,7 @@ must not pass unseen, so the log tells each case once, and every result names wh
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 
 import torch
@@ -24,23 +24,27 @@ logger = logging.getLogger(__name__)
 class PreparedEngines:
     """Engines by the name of their call. calls: asked for only if there is anything to prepare.
 
-    families: the shapes that are asked for. Does not raise: see above.
+    families: the shapes that are asked for. faults: why a call has no engine. Does not raise: see above.
     """
 
     def __init__(
         self, config: EngineConfig, calls: Callable[[], Sequence[UNetCall]], families: Sequence[ShapeFamily], device: str
     ):
-        self.back_end = config.back_end
+        self.back_end, self.families = config.back_end, families
+        self.faults: dict[str, str] = {}
         self._engines: dict[str, Engine] = {}
+        self._calls: dict[str, UNetCall] = {}
         self._missed: set[tuple[str, Shape]] = set()
         if config.back_end == "eager":
             return
         for call in calls():
+            self._calls[call.name] = call
             started = perf_counter()
             fields = {"engine": config.back_end, "call": call.name, "families": len(families)}
             try:
                 self._engines[call.name] = load_engine(config, call, families, torch.device(device))
             except EngineError as exc:
+                self.faults[call.name] = exc.message
                 logger.error("no engine: eager runs instead", extra={"action": "engine_missing", **fields, "error": exc.message})
             else:
                 fields["seconds"] = round(perf_counter() - started, 1)
@@ -50,6 +54,20 @@ class PreparedEngines:
     def names(self) -> tuple[str, ...]:
         """Every call that has an engine, and which: part of what the bits of a step depend on."""
         return tuple(f"{name}: {engine.name}" for name, engine in sorted(self._engines.items()))
+
+    def differences(self) -> Iterator[tuple[str, Shape, float]]:
+        """Every call that has an engine, at the best shape of every family: how far it is from the modules on the same noise.
+
+        That is the largest difference as a share of the largest value. Raises `EngineError` for an engine that fails.
+        """
+        for name, engine in self._engines.items():
+            call = self._calls[name]
+            for shape in dict.fromkeys(family.best for family in self.families):
+                inputs = _noise(call, shape)
+                with torch.inference_mode():
+                    expected = call.module(*inputs.values()).double()
+                    apart = (engine(inputs).double() - expected).abs().max() / expected.abs().max()
+                yield name, shape, apart.item()
 
     def call(
         self, name: str, shape: Shape, inputs: Callable[[], Mapping[str, Tensor]], eager: Callable[[], Tensor]
@@ -68,6 +86,13 @@ class PreparedEngines:
             fields = {"action": "engine_unprepared", "engine": self.back_end, "call": name, "shape": str(shape)}
             logger.warning("no engine for a shape: eager runs instead", extra=fields)
         return eager(), "eager"
+
+
+def _noise(call: UNetCall, shape: Shape) -> dict[str, Tensor]:
+    """Inputs of the call's kind, the same at every time."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = call.shapes(shape)
+    return {name: torch.randn(sizes[name], generator=generator).to(tensor) for name, tensor in call.example.items()}
 
 
 def load_engine(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFamily], device: torch.device) -> Engine:

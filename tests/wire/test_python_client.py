@@ -36,9 +36,7 @@ async def test_subscribe(client: fal_client.AsyncClient, store: JobStore, files:
     assert [item["message"] for item in done.logs] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
     assert [item["seq"] for item in done.logs] == [1, 2, 3, 4]
     assert [item["progress"]["step"] for item in done.logs] == [{"done": done, "total": 4} for done in range(1, 5)]
-    assert done.metrics is not None
-    assert done.metrics["inference_time"] == 0.2
-    assert done.metrics["receipt"]["engine"] == "eager"
+    assert done.metrics == {"inference_time": 0.2}
 
 
 async def test_handle_can_be_rebuilt_and_followed(client: fal_client.AsyncClient, store: JobStore, files: FileStore) -> None:
