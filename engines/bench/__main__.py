@@ -3,15 +3,16 @@
     python -m engines.bench --gpu [--only unet|jobs|kernels] [--model animatediff|controlnext] [--dtype bfloat16] [--quick]
 
 Weights are random, so it needs no checkpoint and no hub. What is done is written at once, to `engines/results/<gpu>.json` and for
-kernels to `kernels/results/`, so that being stopped loses only what was under way. `--tiny` runs the same code on a CPU and
-records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a model at a time, or
-for `--quick`.
+kernels to `kernels/results/` (or to `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
+code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a model
+at a time, or for `--quick`, or for `--no-inductor`.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parts = asked.only or PARTS
     agreed = True
     if set(parts) - {"kernels"}:
-        rows = _measure_models(asked.model or MODELS, parts, device, dtype, _options(asked), console)
+        record = Record(asked.results or RESULTS, device, dtype, _options(asked)) if asked.gpu else None
+        rows = _measure_models(asked.model or MODELS, parts, device, dtype, _options(asked), console, record)
         agreed = all(row.agrees and not row.refused for row in rows)
     if "kernels" in parts:
-        agreed = measure_kernels(device, dtype, console) and agreed
+        agreed = measure_kernels(device, dtype, console, asked.results and asked.results / "kernels") and agreed
     console.print("Recorded." if asked.gpu else "No GPU asked for: tiny sizes, values compared, nothing recorded.")
     return 0 if agreed else 1
 
@@ -92,8 +94,8 @@ def _measure_models(
     dtype: torch.dtype,
     options: Options,
     console: Console,
+    record: Record | None,
 ) -> list[Row]:
-    record = Record(RESULTS, device, dtype, options) if device.type == "cuda" else None
     rows: list[Row] = []
 
     def tell(of_model: list[Row]) -> None:
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and compilers do not tune kernels")
     parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets; by default on a GPU only")
+    parser.add_argument("--results", type=Path, help="the folder to write to, kernels' beneath it; else each its own")
     parser.add_argument("--compile-diffusers", action="store_true", help="diffusers' compiled UNets, too")
     return parser
 

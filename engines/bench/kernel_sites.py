@@ -1,6 +1,7 @@
 """The kernels' own benchmark as a part of this one; its records are its own."""
 
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -8,8 +9,11 @@ from rich.console import Console
 from kernels.bench import RESULTS, Result, all_sites, append, measure, shown
 
 
-def measure_kernels(device: torch.device, dtype: torch.dtype, console: Console) -> bool:
-    """All sites, recorded operation by operation. Returns whether all ways agreed; one that does not is told and left out."""
+def measure_kernels(device: torch.device, dtype: torch.dtype, console: Console, folder: Path | None = None) -> bool:
+    """All sites, on a GPU recorded in `folder`, or where the kernels' own benchmark does, operation by operation.
+
+    Returns whether all ways agreed; a site where they do not is told and left out.
+    """
     agreed = True
     for operation, sites in groupby(sorted(all_sites(), key=lambda site: site.operation), key=lambda site: site.operation):
         results: list[Result] = []
@@ -23,5 +27,5 @@ def measure_kernels(device: torch.device, dtype: torch.dtype, console: Console) 
                 torch.cuda.empty_cache()
         console.print(shown(results))
         if device.type == "cuda" and results:
-            append(RESULTS, results, device, dtype)
+            append(folder or RESULTS, results, device, dtype)
     return agreed

@@ -135,6 +135,14 @@ def test_a_call_never_compiles_whatever_was_prepared_before_and_however_its_inpu
                 assert torch.equal(engine(inputs | {"latents": latents}), expected)
 
 
+def test_the_compilers_own_limit_of_shapes_does_not_count():
+    engine = InductorEngine(toy())
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for shape in (SHAPE, OTHER):
+            engine.prepare(shape)
+    assert engine.holds(OTHER)
+
+
 def test_the_result_is_the_callers_to_keep():
     engine = InductorEngine(toy())
     engine.prepare(SHAPE)
