@@ -4,8 +4,8 @@
 
 Weights are random, so it needs no checkpoint and no hub. What is done is written at once, to `engines/results/<gpu>.json` and for
 kernels to `kernels/results/` (or to `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
-code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a model
-at a time, or for `--quick`, or for `--no-inductor`.
+code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a
+model at a time, or for `--quick`, or for `--no-inductor`.
 """
 
 import argparse

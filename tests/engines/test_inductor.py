@@ -5,6 +5,7 @@ The default configuration's cache on disk is used, so that the second run on a m
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,10 +162,23 @@ def test_preparing_twice_compiles_once(caplog: pytest.LogCaptureFixture):
     assert (record.action, record.engine, record.call, record.frames) == ("engine_ready", "inductor", "toy", 3)
 
 
-def test_two_threads_may_prepare_at_once():
-    engines = [InductorEngine(toy()) for _ in range(2)]
+def test_threads_that_prepare_at_once_wait_for_each_other():
+    inside: list[str] = []
+    alone: list[bool] = []
+
+    class Watched(Toy):
+        def forward(self, latents: Tensor, bias: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                inside.append("in")
+                time.sleep(0.05)
+                alone.append(len(inside) == 1)
+                inside.pop()
+            return super().forward(latents, bias)
+
+    engines = [InductorEngine(toy(Watched())) for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda engine: engine.prepare(SHAPE), engines))
+    assert alone == [True, True]
     inputs = random_inputs(engines[0].call, SHAPE)
     assert torch.equal(engines[0](inputs), engines[1](inputs))
 
