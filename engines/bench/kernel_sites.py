@@ -21,7 +21,7 @@ def measure_kernels(device: torch.device, dtype: torch.dtype, console: Console, 
             try:
                 results.append(measure(site, device, dtype, tiny=device.type != "cuda"))
             except ArithmeticError as exc:
-                console.print(f"{operation}: {exc}")
+                console.print(f"{operation}: {exc}", markup=False)
                 agreed = False
             if device.type == "cuda":
                 torch.cuda.empty_cache()

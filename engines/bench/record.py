@@ -1,6 +1,7 @@
 """The benchmark's rows for people, as a table, and for later, in the GPU's file."""
 
 import json
+import math
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from engines.bench.measure import Row
 from engines.bench.options import Options
@@ -37,8 +39,10 @@ class Record:
 
 
 def told(row: Row) -> dict[str, object]:
-    """A row as the file has it: with its median, or what was refused."""
-    fields = asdict(row)
+    """A row as the file has it: with its median where it has one, and without numbers that JSON does not know."""
+    fields: dict[str, object] = asdict(row)
+    if row.difference is not None and not math.isfinite(row.difference):
+        fields["difference"] = None
     return fields | {"median_s": row.median_s} if row.times_s else fields
 
 
@@ -49,7 +53,7 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         base = first.setdefault(row.case, row)
         if row.refused:
-            shown.add_row(row.model, row.case, row.way, "", row.refused.splitlines()[0][:60])
+            shown.add_row(row.model, row.case, row.way, "", Text(row.refused.splitlines()[0][:60]))
             continue
         ms = [time * 1e3 for time in row.times_s] or [float("nan")]
         shown.add_row(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from engines.bench import __main__ as bench
 from engines.bench import record
 from engines.bench.measure import Case, Row, Way, measure
 from engines.bench.options import Options
-from engines.bench.record import Record, table
+from engines.bench.record import Record, table, told
 
 CPU = torch.device("cpu")
 EAGER = Options(inductor=False, compile_theirs=False, autotune=False, unet_rounds=1, job_rounds=1)
@@ -23,14 +24,14 @@ def returning(value: float) -> Way:
 
 
 def failing() -> Tensor:
-    raise RuntimeError("out of everything\nand more")
+    raise RuntimeError("[/no] memory\nand more")
 
 
 @pytest.mark.parametrize("model", bench.MODELS)
 def test_ours_and_theirs_do_the_same_work_and_every_case_is_told_at_once(model: str):
-    told: list[int] = []
-    rows = bench.measure_model(model, bench.PARTS, CPU, torch.float32, EAGER, lambda rows: told.append(len(rows)))
-    assert told == ([2, 4, 6] if model == "animatediff" else [2, 4])
+    so_far: list[int] = []
+    rows = bench.measure_model(model, bench.PARTS, CPU, torch.float32, EAGER, lambda rows: so_far.append(len(rows)))
+    assert so_far == ([2, 4, 6] if model == "animatediff" else [2, 4])
     assert [row.way for row in rows] == ["diffusers", "ours"] * (3 if model == "animatediff" else 2)
     for row in rows:
         assert not row.refused
@@ -51,15 +52,16 @@ def test_a_value_that_is_no_number_is_not_the_same_work():
     case = Case("model", "case", {"theirs": lambda: returning(2.0), "ours": lambda: returning(float("nan"))}, 1)
     *_, (_, ours) = measure(case, CPU, torch.float32)
     assert not ours.agrees
+    assert json.loads(json.dumps(told(ours), allow_nan=False))["difference"] is None
 
 
 def test_a_way_that_fails_is_told_and_the_others_are_measured():
     case = Case("model", "case", {"theirs": lambda: returning(2.0), "broken": lambda: failing, "ours": lambda: returning(2.0)}, 1)
     *_, (theirs, broken, ours) = measure(case, CPU, torch.float32)
-    assert broken.refused == "RuntimeError: out of everything\nand more"
+    assert broken.refused == "RuntimeError: [/no] memory\nand more"
     assert theirs.times_s
     assert ours.times_s
-    table([theirs, broken, ours])
+    Console().print(table([theirs, broken, ours]))  # whatever the words are
 
 
 def test_what_is_quick_is_told_before_what_is_slow_is_made_ready():
