@@ -5,7 +5,7 @@
 Weights are random, so it needs no checkpoint and no hub. What is done is written at once, to `engines/results/<gpu>.json` and for
 kernels to `kernels/results/` (or to `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
 code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a
-model at a time, or for `--quick`, or for `--no-inductor`.
+model at a time, or for `--quick`, or for `--compile-within` less than there is, so that the others are measured in any case.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = asked.only or PARTS
     agreed = True
     if set(parts) - {"kernels"}:
-        record = Record(asked.results or RESULTS, device, dtype, _options(asked)) if asked.gpu else None
-        rows = _measure_models(asked.model or MODELS, parts, device, dtype, _options(asked), console, record)
+        options = _options(asked)
+        record = Record(asked.results or RESULTS, device, dtype, options) if asked.gpu else None
+        rows = _measure_models(asked.model or MODELS, parts, device, dtype, options, console, record)
         agreed = all(row.agrees and not row.refused for row in rows)
     if "kernels" in parts:
         agreed = measure_kernels(device, dtype, console, asked.results and asked.results / "kernels") and agreed
@@ -66,7 +68,7 @@ def measure_model(
     rows: list[Row] = []
     for case in cases(nets, parts, options):
         done = list(rows)
-        for of_case in measure(case, device, dtype):
+        for of_case in measure(case, device, dtype, options.compile_until):
             rows = [*done, *of_case]
             tell(rows)
         torch.compiler.reset()  # which holds on to compiled nets
@@ -117,6 +119,7 @@ def _options(asked: argparse.Namespace) -> Options:
         autotune=not asked.quick,
         unet_rounds=20 if thorough else 5,
         job_rounds=2 if thorough else 1,
+        compile_until=perf_counter() + asked.compile_within,
     )
 
 
@@ -130,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and compilers do not tune kernels")
     parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets; by default on a GPU only")
+    parser.add_argument("--compile-within", type=float, default=float("inf"), metavar="SECONDS", help="begin no compiling later")
     parser.add_argument("--results", type=Path, help="the folder to write to, kernels' beneath it; else each its own")
     parser.add_argument("--compile-diffusers", action="store_true", help="diffusers' compiled UNets, too")
     return parser

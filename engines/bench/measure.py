@@ -57,14 +57,20 @@ class Row:
 
 
 @torch.inference_mode()
-def measure(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[list[Row]]:
-    """The rows of all ways, again and more as slow ways become ready; the last are the result. A round has each way once."""
+def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: float = float("inf")) -> Iterator[list[Row]]:
+    """The rows of all ways, again and more as slow ways become ready; the last are the result. A round has each way once.
+
+    slow_until: by `perf_counter`; no slow way is begun later.
+    """
     ready: dict[str, Way] = {}
     rows: dict[str, Row] = {}
     expected: Tensor | None = None
     for name, make in case.ways.items():
         if name in case.slow and ready:
             yield _timed(ready, rows, 1, device)
+        if name in case.slow and perf_counter() > slow_until:
+            rows[name] = Row(case.model, case.name, name, refused="no time left")
+            continue
         try:
             way, rows[name], result = _made_ready(case, name, make, device)
         except Exception as exc:  # whatever it is: the other ways' figures are worth having, and it is told in its place

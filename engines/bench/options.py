@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Options:
     """inductor: our compiled UNets too. compile_theirs: diffusers' too. autotune: kernels are timed when compiling, minutes more.
 
-    unet_rounds, job_rounds: of timing; of a short job twice as many.
+    unet_rounds, job_rounds: of timing; of a short job twice as many. compile_until: by `perf_counter`, none is begun later.
     """
 
     inductor: bool
@@ -15,3 +15,4 @@ class Options:
     autotune: bool
     unet_rounds: int
     job_rounds: int
+    compile_until: float = float("inf")

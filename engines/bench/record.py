@@ -25,7 +25,8 @@ class Record:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, options: Options):
         self.path = results_file(folder, device)
         self._runs = json.loads(self.path.read_text()) if self.path.exists() else []
-        self._run = circumstances(device, dtype) | {"driver": _driver(), "options": asdict(options)}
+        asked = {name: value for name, value in asdict(options).items() if name != "compile_until"}  # a clock's, says nothing
+        self._run = circumstances(device, dtype) | {"driver": _driver(), "options": asked}
         self._run["versions"] |= {name: version(name) for name in ("diffusers", "transformers")}
         self._run["cudnn_benchmark"] = torch.backends.cudnn.benchmark
 

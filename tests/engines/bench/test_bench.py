@@ -78,6 +78,13 @@ def test_what_is_quick_is_told_before_what_is_slow_is_made_ready():
     assert [row.way for row in next(steps)] == ["theirs", "compiled"]
 
 
+def test_nothing_slow_is_begun_when_its_time_is_over():
+    case = Case("model", "case", {"theirs": lambda: returning(2.0), "compiled": lambda: failing}, 1, frozenset({"compiled"}))
+    *_, (theirs, compiled) = measure(case, CPU, torch.float32, slow_until=0.0)
+    assert theirs.times_s
+    assert compiled.refused == "no time left"
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One to name in a record."""
