@@ -31,8 +31,9 @@ def failing() -> Tensor:
 def test_ours_and_theirs_do_the_same_work_and_every_case_is_told_at_once(model: str):
     so_far: list[int] = []
     rows = bench.measure_model(model, bench.PARTS, CPU, torch.float32, EAGER, lambda rows: so_far.append(len(rows)))
-    assert so_far == ([2, 4, 6] if model == "animatediff" else [2, 4])
-    assert [row.way for row in rows] == ["diffusers", "ours"] * (3 if model == "animatediff" else 2)
+    assert so_far == ([3, 6, 8] if model == "animatediff" else [3, 5])
+    unet, job = ["diffusers", "ours", "ours, every kernel"], ["diffusers", "ours"]
+    assert [row.way for row in rows] == [*unet, *unet, *job] if model == "animatediff" else [*unet, *job]
     for row in rows:
         assert not row.refused
         assert row.difference is not None
