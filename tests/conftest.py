@@ -14,6 +14,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from deployments.demo import write_missing_weights
 from deployments.jobs.postgres import database_url, stop_embedded
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
@@ -58,6 +59,14 @@ def home() -> Iterator[Settings]:
     """Settings with a home of their own, whose embedded server is stopped at the end."""
     with embedded() as settings:
         yield settings
+
+
+@pytest.fixture(scope="session")
+def demo_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings whose demo weights are written."""
+    settings = Settings(home=tmp_path_factory.mktemp("home"))
+    write_missing_weights(settings)
+    return settings
 
 
 @contextmanager
