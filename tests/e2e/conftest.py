@@ -15,7 +15,7 @@ __all__ = ["page_client"]
 
 @pytest.fixture(scope="package")
 def service() -> Iterator[Service]:
-    """One service for all tests that leave it as they found it. Not longer: at rest it takes a tenth of a core."""
+    """One service for all tests that leave it as they found it. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home:
         running = Service(Path(home))
         running.start()
