@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engines.engine import Engine
+from engines.engine import Eager, Engine
 from engines.engine_config import EngineConfig
 from engines.errors import EngineError
 from engines.shapes import Shape, ShapeFamily
@@ -43,9 +43,10 @@ class PreparedEngines:
             fields = {"engine": config.back_end, "call": call.name, "families": len(families)}
             try:
                 self._engines[call.name] = load_engine(config, call, families, torch.device(device))
-            except EngineError as exc:
-                self.faults[call.name] = exc.message
-                logger.error("no engine: eager runs instead", extra={"action": "engine_missing", **fields, "error": exc.message})
+            except (EngineError, OSError, RuntimeError) as exc:  # a full disk, a full GPU
+                fault = exc.message if isinstance(exc, EngineError) else f"{type(exc).__name__}: {exc}"
+                self.faults[call.name] = fault
+                logger.error("no engine: eager runs instead", extra={"action": "engine_missing", **fields, "error": fault})
             else:
                 fields["seconds"] = round(perf_counter() - started, 1)
                 logger.info("engine is ready", extra={"action": "engine_ready", **fields})
@@ -65,7 +66,7 @@ class PreparedEngines:
             for shape in dict.fromkeys(family.best for family in self.families):
                 inputs = _noise(call, shape)
                 with torch.inference_mode():
-                    expected = call.module(*inputs.values()).double()
+                    expected = Eager(call)(inputs).double()
                     apart = (engine(inputs).double() - expected).abs().max() / expected.abs().max()
                 yield name, shape, apart.item()
 
@@ -77,9 +78,9 @@ class PreparedEngines:
         if engine is not None and engine.holds(shape):
             try:
                 return engine(inputs()), engine.name
-            except EngineError as exc:
+            except (EngineError, ValueError) as exc:  # the latter for inputs that are not the call's
                 del self._engines[name]
-                fields = {"action": "engine_failed", "engine": engine.name, "call": name, "error": exc.message}
+                fields = {"action": "engine_failed", "engine": engine.name, "call": name, "error": str(exc.args[0])}
                 logger.error("an engine has failed: eager runs from now on", extra=fields)
         elif self.back_end != "eager" and (name, shape) not in self._missed:
             self._missed.add((name, shape))

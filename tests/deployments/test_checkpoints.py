@@ -259,8 +259,9 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
     elif found == "latents":
         await listen(other, FIRST)
     elif found is not None:
-        stage.engines = ("motion-1: inductor",)
-        compiled = replica(stage)
+        other_stage = Stage()
+        other_stage.engines = ("motion-1: inductor",)
+        compiled = replica(other_stage)
         writer = {"of other weights": other, "of another engine": compiled}.get(found, one)
         by = asked(seed=2 if found == "of another request" else 1)
         await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by))

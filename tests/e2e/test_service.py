@@ -68,6 +68,7 @@ async def test_the_page_code_renders_a_playable_video(service: Service, page_cli
     assert [line["message"].partition(",")[0] for line in lines] == [f"denoise: step {i}/4" for i in range(5)]
     assert [line["seq"] for line in lines] == [1, 2, 3, 4, 5]
     assert done.updates[-1]["metrics"]["inference_time"] > 0
+    assert done.updates[-1]["metrics"]["receipt"]["engine"] == "eager"
     video = done.value["data"]["video"]
     mp4 = await asyncio.to_thread(lambda: httpx.get(video["url"]).content)
     assert (video["content_type"], video["file_name"], video["file_size"]) == ("video/mp4", "video.mp4", len(mp4))

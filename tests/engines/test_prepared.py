@@ -99,6 +99,20 @@ def test_what_fails_on_the_way_is_rendered_eagerly_and_told(
     assert pipeline.latents(spec(1.0, True)).engine == "eager", "it is not asked again"
 
 
+@pytest.mark.parametrize("error", [EngineError("no plan"), OSError(28, "No space"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_whatever_keeps_an_engine_from_being_made_costs_no_job(
+    eager: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+):
+    def load(*_: Any) -> FakeEngine:
+        raise error
+
+    monkeypatch.setattr(prepared, "load_engine", load)
+    pipeline = Pipeline(MODEL, replace(eager.denoise.config, engine=INDUCTOR))
+    assert pipeline.latents(spec(1.0, False)).engine == "eager"
+    assert len(pipeline.denoise.prepared.faults) == 2
+    assert [record.levelno for record in caplog.records if hasattr(record, "call")][:2] == [logging.ERROR] * 2
+
+
 def test_a_missing_engine_is_told_and_rendered_eagerly(eager: Pipeline, caplog: pytest.LogCaptureFixture):
     pipeline = Pipeline(MODEL, replace(eager.denoise.config, engine=EngineConfig("tensorrt")))
     told = [vars(record) for record in caplog.records if record.levelno == logging.ERROR]
