@@ -4,6 +4,8 @@ Triton brings NVIDIA's assembler, so all of the way from Python to the GPU's own
 speed cannot be known here. `tensorrt-triton.md`, section 7.
 """
 
+import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,8 @@ from triton.compiler import ASTSource
 
 TARGETS = (80, 89, 90, 100)
 """Compute capabilities: A100, L40S and RTX 4090, H100 and H200, B200."""
+REPORT = "REELRAY_COMPILE_REPORT"
+"""Environment variable with a file to which each compilation adds a line of JSON, for `report.py`."""
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What one block may have (CUDA C++ Programming Guide, table of technical specifications)."""
 
@@ -68,7 +72,13 @@ def needs(
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Needs(int(registers[1]), compiled.metadata.shared, spills, sass)
+    found = Needs(int(registers[1]), compiled.metadata.shared, spills, sass)
+    if (path := os.environ.get(REPORT)) is not None:
+        about = {"kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}", "capability": capability}
+        about |= {"warps": num_warps, "registers": found.registers, "shared": found.shared, "spills": found.spills}
+        with Path(path).open("a") as lines:  # several processes compile: a line is one write
+            lines.write(json.dumps(about) + "\n")
+    return found
 
 
 def _cuobjdump(what: str, path: str) -> str:
