@@ -35,16 +35,20 @@ def frames_of(library: ModuleType, plugins: Sequence[str], families: Sequence[Sh
     """How many frames a plan with these plugins is for; 0 without plugins, for any number.
 
     dtype: of the graph. Raises `EngineError` for what `require_plugins` does, for a dtype that the kernels do not know, and for
-    families of more than one number of frames.
+    families of more than one number of frames or of more than fit.
     """
     if not plugins:
         return 0
     require_plugins(library, plugins)
+    from kernels.triton.temporal_attention import MOST_FRAMES  # late: triton is needed with plugins alone
+
     if dtype not in (torch.float16, torch.bfloat16):
         raise EngineError(f"plugins compute in float16 or bfloat16, not in {dtype}")
     frames = {shape.frames for family in families for shape in (family.smallest, family.largest)}
     if len(frames) != 1:
         raise EngineError(f"a plan with plugins is for one number of frames, not for {sorted(frames)}")
+    if max(frames) > MOST_FRAMES:
+        raise EngineError(f"our attention over frames is for {MOST_FRAMES} at most, not for {max(frames)}")
     return frames.pop()
 
 
@@ -63,8 +67,9 @@ def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
 def register() -> None:
     """Makes TensorRT's parser know our nodes: once a process, which its registry lasts as long as.
 
-    Annotations are part of the interface: TensorRT reads of them what is a tensor and what an attribute. Attributes come in the
-    order of their names here. Raises `EngineError` where TensorRT has no such plugins.
+    Annotations are part of the interface: TensorRT reads in them what is a tensor and what an attribute. All attributes are
+    passed by place, in the order that `register` sees (onnx-tensorrt, `loadFields`). Raises `EngineError` where TensorRT has no
+    such plugins.
     """
     try:
         import tensorrt.plugin as trtp
@@ -124,7 +129,7 @@ def kernel_of(frames: int, heads: int, width: int, with_table: bool, dtype: str,
 
     Raises `EngineError` for heads that no tile serves.
     """
-    from kernels.triton.temporal_attention import ahead  # late: only this needs triton
+    from kernels.triton.temporal_attention import ahead
 
     try:
         made = ahead(frames, heads, width // 3 // heads, with_table, dtype, capability, _tiles(capability)[tactic - 1])

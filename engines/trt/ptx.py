@@ -1,7 +1,8 @@
 """The text of a kernel's PTX made into one whose entry takes our arguments and no more.
 
 Triton gives every entry two pointers behind the arguments, to memory that its own launcher brings along (3.7.1; one of them
-before). TensorRT passes the arguments alone, so these must go, which is right only where the kernel does not want that memory.
+before). TensorRT passes the arguments alone, so these must go, as in NVIDIA's own test of such a plugin (TensorRT-Incubator,
+tripy); that is right only where the kernel does not want that memory.
 """
 
 import re

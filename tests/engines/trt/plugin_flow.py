@@ -1,4 +1,4 @@
-"""Takes our plugins through TensorRT's own Python package for them, as its builder would, and writes down what it is told, as JSON.
+"""Takes our plugins through TensorRT's own Python package, as its builder would, and writes down what it is told, as JSON.
 
 `tensorrt.plugin` is Python and here for real: it checks our annotations, calls our functions and checks what they return. Its
 C++ side is not: the registry, dimensions and their arithmetic are stand-ins, and which calls come in which order is read from
@@ -96,9 +96,10 @@ def described(shape: Sequence[int], kind: Any) -> Any:
 def told(name: str, kind: Any, frames: int, heads: int, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:
     """All that TensorRT learns of one node."""
     creator = REGISTRY.get_creator(name, "1", "reelray")
+    attributes = {"frames": frames, "heads": heads}  # the parser gives them in the creator's order, and as 32 bits
     fields = [
-        trt.PluginField(field.name, np.array([value]), field.type)
-        for field, value in zip(creator.field_names, (frames, heads), strict=True)
+        trt.PluginField(field.name, np.array([attributes[field.name]], np.int32), trt.PluginFieldType.INT32)
+        for field in creator.field_names
     ]
     wish = trt.QuickPluginCreationRequest.PREFER_AOT
     made = creator.create_plugin(name, "reelray", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, wish)
