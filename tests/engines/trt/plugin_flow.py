@@ -8,7 +8,7 @@ that package. Runs in a process whose library path leads to empty libraries. Arg
 import base64
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorrt_bindings as trt
 
+from engines.errors import EngineError
 from engines.trt import plugin
 
 
@@ -124,20 +125,35 @@ def told(name: str, kind: Any, frames: int, heads: int, inputs: Sequence[Sequenc
             **{key: value.expr.value for key, value in vars(launch).items()},
         }
     return {
-        "fields": [[field.name, field.type.name] for field in creator.field_names],
+        "fields": [field.name for field in creator.field_names],
         "output": [types[0].name, shape],
         "combinations": [[c.type.name, c.format.name] for c in combinations],
         "launches": launches,
     }
 
 
-if __name__ == "__main__":
-    plugin.current_capability = lambda: int(sys.argv[1])
+def refused(attempt: Callable[[], Any]) -> str:
+    """In which words."""
+    try:
+        attempt()
+    except (ValueError, EngineError) as exc:
+        return str(exc)
+    return ""
+
+
+def main(capability: int, path: Path) -> None:
+    plugin.current_capability = lambda: capability
     plugin.register()
     plugin.register()  # does nothing
-    half, brain = trt.DataType.HALF, trt.DataType.BF16
+    kinds = trt.DataType
     nodes = {
-        "svd": told("ReelrayTemporalAttention", brain, 24, 5, [(24, 2304, 960)]),
-        "motion": told("ReelrayTemporalAttentionWithTable", half, 16, 8, [(32, 67, 960), (32, 960)]),
+        "svd": told("ReelrayTemporalAttention", kinds.BF16, 24, 5, [(24, 2304, 960)]),
+        "motion": told("ReelrayTemporalAttentionWithTable", kinds.HALF, 16, 8, [(32, 67, 960), (32, 960)]),
+        "fp32": refused(lambda: told("ReelrayTemporalAttention", kinds.FLOAT, 24, 5, [(24, 2304, 960)])),
+        "unannotated": refused(lambda: trt.plugin.register("reelray::Wrong")(lambda qkv: qkv)),
     }
-    Path(sys.argv[2]).write_text(json.dumps(nodes))
+    path.write_text(json.dumps(nodes))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
