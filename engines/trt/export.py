@@ -20,7 +20,6 @@ OPSET = 23
 OUTPUT = "output"
 """The graph's one output."""
 
-
 DOMAIN = "reelray"
 """Of our nodes, and TensorRT's namespace of our plugins."""
 
@@ -84,7 +83,7 @@ def _translations(plugins: Sequence[str], frames: int) -> dict[Callable[..., Any
 
     def temporal_attention(qkv: Any, num_frames: Any, heads: int, position: Any = None) -> Any:
         assert not isinstance(num_frames, int) or num_frames == frames, "a call has one number of frames"
-        attributes = {"frames": frames, "heads": heads, **found_by}
+        attributes = {"frames_and_heads": [frames, heads], **found_by}
         if position is None:
             return getattr(ours, TEMPORAL)(qkv, **attributes)
         return getattr(ours, TEMPORAL_WITH_TABLE)(qkv, position, **attributes)
@@ -97,8 +96,8 @@ def _register_schemas() -> None:
     from onnx import defs
 
     schema = defs.OpSchema
-    number, text = schema.AttrType.INT, schema.AttrType.STRING
-    kinds = {"frames": number, "heads": number, "plugin_namespace": text, "plugin_version": text, "aot": number}
+    types = schema.AttrType
+    kinds = {"frames_and_heads": types.INTS, "plugin_namespace": types.STRING, "plugin_version": types.STRING, "aot": types.INT}
     floats = ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"]
     for name, inputs in ((TEMPORAL, ("qkv",)), (TEMPORAL_WITH_TABLE, ("qkv", "position"))):
         if not defs.has(name, DOMAIN):

@@ -5,6 +5,10 @@ Python, Triton or this file. While a plan is built TensorRT asks for the kernel 
 and keeps one. `tensorrt-triton.md`, sections 3 and 5. TensorRT-RTX has no plugins.
 
 The number of frames shapes the kernel, so a plan with plugins is for one: `frames_of`. Height and width may change as always.
+
+No TensorRT has run this. Three things may turn out otherwise: that it gives tensors at multiples of 16 bytes, as the kernel reads
+16 at once; that it takes the version of PTX that Triton writes, which must be one that the driver knows; and that its assembler
+does as well without the option that Triton gives its own (`--regAllocOptLevel=2`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,9 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engines.errors import EngineError
 from engines.shapes import ShapeFamily
@@ -23,6 +29,8 @@ from engines.trt.ptx import POINTER, WHOLE, without_hidden
 if TYPE_CHECKING:
     from kernels.triton.ahead import Compiled
     from kernels.triton.temporal_attention import Tile
+
+Numbers = NDArray[np.int32]
 
 TYPES = {"HALF": ("FP16", "fp16"), "BF16": ("BF16", "bf16")}
 """By TensorRT's name: how its plugins call it, and how Triton does. fp32 is none of our kernels' types (`kernels/choice.py`)."""
@@ -67,9 +75,9 @@ def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
 def register() -> None:
     """Makes TensorRT's parser know our nodes: once a process, which its registry lasts as long as.
 
-    Annotations are part of the interface: TensorRT reads in them what is a tensor and what an attribute. All attributes are
-    passed by place, in the order that `register` sees (onnx-tensorrt, `loadFields`). Raises `EngineError` where TensorRT has no
-    such plugins.
+    Annotations are part of the interface: TensorRT reads in them what is a tensor and what an attribute. The attribute is one, as
+    several are passed by place, and an array, as 10.16 fails over a number with numpy 2.4. Raises `EngineError` where TensorRT
+    has no such plugins.
     """
     try:
         import tensorrt.plugin as trtp
@@ -85,7 +93,8 @@ def register() -> None:
         tactics = list(range(1, 1 + len(_tiles(current_capability()))))  # 0 is TensorRT's own word for no tactic
         return [trtp.AutoTuneCombination(", ".join([name] * tensors), "LINEAR", tactics)]
 
-    def implemented(qkv: Any, with_table: bool, frames: int, heads: int, tactic: int) -> tuple[Any, Any, Any, Any]:
+    def implemented(qkv: Any, with_table: bool, attribute: Numbers, tactic: int) -> tuple[Any, Any, Any, Any]:
+        frames, heads = (int(number) for number in attribute)
         images, positions, width = qkv.shape_expr
         capability = current_capability()
         kernel = kernel_of(frames, heads, qkv.shape[2], with_table, _types(qkv)[1], capability, tactic)
@@ -96,7 +105,7 @@ def register() -> None:
     alone, placed = f"{DOMAIN}::{TEMPORAL}", f"{DOMAIN}::{TEMPORAL_WITH_TABLE}"
 
     @trtp.register(alone)
-    def _(qkv: trtp.TensorDesc, frames: int, heads: int) -> trtp.TensorDesc:
+    def _(qkv: trtp.TensorDesc, frames_and_heads: Numbers) -> trtp.TensorDesc:
         return output(qkv)
 
     @trtp.autotune(alone)
@@ -105,12 +114,12 @@ def register() -> None:
 
     @trtp.aot_impl(alone)
     def _(
-        qkv: trtp.TensorDesc, frames: int, heads: int, outputs: tuple[trtp.TensorDesc], tactic: int
+        qkv: trtp.TensorDesc, frames_and_heads: Numbers, outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        return implemented(qkv, False, frames, heads, tactic)
+        return implemented(qkv, False, frames_and_heads, tactic)
 
     @trtp.register(placed)
-    def _(qkv: trtp.TensorDesc, position: trtp.TensorDesc, frames: int, heads: int) -> trtp.TensorDesc:
+    def _(qkv: trtp.TensorDesc, position: trtp.TensorDesc, frames_and_heads: Numbers) -> trtp.TensorDesc:
         return output(qkv)
 
     @trtp.autotune(placed)
@@ -119,9 +128,9 @@ def register() -> None:
 
     @trtp.aot_impl(placed)
     def _(
-        qkv: trtp.TensorDesc, position: trtp.TensorDesc, frames: int, heads: int, outputs: tuple[trtp.TensorDesc], tactic: int
+        qkv: trtp.TensorDesc, position: trtp.TensorDesc, frames_and_heads: Numbers, outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        return implemented(qkv, True, frames, heads, tactic)
+        return implemented(qkv, True, frames_and_heads, tactic)
 
 
 def kernel_of(frames: int, heads: int, width: int, with_table: bool, dtype: str, capability: int, tactic: int) -> "Compiled":

@@ -97,11 +97,8 @@ def described(shape: Sequence[int], kind: Any) -> Any:
 def told(name: str, kind: Any, frames: int, heads: int, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:
     """All that TensorRT learns of one node."""
     creator = REGISTRY.get_creator(name, "1", "reelray")
-    attributes = {"frames": frames, "heads": heads}  # the parser gives them in the creator's order, and as 32 bits
-    fields = [
-        trt.PluginField(field.name, np.array([attributes[field.name]], np.int32), trt.PluginFieldType.INT32)
-        for field in creator.field_names
-    ]
+    (named,) = creator.field_names
+    fields = [trt.PluginField(named.name, np.array([frames, heads], np.int32), trt.PluginFieldType.INT32)]  # as the parser does
     wish = trt.QuickPluginCreationRequest.PREFER_AOT
     made = creator.create_plugin(name, "reelray", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, wish)
     types = made.get_output_data_types([kind] * len(inputs), [len(shape) for shape in inputs])
@@ -125,7 +122,7 @@ def told(name: str, kind: Any, frames: int, heads: int, inputs: Sequence[Sequenc
             **{key: value.expr.value for key, value in vars(launch).items()},
         }
     return {
-        "fields": [field.name for field in creator.field_names],
+        "field": [named.name, named.type.name],
         "output": [types[0].name, shape],
         "combinations": [[c.type.name, c.format.name] for c in combinations],
         "launches": launches,

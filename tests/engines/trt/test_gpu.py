@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # TensorRT's and the exporter's own
     pytest.mark.skipif(
         not torch.cuda.is_available() or find_spec("tensorrt") is None,
-        reason="no GPU or no TensorRT: not verified that plans, with our plugin too, build, run, agree with PyTorch, are refitted",
+        reason="no GPU or no TensorRT: not verified that plans, with our plugin too, build, run, equal PyTorch, are refitted",
     ),
 ]
 

@@ -54,7 +54,7 @@ def test_attentions_over_frames_are_nodes_of_ours_and_the_rest_is_native(graph: 
         if node.domain:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert attributes == {
-                "frames": FRAMES, "heads": HEADS, "plugin_namespace": b"reelray", "plugin_version": b"1", "aot": 1
+                "frames_and_heads": [FRAMES, HEADS], "plugin_namespace": b"reelray", "plugin_version": b"1", "aot": 1
             }  # fmt: skip
             assert node.domain == DOMAIN
     assert not model.functions
@@ -65,9 +65,9 @@ class Node(OpRun):
 
     op_domain = DOMAIN
 
-    def _run(self, qkv: Any, *position: Any, frames: int, heads: int, **others: Any) -> tuple[Any]:
+    def _run(self, qkv: Any, *position: Any, frames_and_heads: list[int], **others: Any) -> tuple[Any]:
         table = torch.tensor(position[0]) if position else None
-        return (by_pytorch(torch.tensor(qkv), frames, heads, table).numpy(),)
+        return (by_pytorch(torch.tensor(qkv), *frames_and_heads, table).numpy(),)
 
 
 BY_PYTORCH = [type(name, (Node,), {}) for name in (TEMPORAL, TEMPORAL_WITH_TABLE)]
@@ -128,7 +128,7 @@ def test_tensorrts_python_side_learns_shapes_types_and_attributes(told: dict[str
     kind = {"fp16": "HALF", "bf16": "BF16"}[dtype]
     assert told[name]["output"] == [kind, [images, positions, width // 3]]
     assert told[name]["combinations"] == [[kind, "LINEAR"]] * (3 if with_table else 2)
-    assert told[name]["fields"] == ["frames", "heads"], "passed by place, so in this order"
+    assert told[name]["field"] == ["frames_and_heads", "INT32"], "the node's attribute"
 
 
 def test_tensorrts_python_side_does_check_annotations(told: dict[str, Any]):
