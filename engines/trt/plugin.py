@@ -14,6 +14,7 @@ does as well without the option that Triton gives its own (`--regAllocOptLevel=2
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def frames_of(library: ModuleType, plugins: Sequence[str], families: Sequence[Sh
 
 
 def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
-    """Raises `EngineError` for operations that have no plugin, and for a library that has none at all.
+    """Raises `EngineError` for operations that have no plugin, for a library that has none at all, and without triton.
 
     Asked before anything is registered: TensorRT-RTX aborts the process over a graph with a plugin that is.
     """
@@ -69,6 +70,8 @@ def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
         raise EngineError(f"{library.__name__} has no plugins: build with TensorRT, or without {sorted(plugins)}")
     if unknown := set(plugins) - PLUGINS:
         raise EngineError(f"there is no plugin for {sorted(unknown)}, only for {sorted(PLUGINS)}")
+    if find_spec("triton") is None:
+        raise EngineError("triton is not installed, and a plugin needs it: pip install 'reelray[gpu]'")
 
 
 @cache

@@ -171,6 +171,12 @@ def test_the_real_tensorrt_rtx_is_refused(graph: Path, monkeypatch: pytest.Monke
         build_plan(library, graph, [], WITH_PLUGIN)
 
 
+def test_without_triton_there_is_no_plugin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"triton is not installed.*reelray\[gpu\]"):
+        frames_of(fake_tensorrt(), OURS, [ShapeFamily.fixed(16, 8, 8)], torch.float16)
+
+
 def test_plugins_are_registered_before_the_graph_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "graph.onnx"
     call = scaled_call()
