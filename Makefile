@@ -57,6 +57,10 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
 	$(BIN)/python -m kernels.bench
 
+.PHONY: bench-gpu
+bench-gpu: install ## measure whole UNets and jobs against diffusers' at full size, and record it; needs a GPU
+	$(BIN)/python -m engines.bench --gpu --only unet --only jobs
+
 .PHONY: chaos
 chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
 	$(BIN)/python -m tests.chaos --save

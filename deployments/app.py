@@ -72,6 +72,7 @@ class DenoiseReplica(Denoise):
     """
 
     def __init__(self, *args: Any):
+        configure_logging()  # before the engines are made ready, which takes its time
         super().__init__(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 

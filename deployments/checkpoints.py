@@ -26,10 +26,14 @@ T = TypeVar("T", bound=Checkpoint | Latents)
 
 
 class Checkpoints:
-    """The files of one model's jobs. config: the model's. What was made with another config or of other weights is not used."""
+    """The files of one model's jobs. config: the model's. What was made with another config or of other weights is not used.
 
-    def __init__(self, files_url: str, config: Any):
+    engines: what runs the UNet here. Steps of another engine are not used, for their bits would not be an undisturbed run's.
+    """
+
+    def __init__(self, files_url: str, config: Any, engines: tuple[str, ...] = ()):
         self._files = FileStore(files_url)
+        self._engines = engines
         self._config = config
         self._model = fingerprint_of(config)
 
@@ -56,7 +60,7 @@ class Checkpoints:
 
     def of_steps(self, name: str, conditioning: Conditioning) -> str:
         """The fingerprint of a step. Hashes the conditioning, for which a long video takes some tenths of a second."""
-        return fingerprint_of(name, self._model, arithmetic_of(self._config.device), conditioning)
+        return fingerprint_of(name, self._model, arithmetic_of(self._config.device), self._engines, conditioning)
 
     async def _read(self, name: str, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
         try:

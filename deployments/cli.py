@@ -36,6 +36,8 @@ queue = typer.Typer(help="The endpoints' queues, for the operator.", no_args_is_
 app.add_typer(queue, name="queue")
 webhooks = typer.Typer(help="The webhooks that the service delivers.", no_args_is_help=True)
 app.add_typer(webhooks, name="webhooks")
+engines = typer.Typer(help="What runs the UNets: built, listed and checked on this machine.", no_args_is_help=True)
+app.add_typer(engines, name="engines")
 
 console = Console()
 errors = Console(stderr=True)
@@ -43,6 +45,7 @@ errors = Console(stderr=True)
 Config = Annotated[Path, typer.Option("--config", "-c", exists=True, dir_okay=False, help="The service's YAML.")]
 DEFAULT_CONFIG = Path("serve_config.yaml")
 DRAIN_POLL_S = 0.5
+NO_ENGINES = "no endpoint has an engine other than eager: set engine.back_end in its settings"
 EndpointId = Annotated[str, typer.Argument(help="E.g. fal-ai/animatediff-sparsectrl-lcm; the part after the slash will do.")]
 RequestId = Annotated[str, typer.Argument(help="As `reelray submit` printed it.")]
 Url = Annotated[str, typer.Option(help="Where the service is.")]
@@ -291,6 +294,78 @@ def _described(endpoint_id: str, status: "QueueStatus") -> str:
     state = f"paused since {status.paused_at:%Y-%m-%d %H:%M:%S} UTC" if status.paused_at else "open"
     delayed = f" ({status.delayed} for another attempt)" if status.delayed else ""
     return f"{endpoint_id}: {state}, {status.queued} waiting{delayed}, {status.running} running"
+
+
+@engines.command("build")
+def engines_build(config: Config = DEFAULT_CONFIG) -> None:
+    """Make the configured engines ready, as replicas do at their start, so that those find them."""
+    from deployments.engine_admin import build
+
+    settings, table, faults = load_settings(config), Table("model", "call", "engine", "why not the one asked for"), 0
+    with _clear_errors(), console.status("building; this takes minutes at full size"):
+        for made in build(settings):
+            table.add_row(made.model, made.call, made.engine, made.fault)
+            faults += bool(made.fault)
+    if not table.row_count:
+        raise typer.Exit(_fail(NO_ENGINES))
+    console.print(table)
+    if faults:
+        raise typer.Exit(1)
+
+
+@engines.command("list")
+def engines_list(config: Config = DEFAULT_CONFIG) -> None:
+    """Show the TensorRT plans on this machine. Each file is read and checked."""
+    from deployments.engine_admin import plans
+
+    table = Table("plan", "GPU", "library", "precision", "profiles", "weights", "MB", "state")
+    damaged = False
+    with _clear_errors():
+        for entry in plans(load_settings(config)):
+            key, size = entry.key, f"{entry.size_bytes / 1e6:.0f}"
+            if key is None:
+                damaged = True
+                table.add_row(entry.digest[:12], "", "", "", "", "", size, "damaged")
+            else:
+                about = (key.gpu.name, f"{key.library} {key.version}", key.precision, str(len(key.profiles)), key.weights[:12])
+                table.add_row(entry.digest[:12], *about, size, "whole")
+    console.print(table)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@engines.command("inspect")
+def engines_inspect(
+    plan: Annotated[str, typer.Argument(help="The first digits of its name, as `engines list` shows it.")],
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Show all that shaped a plan and, on a GPU with TensorRT, its layers and memory."""
+    from deployments.engine_admin import inspect
+
+    with _clear_errors():
+        console.print_json(data=inspect(load_settings(config), plan))
+
+
+@engines.command("verify")
+def engines_verify(config: Config = DEFAULT_CONFIG) -> None:
+    """Run every configured engine against the modules on the same noise; fails if one is missing or further off than rounding."""
+    from deployments.engine_admin import Verified, verify
+
+    table = Table("model", "call", "frames x height x width", "difference", "at most", "")
+    good = True
+    with _clear_errors(), console.status("running engines and modules"):
+        for found in verify(load_settings(config)):
+            if isinstance(found, Verified):
+                cells = (found.shape, f"{found.difference:.1e}", f"{found.tolerance:.0e}", "" if found.holds else "too far")
+            else:
+                cells = ("", "", "", f"missing: {found.fault}")
+            table.add_row(found.model, found.call, *cells)
+            good = good and isinstance(found, Verified) and found.holds
+    if not table.row_count:
+        raise typer.Exit(_fail(NO_ENGINES))
+    console.print(table)
+    if not good:
+        raise typer.Exit(1)
 
 
 @webhooks.command("show")

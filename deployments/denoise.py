@@ -19,7 +19,7 @@ class Denoise:
 
     def __init__(self, model: str, config: Any, files_url: str, checkpoint_s: float):
         self.stage = build_stage(model, "denoise", config)
-        self.checkpoints = Checkpoints(files_url, config)
+        self.checkpoints = Checkpoints(files_url, config, self.stage.engines)
         self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
 

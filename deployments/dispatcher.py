@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deployments.deadlines import Watchdog
@@ -40,6 +41,22 @@ There is nobody to ask when it has: Serve ends the stream of a cancelled call at
 stage's own code ran on for 3 s), and a deployment that shuts down takes no more calls. Should it take longer, the steps since the
 checkpoint before are done again.
 """
+
+
+@dataclass
+class Work:
+    """What one attempt came to. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    engine: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As a status tells them: fal's `inference_time`, and of a job that succeeded our own receipt."""
+        metrics: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
+        if self.engine is not None:
+            metrics["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
+        return metrics
 
 
 class Dispatcher:
@@ -110,9 +127,9 @@ class Dispatcher:
 
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
-        seconds: list[float] = []  # of work, stage by stage
+        work = Work()
         watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
-        render = asyncio.create_task(self._reported(claim, seconds, watchdog))
+        render = asyncio.create_task(self._reported(claim, work, watchdog))
         keeper = asyncio.create_task(self._keep(claim, render, watchdog))
         store = self.store
         try:
@@ -128,44 +145,44 @@ class Dispatcher:
                 await self._close(claim, lambda: store.cancel(claim))
             elif reason != "lost":
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
-                await self._close(claim, lambda: self._end_attempt(claim, reason, seconds))
+                await self._close(claim, lambda: self._end_attempt(claim, reason, work))
         except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
             # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
-            await self._close(claim, lambda: self._end_attempt(claim, error, seconds))
+            await self._close(claim, lambda: self._end_attempt(claim, error, work))
         else:
-            await self._close(claim, lambda: store.succeed(claim, result, _metrics(seconds)))
+            await self._close(claim, lambda: store.succeed(claim, result, work.metrics))
         finally:
             keeper.cancel()
 
-    async def _end_attempt(self, claim: Claim, error: ReelrayError, seconds: list[float]) -> None:
+    async def _end_attempt(self, claim: Claim, error: ReelrayError, work: Work) -> None:
         """After an error: another attempt, or the end."""
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
         if wait_s is None:
-            await self.store.fail(claim, error_failure(error), _metrics(seconds))
+            await self.store.fail(claim, error_failure(error), work.metrics)
         else:
             await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
-    async def _reported(self, claim: Claim, seconds: list[float], watchdog: Watchdog) -> dict[str, Any]:
+    async def _reported(self, claim: Claim, work: Work, watchdog: Watchdog) -> dict[str, Any]:
         """The job's output, with what the stages noted on the way in its log."""
         async with Reporter(self.store, claim) as reporter:
-            return await self._render(claim, seconds, watchdog, reporter)
+            return await self._render(claim, work, watchdog, reporter)
 
-    async def _render(self, claim: Claim, seconds: list[float], watchdog: Watchdog, reporter: Reporter) -> dict[str, Any]:
-        """The job's output, its file kept. Adds each stage's time to `seconds`."""
+    async def _render(self, claim: Claim, work: Work, watchdog: Watchdog, reporter: Reporter) -> dict[str, Any]:
+        """The job's output, its file kept, and in `work` what the stages did for it."""
 
         async def on_note(note: Note) -> None:
             watchdog.working()
             if note != TURN:
                 reporter.note(note)
 
-        def ended(took: float) -> None:
+        def ended(stage: str, took: float) -> None:
             watchdog.waiting()
             reporter.stage_ended()
-            seconds.append(took)
+            work.seconds[stage] = took
 
         stages = self.stages[claim.endpoint]
         slot = Slot(claim.checkpoint, claim.resumes)
@@ -173,11 +190,12 @@ class Dispatcher:
         watchdog.waiting()
         if latents is None:
             conditioning, took = await stages.preprocess(claim.input, on_note)
-            ended(took)
+            ended("preprocess", took)
             latents, took = await stages.denoise(conditioning, slot, on_note)
-            ended(took)
+            ended("denoise", took)
         clip, took = await stages.decode(latents, on_note)
-        ended(took)
+        ended("decode", took)
+        work.engine = clip.engine
         file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
@@ -219,10 +237,6 @@ class Dispatcher:
             logger.warning("lease lost at the end", extra=_fields(claim, "lease_lost"))
         except StoreAway:
             logger.exception("job not closed", extra=_fields(claim, "close_failed"))
-
-
-def _metrics(seconds: list[float]) -> dict[str, float]:
-    return {"inference_time": round(sum(seconds), 6)}
 
 
 def _fields(claim: Claim, action: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from deployments.schemas import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
+from engines.engine_config import EngineConfig
 from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
@@ -159,17 +160,20 @@ class Settings(_Strict):
             )
 
     def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
-        """Model name -> its engine's config, with "demo" turned into folders. Models that are left out are absent."""
+        """Model name -> its config, with "demo" and what lies below `home` turned into folders. Models left out are absent."""
         configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
         if (animatediff := self.animatediff) is not None:
             if animatediff.weights == "demo":
                 animatediff = replace(animatediff, weights=AnimateDiffWeights.demo(self.demo_weights / "animatediff"))
-            configs["animatediff-sparsectrl-lcm"] = animatediff
+            configs["animatediff-sparsectrl-lcm"] = replace(animatediff, engine=self._placed(animatediff.engine))
         if (controlnext := self.controlnext) is not None:
             if controlnext.weights == "demo":
                 controlnext = replace(controlnext, weights=ControlNeXtWeights.demo(self.demo_weights / "controlnext"))
-            configs["controlnext"] = controlnext
+            configs["controlnext"] = replace(controlnext, engine=self._placed(controlnext.engine))
         return configs
+
+    def _placed(self, engine: EngineConfig) -> EngineConfig:
+        return engine if engine.folder is not None else replace(engine, folder=self.home / "engines")
 
 
 class Exposed(ReelrayError):

@@ -16,7 +16,7 @@ from engines.controlnext.spec import ControlNeXtLatents
 from engines.fingerprint import fingerprint_of
 from engines.spec import Checkpoint, Latents
 
-FORMAT = 1
+FORMAT = 2
 """To be raised whenever what is kept, or the arithmetic that it came from, changes."""
 
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Checkpoint, Latents, ControlNeXtLatents)}

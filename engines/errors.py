@@ -31,7 +31,7 @@
     │   ├── StorageFailed               500  internal_error
     │   └── StartTimeout                504  request_timeout
     ├── WeightsError                the operator's: a checkpoint that does not fit
-    └── EngineError                 the operator's: a TensorRT engine that cannot be built, loaded or run
+    └── EngineError                 the operator's: an engine that cannot be built, loaded or run
 
 Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. These objects cross Ray, so every
 argument goes positionally to `Exception.__init__`: pickle rebuilds an exception from its `args`.
@@ -266,7 +266,7 @@ class WeightsError(ReelrayError):
 
 
 class EngineError(ReelrayError):
-    """A TensorRT engine cannot be built, loaded or run."""
+    """An engine cannot be built, loaded or run."""
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.source import Source
+from kernels.choice import record_of
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """What is read of a file of weights: other weights differ nearly everywhere, and a whole checkpoint takes seconds to read."""
@@ -33,7 +34,9 @@ def fingerprint_of(*values: Any) -> str:
 def arithmetic_of(device: str) -> tuple[Any, ...]:
     """What else the bits of a step depend on: the library, the device and, on a CPU, how its threads share a sum."""
     if torch.device(device).type == "cuda":
-        return torch.__version__, torch.version.cuda, torch.cuda.get_device_name(device)
+        gpu = torch.cuda.get_device_name(device)
+        record = record_of(gpu)  # of which kernels run
+        return torch.__version__, torch.version.cuda, gpu, record.read_bytes() if record.exists() else None
     return torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
 
 

@@ -88,7 +88,7 @@ def add_linear(layer: nn.Linear, x: Tensor, residual: Tensor, bias: Tensor | Non
     bias = layer.bias if bias is None else bias
     if torch.compiler.is_compiling():  # a compiler adds where it sees fit
         return F.linear(x, layer.weight, bias) + residual
-    residual.flatten(0, -2).addmm_(x.flatten(0, -2), layer.weight.t())
+    residual.view(-1, residual.shape[-1]).addmm_(x.flatten(0, -2), layer.weight.t())  # not flatten, which may copy
     return residual.add_(bias)
 
 

@@ -4,6 +4,7 @@ A family is narrow on purpose: an engine's kernels are chosen for its best shape
 is served, and not one from 8 frames at 512 to 32 at 1024. `tensorrt-triton.md`, section 5.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 
@@ -23,6 +24,11 @@ class ShapeFamily:
     smallest: Shape
     best: Shape
     largest: Shape
+
+    @classmethod
+    def of_pixels(cls, shapes: Iterable[tuple[int, int, int]], scale: int) -> "tuple[ShapeFamily, ...]":
+        """One shape alone for each (frames, height, width) in pixels. scale: pixels per latent."""
+        return tuple(cls.fixed(frames, height // scale, width // scale) for frames, height, width in shapes)
 
     @classmethod
     def fixed(cls, frames: int, height: int, width: int) -> "ShapeFamily":

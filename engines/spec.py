@@ -7,7 +7,7 @@ torch, so the ingress can build a spec without it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -57,15 +57,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Latents:
-    """A denoised clip. values: (B, C, T, H/8, W/8), fp32, unit variance, on the host."""
+    """A denoised clip. values: (B, C, T, H/8, W/8), fp32, unit variance, on the host. engine: what ran the UNet."""
 
     values: Tensor
     seed: int
+    engine: str = field(default="eager", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An encoded video. mp4: H.264 yuv420p, index in front. fps in frames per second."""
+    """An encoded video. mp4: H.264 yuv420p, index in front. fps in frames per second. engine: what ran the UNet."""
 
     mp4: bytes
     num_frames: int
@@ -73,6 +74,7 @@ class Clip:
     width: int
     fps: int
     seed: int
+    engine: str = field(default="eager", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class PreprocessStage(Protocol):
 
 class DenoiseStage(Protocol):
     """Noise to latents, step by step."""
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """What runs each of the UNet's calls, where it is not the modules themselves."""
+        ...
 
     def sample(
         self,

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -119,19 +120,27 @@ def microseconds(way: Way, device: torch.device) -> float:
 
 def append(folder: Path, results: Iterable[Result], device: torch.device, dtype: torch.dtype) -> Path:
     """Adds a run to the GPU's file: a list of runs, each of one machine, one dtype and one moment."""
-    import triton
-
-    gpu = torch.cuda.get_device_name(device)
-    path = record_of(gpu, folder)
+    path = record_of(torch.cuda.get_device_name(device), folder)
     runs = json.loads(path.read_text()) if path.exists() else []
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    versions["cudnn"] = torch.backends.cudnn.version()
-    run = {"gpu": gpu, "capability": torch.cuda.get_device_capability(device), "versions": versions}
-    run |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "dtype": str(dtype).removeprefix("torch.")}
+    run = circumstances(device, dtype)
     run["results"] = [asdict(result) | {"gain": round(result.gain, 3)} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*runs, run], indent=1) + "\n")
     return path
+
+
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a figure depends on besides the code: GPU, versions, dtype; and the date."""
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    versions["cudnn"] = torch.backends.cudnn.version()
+    run = {
+        "gpu": torch.cuda.get_device_name(device),
+        "capability": torch.cuda.get_device_capability(device),
+        "versions": versions,
+    }
+    return run | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def shown(results: Iterable[Result]) -> Table:

@@ -14,6 +14,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from deployments.demo import write_missing_weights
 from deployments.jobs.postgres import database_url, stop_embedded
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
@@ -42,7 +43,7 @@ async def database(postgres: str) -> AsyncIterator[str]:
     name = f"test_{uuid4().hex}"
     await execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     yield of_database(postgres, name)
-    await execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+    await drop(postgres, name)
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def home() -> Iterator[Settings]:
     """Settings with a home of their own, whose embedded server is stopped at the end."""
     with embedded() as settings:
         yield settings
+
+
+@pytest.fixture(scope="session")
+def demo_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings whose demo weights are written."""
+    settings = Settings(home=tmp_path_factory.mktemp("home"))
+    write_missing_weights(settings)
+    return settings
 
 
 @contextmanager
@@ -87,6 +96,18 @@ def template(url: str) -> Iterator[None]:
 def of_database(url: str, name: str) -> str:
     """The URL of another database of the same server."""
     return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+async def drop(url: str, name: str) -> None:
+    """A database, as soon as its connections have ended. PostgreSQL's FORCE sleeps 100 ms where a server process still ends."""
+    end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1"
+    connection = await asyncpg.connect(url)
+    try:
+        while await connection.fetchval(end, name):  # noqa: ASYNC110  (the server tells nobody)
+            await asyncio.sleep(0.002)
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close()
 
 
 async def execute(url: str, statement: str) -> None:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> UNetCall:
     """A step of AnimateDiff. halves: 1, or 2 with guidance. controlled: whether SparseCtrl's residuals are inputs."""
     weight = unet.conv_in.weight
-    levels = skip_levels(unet.down, unet.conv_in.out_channels)
+    levels = _residual_levels(unet)
     deepest = levels[-1][1]
     text_width: Any = next(m.to_k.in_features for m in unet.modules() if isinstance(m, CrossAttention))
     with torch.no_grad():
@@ -31,16 +31,34 @@ def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> U
     }
     dims |= {name: tuple(tensor.shape) for name, tensor in _context_inputs(context).items()}
     if controlled:
-        shapes = [(images, channels, *sides(ratio)) for channels, ratio in (*levels, (levels[-1][0], deepest))]
-        dims |= _residual_names(shapes)
-    name = f"motion-{halves}" + ("-controlled" if controlled else "")
+        dims |= _residual_names([(images, channels, *sides(ratio)) for channels, ratio in levels])
+    name = call_name(halves, controlled)
     return unet_call(name, _MotionCall(unet, len(context)), dims, weight, deepest)
+
+
+def call_name(halves: int, controlled: bool) -> str:
+    """Of such a step, as `motion_call` names it."""
+    return f"motion-{halves}" + ("-controlled" if controlled else "")
+
+
+def no_residuals(unet: MotionUNet, latents: Tensor) -> Residuals:
+    """Zeros for latents (G, 4, F, h, w): adding them changes no bit, so one engine serves clips with and without keyframes."""
+    halves, _, frames, height, width = latents.shape
+    sizes = [(halves * frames, channels, height // ratio, width // ratio) for channels, ratio in _residual_levels(unet)]
+    *skips, mid = (latents.new_zeros(size).to(memory_format=torch.channels_last) for size in sizes)
+    return Residuals(tuple(skips), mid)
 
 
 def motion_inputs(latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None = None) -> dict[str, Tensor]:
     """The arguments of `MotionUNet.forward` by the graph's names."""
     inputs = {"latents": latents, "time": time, **_context_inputs(context)}
     return inputs if residuals is None else inputs | _residual_names([*residuals.skips, residuals.mid])
+
+
+def _residual_levels(unet: MotionUNet) -> list[tuple[int, int]]:
+    """(channels, how often the latents' size is divided) of every residual, the middle block's last."""
+    levels = skip_levels(unet.down, unet.conv_in.out_channels)
+    return [*levels, levels[-1]]
 
 
 class _MotionCall(nn.Module):

@@ -1,9 +1,10 @@
 """Which weights answer for AnimateDiff SparseCtrl LCM, and at which shapes. `serve_config.yaml` fills it; no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from engines.engine_config import EngineConfig
 from engines.source import DType, Source
 
 API_FRAMES = 16
@@ -49,6 +50,7 @@ class AnimateDiffConfig:
     batch of more overflows (7 % of a job).
     max_image_pixels: larger keyframes are refused before they are decoded.
     threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
+    engine: what runs the UNet; without shapes of its own it is made ready for `num_frames` at `height` and `width`.
     """
 
     weights: AnimateDiffWeights | Literal["demo"] = "demo"
@@ -63,6 +65,7 @@ class AnimateDiffConfig:
     control_steps: int | None = None
     max_image_pixels: int = 50_000_000
     threads: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

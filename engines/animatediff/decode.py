@@ -38,4 +38,4 @@ class Decode:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         height, width = (size * scale for size in latents.values.shape[-2:])
         mp4, num_frames = encode_h264(stoppable(self.frames(latents), should_stop), height, width, self.config.fps)
-        return Clip(mp4, num_frames, height, width, self.config.fps, latents.seed)
+        return Clip(mp4, num_frames, height, width, self.config.fps, latents.seed, engine=latents.engine)

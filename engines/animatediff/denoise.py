@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engines.animatediff.call import call_name, motion_call, motion_inputs, no_residuals
 from engines.animatediff.checkpoint import (
     clip_shape,
     load_schedule,
@@ -18,8 +19,11 @@ from engines.animatediff.sparse_control import ResidualCache, SparseControl
 from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
 from engines.animatediff.unet import Residuals
 from engines.errors import Cancelled, GenerationFailed
+from engines.prepared import PreparedEngines
 from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
+from engines.shapes import Shape, ShapeFamily
 from engines.spec import Checkpoint, Latents, OnProgress, Progress
+from engines.unet_call import UNetCall
 from engines.weights import torch_dtype
 
 
@@ -38,6 +42,10 @@ class Denoise:
             "rgb": load_sparse_control(config, "rgb"),
         }
         self.residuals = ResidualCache(config.control_cache_bytes)
+        height, width = self.shape.height, self.shape.width
+        shapes = config.engine.shapes or ((config.num_frames, height, width),)
+        families = ShapeFamily.of_pixels(shapes, self.shape.scale)
+        self.prepared = PreparedEngines(config.engine, self._calls, families, config.device)
         self.control_steps = config.control_steps or (1 if config.device == "cpu" else 4)
 
     @torch.inference_mode()
@@ -73,7 +81,25 @@ class Denoise:
                 on_progress(Progress("step", i + 1, start.steps))
         if not x.isfinite().all():
             raise GenerationFailed
-        return Latents(x.cpu(), conditioning.seed)
+        return Latents(x.cpu(), conditioning.seed, engine="+".join(sorted(run.ran)))
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """See `DenoiseStage`."""
+        return self.prepared.names
+
+    def run_unet(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None) -> tuple[Tensor, str]:
+        """`MotionUNet.forward` by the engine that there is for it, and that one's name."""
+        name, shape = call_name(len(latents), controlled=True), Shape(*latents.shape[2:])
+
+        def inputs() -> dict[str, Tensor]:
+            return motion_inputs(latents, time, context, residuals or no_residuals(self.unet, latents))
+
+        return self.prepared.call(name, shape, inputs, lambda: self.unet(latents, time, context, residuals))
+
+    def _calls(self) -> list[UNetCall]:
+        """With and without guidance. Without keyframes the residuals are zeros."""
+        return [motion_call(self.unet, halves) for halves in (1, 2)]
 
     def _start(self, conditioning: AnimateDiffConditioning) -> Checkpoint:
         """Standard normal latents: the draw after the posterior's, where there is one."""
@@ -97,13 +123,16 @@ class _Run:
         self.context = stage.unet.text_context(self.text)
         self.time = stage.unet.time_embeddings(self.timesteps)
         self._chunk: tuple[int, list[Residuals]] = (-1, [])
+        self.ran: set[str] = set()  # the engines' names
 
     def predict(self, x: Tensor, i: int) -> Tensor:
         """The UNet's guided output at step i. x: (1, 4, F, h, w)."""
         residuals = None if self.control is None else self._residuals(self.control, i)
         self._check_stop()
         halves = x.to(self.stage.dtype).expand(len(self.text), -1, -1, -1, -1)
-        output = self.stage.unet(halves, self.time[i : i + 1], self.context, residuals).to(x.dtype)
+        output, engine = self.stage.run_unet(halves, self.time[i : i + 1], self.context, residuals)
+        self.ran.add(engine)
+        output = output.to(x.dtype)
         if len(output) == 1:
             return output
         unconditional, conditional = output.chunk(2)

@@ -25,13 +25,18 @@ def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
     }
     dims |= {name: tuple(t.shape) for name, t in (*numbered("context", half.context), *numbered("time", time))}
     if controlled:
-        first: Any = unet.down[0]
-        trunk = len(first.resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
-        channels, ratio = levels[trunk + 1] if first.downsampler is not None else levels[trunk]
+        channels, ratio = _trunk(unet)
         dims |= {"control": ("frames", channels, *sides(ratio)), "control_scale": (1,)}
     deepest = levels[-1][1]
     name = "svd" + ("-controlled" if controlled else "")
     return unet_call(name, _SVDCall(unet, len(half.context), len(time)), dims, weight, deepest)
+
+
+def no_control(unet: SVDUNet, latents: Tensor) -> Control:
+    """Maps and a scale of zero for latents (F, C, h, w): adding them changes no bit, so one engine serves both halves."""
+    frames, _, height, width = latents.shape
+    channels, ratio = _trunk(unet)
+    return Control(latents.new_zeros(frames, channels, height // ratio, width // ratio), 0.0)
 
 
 def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> dict[str, Tensor]:
@@ -39,6 +44,14 @@ def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | Non
     inputs = {"latents": latents, "image": half.image}
     inputs |= dict((*numbered("context", half.context), *numbered("time", time)))
     return inputs if control is None else inputs | {"control": control.maps, "control_scale": latents.new_tensor([control.scale])}
+
+
+def _trunk(unet: SVDUNet) -> tuple[int, int]:
+    """Channels of what the control is added to, and how often the latents' size is divided there."""
+    first: Any = unet.down[0]
+    levels = skip_levels(unet.down, unet.conv_in.out_channels)
+    behind = len(first.resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
+    return levels[behind + 1] if first.downsampler is not None else levels[behind]
 
 
 class _SVDCall(nn.Module):

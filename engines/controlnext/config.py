@@ -1,9 +1,10 @@
 """Which weights answer for ControlNeXt SVD, and within which limits. `serve_config.yaml` fills it; no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from engines.engine_config import EngineConfig
 from engines.source import DType, Source
 
 DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
@@ -47,7 +48,8 @@ class ControlNeXtConfig:
     frame at 1024x576, fp16). max_image_pixels: larger images and video frames are refused before they are decoded.
     max_decode_chunk: larger `decode_chunk_size`s are refused: a chunk is decoded at once, whatever decode_batch_frames says.
     max_video_s: longer driving videos are refused. threads: torch's CPU threads in a process; None is all cores on a CPU
-    and one beside a GPU.
+    and one beside a GPU. engine: what runs the UNet; without shapes of its own it is made ready for the API's defaults, and
+    TensorRT for 2 to 25 frames at that size.
     """
 
     weights: ControlNeXtWeights | Literal["demo"] = "demo"
@@ -60,6 +62,7 @@ class ControlNeXtConfig:
     max_decode_chunk: int = 32
     max_video_s: float = 3600.0
     threads: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

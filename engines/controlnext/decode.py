@@ -59,7 +59,7 @@ class Decode:
                     on_progress(Progress("frame", done, total))
 
         mp4, num_frames = encode_h264(watched(), height, width, latents.fps)
-        return Clip(mp4, num_frames, height, width, latents.fps, latents.seed)
+        return Clip(mp4, num_frames, height, width, latents.fps, latents.seed, engine=latents.engine)
 
     def _batches(self, values: Tensor, chunk: int) -> Iterator[tuple[Tensor, int]]:
         """(frames, frames in each of its chunks): as many whole chunks as a batch may hold, then the shorter last one."""

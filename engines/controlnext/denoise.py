@@ -12,17 +12,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engines.controlnext.call import no_control, svd_call, svd_inputs
 from engines.controlnext.checkpoint import latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.control_net import Prefix
+from engines.controlnext.layers import Biases
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
-from engines.controlnext.unet import Control
+from engines.controlnext.unet import Control, Half
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.errors import GenerationFailed
+from engines.prepared import PreparedEngines
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
+from engines.shapes import Shape, ShapeFamily
 from engines.spec import Checkpoint, OnProgress, Progress, ShouldStop
 from engines.stopping import check
 from engines.weights import torch_dtype
+
+FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape(14, 128, 72), Shape(25, 128, 72)))
+"""The API's default window at 576x1024, and the windows of shorter videos and other `batch_frames`."""
 
 
 class Denoise:
@@ -37,6 +44,8 @@ class Denoise:
         self.noise = load_noise_range(weights)
         self.unet = load_unet(config)
         self.control_net = load_control_net(config)
+        families = ShapeFamily.of_pixels(config.engine.shapes, self.scale) or FAMILIES
+        self.prepared = PreparedEngines(config.engine, lambda: [svd_call(self.unet)], families, config.device)
 
     @torch.inference_mode()
     def sample(
@@ -72,7 +81,23 @@ class Denoise:
                 on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
             if on_progress is not None:
                 on_progress(Progress("step", i + 1, start.steps))
-        return ControlNeXtLatents(_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
+        made = (_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
+        return ControlNeXtLatents(*made, engine="+".join(sorted(run.ran)))
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """See `DenoiseStage`."""
+        return self.prepared.names
+
+    def run_unet(self, latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> tuple[Tensor, str]:
+        """`SVDUNet.forward` by the engine that there is for it, and that one's name."""
+        frames, _, height, width = latents.shape
+
+        def inputs() -> dict[str, Tensor]:
+            return svd_inputs(latents, half, time, control or no_control(self.unet, latents))
+
+        shape = Shape(frames, height, width)
+        return self.prepared.call("svd-controlled", shape, inputs, lambda: self.unet(latents, half, time, control))
 
     def _start(self, conditioning: ControlNeXtConditioning) -> Checkpoint:
         """Noise at the largest sigma: the draw after the image's."""
@@ -93,6 +118,7 @@ class _Run:
         self.guidance_scale = conditioning.guidance_scale
         self.control_scale = conditioning.controlnext_cond_scale
         self.sigmas = karras_sigmas(conditioning.num_inference_steps, stage.noise.sigma_min, stage.noise.sigma_max)
+        self.ran: set[str] = set()  # the engines' names
         self.windows = windows(num_frames, conditioning.batch_frames, conditioning.overlap)
         counts = torch.tensor(times_counted(num_frames, self.windows), device=stage.config.device)
         self.counts = counts[:, None, None, None]  # (N, 1, 1, 1)
@@ -120,12 +146,16 @@ class _Run:
         """The velocity of one window. At guidance 1 the unconditional half has no part in it (5h)."""
         control = None if maps is None else Control(maps[window.control_frames], self.control_scale)
         check(self.should_stop)
-        conditional = self.stage.unet(latents, self.conditional, self.time[i], control).to(self.stage.state_dtype)
+        conditional = self._half(latents, self.conditional, i, control)
         if self.guidance_scale == 1:
             return conditional
         check(self.should_stop)
-        unconditional = self.stage.unet(latents, self.unconditional, self.time[i]).to(self.stage.state_dtype)
-        return guide(unconditional, conditional, self.guidance_scale)
+        return guide(self._half(latents, self.unconditional, i), conditional, self.guidance_scale)
+
+    def _half(self, latents: Tensor, half: Half, i: int, control: Control | None = None) -> Tensor:
+        output, engine = self.stage.run_unet(latents, half, self.time[i], control)
+        self.ran.add(engine)
+        return output.to(self.stage.state_dtype)
 
 
 class ControlMaps:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from engines.errors import EngineError
 
@@ -30,6 +30,7 @@ REFITTABLE = "refittable"
 
 _MAGIC = b"reelray plan\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_LONGEST_KEY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,20 @@ class TimingKey(Key):
     format: int = FORMAT
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A file in the cache's folder that is named as a plan. key: None where it is damaged or of another format."""
+
+    path: Path
+    size_bytes: int
+    key: PlanKey | None
+
+    @property
+    def digest(self) -> str:
+        """Of its key, in its name."""
+        return self.path.stem
+
+
 class PlanCache:
     """folder: made if absent, for its owner alone. Raises `EngineError` for one that others can write to."""
 
@@ -126,6 +141,27 @@ class PlanCache:
                 plan = build()
                 self._store(key, plan)
         return plan
+
+    def entries(self) -> list[Entry]:
+        """Every plan that lies here, read to its end and checked. Raises `EngineError` if others could have written one."""
+        found = []
+        for path in sorted(self.folder.glob(f"*.{PlanKey.suffix}")):
+            key = self._key_in(path)
+            kept = key is not None and key.digest == path.stem and self.load(key) is not None
+            found.append(Entry(path, path.stat().st_size, key if kept else None))
+        return found
+
+    def _key_in(self, path: Path) -> PlanKey | None:
+        with path.open("rb") as file:
+            head = file.read(len(_MAGIC) + _DIGEST_BYTES + 8)
+            text = file.read(min(int.from_bytes(head[-8:], "big"), _LONGEST_KEY))
+        try:
+            held: dict[str, Any] = json.loads(text)
+            held["gpu"] = Gpu(**held["gpu"] | {"capability": tuple(held["gpu"]["capability"])})
+            parts: Any = {name: tuple(item) if isinstance(item, list) else item for name, item in held.items()}
+            return PlanKey(**parts)
+        except (ValueError, TypeError, KeyError):
+            return None
 
     def timings(self, key: TimingKey) -> bytes:
         """What a build of `key` measured; b"" if there is none that can be used, for whatever reason."""

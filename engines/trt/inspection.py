@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from engines.trt.library import Messages, logger_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +39,19 @@ class Report:
     layers: tuple[Layer, ...]
     ports: tuple[Port, ...]
     memory_bytes: tuple[int, ...]
+
+
+def report_of(library: ModuleType, plan: bytes) -> Report:
+    """What is in a plan. It takes a GPU of the kind it was built for. Raises `EngineError` for one that cannot be loaded."""
+    trt: Any = library
+    said = Messages()
+    log = logger_of(library, said)
+    with said.blamed_on("the runtime cannot be made"):
+        runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise said.fault("the plan cannot be loaded")
+    return inspect(library, engine)
 
 
 def inspect(library: ModuleType, engine: Any) -> Report:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
+from engines.shapes import ShapeFamily
 from engines.unet_call import UNetCall
 
 
@@ -19,17 +19,6 @@ class Range:
 
 Profile = Mapping[str, Range]
 """A range for every input whose shape may change."""
-
-ANIMATEDIFF = (
-    ShapeFamily.fixed(16, 64, 64),  # the API's own
-    ShapeFamily(Shape(16, 64, 64), Shape(16, 64, 96), Shape(16, 64, 96)),
-    ShapeFamily(Shape(16, 64, 64), Shape(16, 96, 64), Shape(16, 96, 64)),
-    ShapeFamily(Shape(8, 64, 64), Shape(16, 64, 64), Shape(32, 64, 64)),
-)
-"""16 frames at 512x512; the same on its side and upright to 768; and 8 to 32 frames."""
-
-CONTROLNEXT = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape(14, 128, 72), Shape(25, 128, 72)))
-"""The API's default window at 576x1024, and the windows of shorter videos and other `batch_frames`."""
 
 
 def profile_of(call: UNetCall, family: ShapeFamily) -> Profile:

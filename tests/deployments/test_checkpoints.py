@@ -39,6 +39,8 @@ def reached(step: int) -> Checkpoint:
 class Stage:
     """Counts its steps. before: called before each, with how many are done. began_at: the step that each call began at."""
 
+    engines: tuple[str, ...] = ()
+
     def __init__(self, before: Callable[[int], None] = lambda _: None):
         self.before = before
         self.began_at: list[int] = []
@@ -242,7 +244,9 @@ async def test_a_first_attempt_looks_for_nothing(replica: Callable[..., Denoise]
     assert stage.began_at == [0, 0]
 
 
-@pytest.mark.parametrize("found", [None, b"", b"\x80\x04pickle", "half", "of another request", "of other weights", "latents"])
+@pytest.mark.parametrize(
+    "found", [None, b"", b"\x80\x04pickle", "half", "of another request", "of other weights", "of another engine", "latents"]
+)
 async def test_what_is_not_this_jobs_own_work_starts_over(
     replica: Callable[..., Denoise], found: bytes | str | None, caplog: pytest.LogCaptureFixture
 ):
@@ -255,7 +259,9 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
     elif found == "latents":
         await listen(other, FIRST)
     elif found is not None:
-        writer = other if found == "of other weights" else one
+        stage.engines = ("motion-1: inductor",)
+        compiled = replica(stage)
+        writer = {"of other weights": other, "of another engine": compiled}.get(found, one)
         by = asked(seed=2 if found == "of another request" else 1)
         await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by))
         if found == "half":

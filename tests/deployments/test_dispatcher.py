@@ -80,6 +80,7 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     name = job.result["video"]["url"].removeprefix("/files/")
     assert await files.size(name) == job.result["video"]["file_size"] > 1000
     assert job.metrics["inference_time"] > 0
+    assert job.metrics["receipt"]["engine"] == "eager"
     lines = await store.logs(job_id)
     assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
     assert (lines[0].level, lines[0].message) == ("WARN", "prompt cut to its first 75 of 120 tokens")
@@ -179,7 +180,8 @@ async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, fi
 
     async with dispatching(store, files, ScriptedStages(wait)):
         job = await ended(store, await submit(store))
-    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125}  # what the stages said, whatever the waiting
+    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}}
+    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}  # what the stages said, whatever the waiting
 
 
 async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(store: JobStore, files: FileStore, monkeypatch):

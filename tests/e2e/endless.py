@@ -1,6 +1,5 @@
-"""`deployments.app` with a stage that decodes until it is stopped. Named as `import_path` in a YAML."""
+"""`deployments.app` whose decoder never ends with one seed's jobs. Named as `import_path` in a YAML."""
 
-import asyncio
 from typing import Any
 
 from ray import serve
@@ -8,15 +7,28 @@ from ray import serve
 from deployments import app
 from deployments.decode import Decode
 from deployments.settings import Settings
+from engines.spec import Clip, Latents
 from tests.fakes import EndlessStage
+
+ENDLESS_SEED = 666
+
+
+class EndlessFor:
+    """A decoding stage that is `stage` for every other seed."""
+
+    def __init__(self, stage: Any):
+        self.stage, self.endless = stage, EndlessStage()
+
+    def decode(self, latents: Latents, **options: Any) -> Clip:
+        return (self.endless if latents.seed == ENDLESS_SEED else self.stage).decode(latents, **options)
 
 
 class EndlessDecode(Decode):
     """The wrapper is the real one."""
 
     def __init__(self, model: str, config: Any):
-        self.stage: Any = EndlessStage()
-        self.turn = asyncio.Lock()
+        super().__init__(model, config)
+        self.stage = EndlessFor(self.stage)
 
 
 app.Decode = EndlessDecode  # type: ignore[misc]  # in whichever process imports this file

@@ -1,7 +1,6 @@
 """What a restart and a killed replica leave of a job's work: all but the steps since its last checkpoint."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -11,29 +10,12 @@ import pytest
 from deployments.client import QueueClient
 from deployments.jobs.postgres import database_url
 from deployments.settings import Settings
-from tests.conftest import embedded
 from tests.e2e.service import Service
 from tests.e2e.test_service import ENDPOINT, finished
 
 STEPS = 50
 LONG = {"prompt": "a red ball", "num_inference_steps": STEPS, "guidance_scale": 2, "seed": 11}
 """Some seconds of work."""
-
-
-@pytest.fixture(scope="module")
-def settings() -> Iterator[Settings]:
-    with embedded() as settings:
-        settings.home.mkdir(parents=True)
-        yield settings
-
-
-@pytest.fixture(scope="module")
-def own_service(settings: Settings) -> Iterator[Service]:
-    """A service that a test may stop and start."""
-    service = Service(settings.home, queue={"checkpoint_s": 0.2, "lease_s": 3}, without=("controlnext",))
-    service.start()
-    yield service
-    assert service.stop() == 0
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import UUID
 
-import asyncpg
 import av
 import httpx
 import pytest
@@ -18,14 +16,12 @@ from PIL import Image
 
 from deployments.client import CallFailed, QueueClient
 from deployments.demo import demo_inputs
-from deployments.jobs.postgres import database_url
 from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
-from tests.conftest import embedded
 from tests.deployments.receiver import answering, is_signed, receiving
 from tests.e2e.files import serving
-from tests.e2e.service import REELRAY, Service, gateway
+from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -262,20 +258,6 @@ def test_a_job_that_is_cancelled_while_its_files_come_drops_them(client: QueueCl
     assert finished(client, request_id)["error_type"] == "client_cancelled"
 
 
-def test_a_cancelled_decode_makes_room_for_the_next():
-    with embedded() as settings:
-        service = Service(settings.home, without=("controlnext",), import_path="tests.e2e.endless:build")
-        settings.home.mkdir(parents=True, exist_ok=True)
-        service.start()
-        with QueueClient(service.url) as client:
-            for _ in range(2):
-                request_id = client.submit(ENDPOINT, {"prompt": "a", "num_inference_steps": 1})
-                wait_for_step(client, request_id, "frame")  # of the second: so the first has given up its turn
-                client.cancel(ENDPOINT, request_id)
-                assert finished(client, request_id)["error_type"] == "client_cancelled"
-        assert service.stop() == 0
-
-
 def test_unknown_things_are_404(client: QueueClient, service: Service):
     assert httpx.post(f"{service.url}/queue/fal-ai/unknown", json={}).status_code == 404
     with pytest.raises(CallFailed, match="NOT_FOUND"):
@@ -290,44 +272,3 @@ def test_a_dead_stage_costs_an_attempt_and_not_the_job(client: QueueClient, serv
     status = finished(client, request_id)
     assert "error" not in status
     assert client.result(ENDPOINT, request_id)["seed"] == 5
-
-
-@pytest.mark.timeout(400)  # the service starts twice
-def test_after_sigkill_of_everything_each_job_completes_once_and_a_gateway_takes_more_meanwhile():
-    with embedded() as settings:
-        service = Service(settings.home, queue={"lease_s": 3, "max_in_flight": 1}, without=("controlnext",))
-        settings.home.mkdir(parents=True, exist_ok=True)
-        service.start()
-        with QueueClient(service.url) as client:
-            done = client.submit(ENDPOINT, {"prompt": "a", "num_inference_steps": 1})
-            finished(client, done)
-            ids = [client.submit(ENDPOINT, LONG | {"seed": 0})]
-            ids += [client.submit(ENDPOINT, {"prompt": "a", "seed": seed}) for seed in range(1, 6)]
-            wait_for_step(client, ids[0])
-            states = [client.status(ENDPOINT, request_id)["status"] for request_id in ids]
-            assert states == ["IN_PROGRESS"] + ["IN_QUEUE"] * 5
-        service.kill()
-        with gateway(service) as url, QueueClient(url) as client:
-            ids.append(client.submit(ENDPOINT, {"prompt": "a", "seed": 6}))
-            assert client.status(ENDPOINT, ids[-1])["status"] == "IN_QUEUE"
-            video = client.result(ENDPOINT, done)["video"]
-            assert len(client.download(video["url"])) == video["file_size"]
-        service.start()
-        with QueueClient(service.url) as client:
-            for seed, request_id in enumerate(ids):
-                assert "error" not in finished(client, request_id)
-                assert client.result(ENDPOINT, request_id)["seed"] == seed
-                assert client.download(client.result(ENDPOINT, request_id)["video"]["url"])
-        histories = [asyncio.run(history(database_url(settings), request_id)) for request_id in ids]
-        assert service.stop() == 0
-    assert histories == [["queued", "running", "queued", "running", "succeeded"], *[["queued", "running", "succeeded"]] * 6]
-
-
-async def history(url: str, request_id: str) -> list[str]:
-    """The states that a job went through, in order."""
-    connection = await asyncpg.connect(url)
-    try:
-        rows = await connection.fetch("SELECT state FROM job_events WHERE job_id = $1 ORDER BY id", UUID(request_id))
-    finally:
-        await connection.close()
-    return [row["state"] for row in rows]

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from engines.animatediff import published as animatediff_sizes
 from engines.animatediff.sparse_control import SparseControl
 from engines.animatediff.unet import MotionUNet, Residuals
+from engines.controlnext import published as controlnext_sizes
 from engines.controlnext.control_net import ControlNet
 from engines.controlnext.unet import Control, SVDUNet
 from engines.controlnext.windows import windows
@@ -35,17 +37,6 @@ from tests.load.report import Report, table
 
 Shape = torch.Size
 
-SVD_UNET: dict[str, Any] = {  # the class default of the heads, 5, 10, 10, 20, is not what was published
-    "num_attention_heads": (5, 10, 20, 20),
-}
-MOTION_UNET: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_mid_block": True}
-SPARSE_CONTROL: dict[str, Any] = {"conditioning_channels": 3, "use_simplified_condition_embedding": False}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 CLIP_H: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -55,7 +46,7 @@ CLIP_H: dict[str, Any] = {
     "projection_dim": 1024,
 }
 CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-"""video-models.md, section 1; what is not named is the class's default. A test holds the totals to section 4."""
+"""video-models.md, section 1, as the sizes in `published`. A test holds the totals to section 4."""
 
 SVD_CALL_TARGET, CONTROLNEXT_TARGET, ANIMATEDIFF_TARGET = 0.965, 0.92, 0.975
 
@@ -144,7 +135,7 @@ def controlnext(cache_bytes: int = CACHE_BYTES, shape: ControlNeXtShape = Contro
     """A job at guidance 3 in half precision. cache_bytes: as `ControlNeXtConfig.control_cache_bytes`."""
     frames, height, width = shape.batch_frames, shape.height // 8, shape.width // 8
     calls = len(windows(shape.num_frames, frames, shape.overlap)) * shape.steps
-    stock: Any = on_meta(lambda: UNetSpatioTemporalConditionModel(**SVD_UNET))
+    stock: Any = on_meta(lambda: UNetSpatioTemporalConditionModel(**controlnext_sizes.UNET))
     theirs = flops(lambda: stock(meta(2, frames, 8, height, width), meta(), meta(2, 1, 1024), meta(2, 3), return_dict=False)[0])
     with_known_blend(stock)
     unet = SVDUNet(stock)
@@ -196,7 +187,7 @@ def _control_net(cache_bytes: int, calls: int, shape: ControlNeXtShape) -> Count
 
 def _controlnext_ends(shape: ControlNeXtShape) -> tuple[Count, ...]:
     """What both do alike. DWPose, in ONNX Runtime, is not counted."""
-    vae: Any = on_meta(lambda: AutoencoderKLTemporalDecoder(**VAE))
+    vae: Any = on_meta(lambda: AutoencoderKLTemporalDecoder(**controlnext_sizes.VAE))
     chunk = meta(shape.chunk, 4, shape.height // 8, shape.width // 8)
     decode = shape.num_frames // shape.chunk * flops(lambda: vae.decode(chunk, num_frames=shape.chunk).sample)
     encode = flops(lambda: vae.encode(meta(1, 3, shape.height, shape.width)).latent_dist.mean)
@@ -210,8 +201,8 @@ def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: 
     side = size // 8
     text, repeated = meta(1, 77, 768), meta(num_frames, 77, 768)
     latents = meta(1, 4, num_frames, side, side)
-    stock: Any = build(lambda: UNetMotionModel(**MOTION_UNET))
-    stock_control: Any = build(lambda: SparseControlNetModel(**SPARSE_CONTROL))
+    stock: Any = build(lambda: UNetMotionModel(**animatediff_sizes.UNET))
+    stock_control: Any = build(lambda: SparseControlNetModel(**animatediff_sizes.SPARSE_CONTROL))
     shown = meta(1, 3, num_frames, size, size), meta(1, 1, num_frames, size, size)
 
     def control_call() -> Any:
@@ -239,7 +230,7 @@ def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: 
         frames = [i * num_frames // keyframes for i in range(keyframes)]
         return net(columns, frames, num_frames, timesteps, net.text_context(text))
 
-    vae: Any = build(lambda: AutoencoderKL(**VAE, up_block_types=("UpDecoderBlock2D",) * 4))
+    vae: Any = build(lambda: AutoencoderKL(**animatediff_sizes.VAE))
     decode = num_frames * flops(lambda: vae.decode(meta(1, 4, side, side)).sample)
     clip: Any = build(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
     words = flops(lambda: clip(torch.zeros(1, 77, dtype=torch.long, device="meta")).last_hidden_state)

@@ -1,7 +1,7 @@
 """Each exact saving of `video-models.md` section 5 against the work it saves, in float64: the difference is rounding."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from engines.animatediff.checkpoint import load_diffusers_sparse_control, load_diffusers_unet, load_sparse_control, load_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.animatediff.layers import CrossAttention, TemporalAttention
+from engines.animatediff.layers import CrossAttention, SelfAttention, TemporalAttention
 from engines.animatediff.spec import AnimateDiffSpec, ControlType
 from engines.pipeline import Pipeline
 from engines.weights import fold_lora
+from kernels.choice import forced
 from tests.engines.animatediff.media import keyframes
 from tests.engines.rounding import assert_rounding, randn
 
@@ -170,8 +171,17 @@ def test_5q_at_guidance_one_the_negative_prompt_is_neither_encoded_nor_run(pipel
     assert not torch.equal(guided.values, plain.values)
 
 
-def test_the_whole_unet_equals_that_of_diffusers(config: AnimateDiffConfig):
+@pytest.mark.parametrize("back_end", ["pytorch", "kernels"])
+def test_the_whole_unet_equals_that_of_diffusers(config: AnimateDiffConfig, back_end: Literal["pytorch", "kernels"]):
+    """Without a GPU the kernels' operations are their references."""
     ours, theirs = load_unet(config), load_diffusers_unet(config)
     latents, text = randn(2, 4, FRAMES, 8, 8), randn(2, 77, 32, seed=1)
     expected = theirs(latents, 499, text.repeat_interleave(FRAMES, dim=0)).sample
-    assert_rounding(ours(latents, ours.time_embeddings((499,)), ours.text_context(text)), expected)
+    with forced(back_end):
+        assert_rounding(ours(latents, ours.time_embeddings((499,)), ours.text_context(text)), expected)
+
+
+def test_self_attention_equals_that_of_diffusers(config: AnimateDiffConfig):
+    source = load_diffusers_unet(config).down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    x = randn(3, 64, 32)
+    assert_rounding(SelfAttention(source)(x, torch.zeros_like(x)), source(x))

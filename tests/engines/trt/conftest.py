@@ -1,5 +1,5 @@
-import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,17 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.animatediff.call import motion_call
-from engines.animatediff.checkpoint import load_unet as load_motion_unet
-from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from deployments.settings import Settings
 from engines.animatediff.unet import MotionUNet
-from engines.controlnext.call import svd_call
-from engines.controlnext.checkpoint import load_unet as load_svd_unet
-from engines.controlnext.config import ControlNeXtConfig
-from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.unet import SVDUNet
-from engines.trt.export import export_onnx
 from engines.unet_call import UNetCall
+from tests.engines.trt.exports import call_of, motion_unet, svd_unet
+
+Exports = Mapping[str, Future[Path]]
 
 
 @dataclass(frozen=True)
@@ -35,22 +31,17 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def motion(demo_weights: AnimateDiffWeights, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    unet = load_motion_unet(AnimateDiffConfig(weights=demo_weights))
-    return exported(unet, motion_call(unet, halves=2), tmp_path_factory.mktemp("onnx") / "motion.onnx")
+def motion(exports: Exports) -> Exported:
+    return exported(motion_unet(), exports["motion"])
 
 
 @pytest.fixture(scope="session")
-def svd(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    unet = load_svd_unet(ControlNeXtConfig(weights=write_demo_weights(tmp_path_factory.mktemp("weights") / "controlnext")))
-    return exported(unet, svd_call(unet), tmp_path_factory.mktemp("onnx") / "svd.onnx")
+def svd(exports: Exports, demo_settings: Settings) -> Exported:
+    return exported(svd_unet(demo_settings.demo_weights / "controlnext"), exports["svd"])
 
 
-def exported(unet: MotionUNet | SVDUNet, call: UNetCall, path: Path) -> Exported:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its own deprecations
-        export_onnx(call, path)
-    return Exported(unet, call, path)
+def exported(unet: MotionUNet | SVDUNet, export: Future[Path]) -> Exported:
+    return Exported(unet, call_of(unet), export.result())
 
 
 def randn(*shape: int) -> Tensor:

@@ -238,3 +238,21 @@ def test_timings_that_cannot_be_written_stop_nothing(filled: PlanCache, monkeypa
     filled.keep_timings(KEY.timings, b"measured")
     assert filled.timings(KEY.timings) == b""
     assert not list(filled.folder.glob("*.draft"))
+
+
+def test_what_lies_in_the_cache_is_listed_with_its_key(filled: PlanCache):
+    other = replace(KEY, gpu=Gpu("another", (8, 9), 128, 580), flags=())
+    filled.get(other, lambda: b"another plan")
+    filled.keep_timings(KEY.timings, b"measured")
+    assert {(entry.digest, entry.key) for entry in filled.entries()} == {(KEY.digest, KEY), (other.digest, other)}
+    assert all(entry.size_bytes == entry.path.stat().st_size for entry in filled.entries())
+
+
+@pytest.mark.parametrize("content", [b"", b"reelray plan\n", b"no plan at all", "cut", "of another name"])
+def test_a_damaged_plan_is_listed_as_such(filled: PlanCache, content: bytes | str):
+    path = entry(filled)
+    if content == "of another name":
+        path = path.rename(path.with_name(f"{'0' * 64}.plan"))
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if content == "cut" else bytes(content))  # type: ignore[arg-type]
+    assert [(found.digest, found.key) for found in filled.entries()] == [(path.stem, None)]

@@ -9,15 +9,17 @@ import torch
 from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
+from engines.animatediff import published as animatediff_sizes
 from engines.animatediff.call import motion_call, motion_inputs
 from engines.animatediff.unet import MotionUNet, Residuals
+from engines.controlnext import published as controlnext_sizes
 from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.unet import Control, SVDUNet
 from engines.shapes import Shape
 from engines.trt.export import OPSET, OUTPUT
 from engines.weights import build
 from tests.engines.trt.conftest import Exported, randn, same_shapes
-from tests.load.bench_flops import MOTION_UNET, SVD_UNET, with_known_blend
+from tests.load.bench_flops import with_known_blend
 
 TOLERANCE = 1e-5
 SHAPES = [(4, 8, 12), (7, 8, 8), (16, 16, 8)]  # the first is the example's
@@ -99,12 +101,12 @@ def test_a_size_that_the_unet_cannot_halve_is_refused(svd: Exported):
 
 def test_inputs_at_full_size_are_as_published():
     """video-models.md, 2A.6 and 1B."""
-    motion = motion_call(MotionUNet(build(lambda: UNetMotionModel(**MOTION_UNET))))
+    motion = motion_call(MotionUNet(build(lambda: UNetMotionModel(**animatediff_sizes.UNET))))
     assert motion.multiple == 8
     residuals = [shape for name, shape in motion.shapes(Shape(16, 64, 64)).items() if name.startswith(("skip", "mid"))]
     sizes = [(320, 64)] * 3 + [(320, 32)] + [(640, 32)] * 2 + [(640, 16)] + [(1280, 16)] * 2 + [(1280, 8)] * 4
     assert residuals == [(16, channels, side, side) for channels, side in sizes]
-    stock = build(lambda: UNetSpatioTemporalConditionModel(**SVD_UNET))
+    stock = build(lambda: UNetSpatioTemporalConditionModel(**controlnext_sizes.UNET))
     with_known_blend(stock)
     svd = svd_call(SVDUNet(stock))
     assert svd.multiple == 8

@@ -6,7 +6,7 @@ from torch import nn
 
 from engines.errors import EngineError
 from engines.shapes import Shape, ShapeFamily
-from engines.trt.profiles import ANIMATEDIFF, CONTROLNEXT, profile_of
+from engines.trt.profiles import profile_of
 from engines.unet_call import UNetCall
 
 CALL = UNetCall(
@@ -36,11 +36,3 @@ def test_a_family_out_of_order_is_refused():
 def test_a_family_that_the_unet_cannot_halve_is_refused():
     with pytest.raises(EngineError, match="height 60"):
         profile_of(CALL, ShapeFamily.fixed(16, 60, 64))
-
-
-def test_the_families_that_are_served_hold_the_defaults_of_the_api():
-    assert any(family.holds(Shape(16, 64, 64)) for family in ANIMATEDIFF)
-    assert any(family.holds(Shape(24, 128, 72)) for family in CONTROLNEXT)
-    assert not ANIMATEDIFF[0].holds(Shape(17, 64, 64))
-    for family in (*ANIMATEDIFF, *CONTROLNEXT):
-        assert profile_of(CALL, family)

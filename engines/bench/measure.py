@@ -1,0 +1,136 @@
+"""One piece of work done in several ways, which take turns: how long each takes, what memory, and whether all give the same."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+Way = Callable[[], Tensor]
+"""Does the work once, on inputs that are ready."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+"""Of the largest difference between two ways, as a share of the largest value: above it they have not done the same work."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same work in several ways.
+
+    ways: by name, the first is what the others are compared with; each makes its way ready, for which it may build or compile.
+    slow: those that take long to be made ready. What the others measured is told before. rounds: of timing.
+    """
+
+    model: str
+    name: str
+    ways: Mapping[str, Callable[[], Way]]
+    rounds: int
+    slow: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way's figures.
+
+    times_s: of each round. prepare_s: making it ready, its first run in it. working_bytes: of device memory at most, beyond
+    weights and inputs: what it holds (a graph's memory) and what a run allocates; None on a CPU. difference: of its
+    result from the first way's, largest, as a share of the largest value. refused: why it did not run, in place of all that.
+    """
+
+    model: str
+    case: str
+    way: str
+    times_s: tuple[float, ...] = ()
+    prepare_s: float | None = None
+    working_bytes: int | None = None
+    difference: float | None = None
+    agrees: bool = True
+    refused: str = ""
+
+    @property
+    def median_s(self) -> float:
+        """Not a number where it did not run."""
+        return median(self.times_s) if self.times_s else float("nan")
+
+
+@torch.inference_mode()
+def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: float = float("inf")) -> Iterator[list[Row]]:
+    """The rows of all ways, again and more as slow ways become ready; the last are the result. A round has each way once.
+
+    slow_until: by `perf_counter`; no slow way is begun later.
+    """
+    ready: dict[str, Way] = {}
+    rows: dict[str, Row] = {}
+    expected: Tensor | None = None
+    for name, make in case.ways.items():
+        if name in case.slow and ready:
+            yield _timed(ready, rows, 1, device)
+        if name in case.slow and perf_counter() > slow_until:
+            rows[name] = Row(case.model, case.name, name, refused="no time left")
+            continue
+        try:
+            way, rows[name], result = _made_ready(case, name, make, device)
+        except Exception as exc:  # whatever it is: the other ways' figures are worth having, and it is told in its place
+            rows[name] = Row(case.model, case.name, name, refused=f"{type(exc).__name__}: {exc}"[:2000])
+            continue
+        expected = result if expected is None else expected
+        apart = ((result - expected).abs().max() / expected.abs().max()).item()
+        rows[name] = replace(rows[name], difference=apart, agrees=apart <= TOLERANCE[dtype])
+        ready[name] = way
+    yield _timed(ready, rows, case.rounds, device)
+
+
+def seconds(way: Way, device: torch.device) -> float:
+    """Of one run; on a GPU by its own clock, from an idle GPU to an idle GPU."""
+    if device.type != "cuda":
+        started = perf_counter()
+        way()
+        return perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    way()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _made_ready(case: Case, name: str, make: Callable[[], Way], device: torch.device) -> tuple[Way, Row, Tensor]:
+    on_cuda = device.type == "cuda"
+    held = _reserved_bytes(device)
+    started = perf_counter()
+    way = make()
+    making = perf_counter() - started
+    held = max(_reserved_bytes(device) - held, 0)
+    before = 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    started = perf_counter()
+    result = way()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    prepare_s = making + perf_counter() - started
+    working_bytes = held + torch.cuda.max_memory_allocated(device) - before if on_cuda else None
+    return way, Row(case.model, case.name, name, prepare_s=prepare_s, working_bytes=working_bytes), result.float()
+
+
+def _timed(ready: Mapping[str, Way], rows: Mapping[str, Row], rounds: int, device: torch.device) -> list[Row]:
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, way in ready.items():
+            times[name].append(seconds(way, device))
+    return [replace(row, times_s=tuple(times.get(name, ()))) for name, row in rows.items()]
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    """Memory that is in use or belongs to a graph; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)

@@ -1,0 +1,143 @@
+"""One call of each UNet at the published sizes: a step of AnimateDiff under SparseCtrl, a controlled window of SVD.
+
+What a request computes once (text keys and values, biases) is ready before, on our side as on theirs.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.animatediff.call import motion_call, motion_inputs
+from engines.animatediff.unet import Residuals
+from engines.bench.measure import Case, Way
+from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
+from engines.bench.options import Options
+from engines.controlnext.call import svd_call, svd_inputs
+from engines.controlnext.unet import Control
+from engines.engine import Engine
+from engines.inductor import InductorEngine
+from engines.shapes import Shape
+from engines.unet_call import UNetCall
+from kernels.choice import forced
+
+TIMESTEP, TIME, ADDED_IDS = 499, 0.7, (6.0, 127.0, 0.02)
+"""AnimateDiff's; SVD's, 0.25 ln sigma, with what else it is told (fps, motion bucket, noise strength)."""
+
+
+def animatediff_cases(nets: AnimateDiffNets, options: Options) -> Iterator[Case]:
+    """At guidance 1, and with guidance as a batch of two clips."""
+    for halves in (1, 2):
+        yield _motion_case(nets, halves, options)
+
+
+def _motion_case(nets: AnimateDiffNets, halves: int, options: Options) -> Case:
+    size, unet = nets.size, nets.unet
+    call = motion_call(unet, halves)
+    shape = Shape(size.frames, size.side, size.side)
+    like = unet.conv_in.weight
+    normal = partial(torch.randn, device=like.device, dtype=like.dtype)
+    sizes = call.shapes(shape)
+    skips = [normal(s) for name, s in sizes.items() if name.startswith("skip")]
+    latents, text, mid = normal(sizes["latents"]), normal(halves, 77, size.text_width), normal(sizes["mid"])
+    with torch.inference_mode():
+        context, time = unet.text_context(text), unet.time_embeddings((TIMESTEP,))
+    images = [t.contiguous(memory_format=torch.channels_last) for t in (*skips, mid)]  # as SparseCtrl gives them, ours
+    residuals = Residuals(tuple(images[:-1]), images[-1])
+    repeated = text.repeat_interleave(size.frames, dim=0)
+    timestep = torch.tensor(TIMESTEP, device=like.device)
+    given = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": mid, "return_dict": False}
+
+    def theirs(net: Any) -> Way:
+        return lambda: net(latents, timestep, repeated, **given)[0]
+
+    def ours() -> Way:
+        return lambda: unet(latents, time, context, residuals)
+
+    def compiled() -> Way:
+        engine = ready_engine(call, shape, options)
+        return lambda: engine(motion_inputs(latents, time, context, residuals))
+
+    title = f"UNet step, {8 * size.side}x{8 * size.side}, {size.frames} frames, guidance in {halves}, SparseCtrl"
+    return unet_case("animatediff", title, nets.their_unet, theirs, ours, compiled, options)
+
+
+def controlnext_cases(nets: ControlNeXtNets, options: Options) -> Iterator[Case]:
+    """A window in the conditional half."""
+    size, unet = nets.size, nets.unet
+    call = svd_call(unet)
+    shape = Shape(size.window, size.height, size.width)
+    like = unet.conv_in.weight
+    normal = partial(torch.randn, device=like.device, dtype=like.dtype)
+    latents, maps = (normal(call.shapes(shape)[name]) for name in ("latents", "control"))
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    image, embedding = normal(unet.latent_channels, size.height, size.width), normal(1, size.image_width)
+    with torch.inference_mode():
+        half, (time,) = unet.guidance_half(image, embedding), unet.time_biases([TIME], ADDED_IDS)
+    control = Control(maps, 1.0)
+    batch = torch.cat([latents, image.expand_as(latents)], dim=1)[None]  # (1, F, 8, h, w)
+    timestep, ids = torch.tensor(TIME, device=like.device), torch.tensor([ADDED_IDS], device=like.device)
+
+    def theirs(net: Any) -> Way:
+        def call_net() -> Tensor:
+            nets.injected["control"] = control
+            output: Tensor = net(batch, timestep, embedding[None], ids, return_dict=False)[0]
+            return output[0]
+
+        return call_net
+
+    def ours() -> Way:
+        return lambda: unet(latents, half, time, control)
+
+    def compiled() -> Way:
+        engine = ready_engine(call, shape, options)
+        return lambda: engine(svd_inputs(latents, half, time, control))
+
+    title = f"UNet call, {8 * size.width}x{8 * size.height}, {size.window} frames, one half, controlled"
+    yield unet_case("controlnext", title, nets.their_unet, theirs, ours, compiled, options)
+
+
+def unet_case(
+    model: str,
+    title: str,
+    their_unet: Any,
+    theirs: Callable[[Any], Way],
+    ours: Callable[[], Way],
+    compiled: Callable[[], Way],
+    options: Options,
+) -> Case:
+    """theirs: the way of diffusers' UNet, plain or compiled."""
+    ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs(their_unet), "ours": ours}
+    ways["ours, every kernel"] = lambda: by_kernels(ours())
+    if options.inductor:
+        ways["ours, inductor"] = compiled
+    if options.compile_theirs:
+        mode = "max-autotune-no-cudagraphs" if options.autotune else "default"
+        ways["diffusers, compiled"] = lambda: run_once(theirs(torch.compile(their_unet, mode=mode, dynamic=False)))
+    slow = frozenset(name for name in ways if "inductor" in name or "compiled" in name)
+    return Case(model, title, ways, options.unet_rounds, slow)
+
+
+def by_kernels(way: Way) -> Way:
+    """The way with our kernels at every site, whatever the record says; without this they run where it has them ahead."""
+
+    def run() -> Tensor:
+        with forced("kernels"):
+            return way()
+
+    return run
+
+
+def run_once(way: Way) -> Way:
+    """The way, after its first run: that is when `torch.compile` works."""
+    way()
+    return way
+
+
+def ready_engine(call: UNetCall, shape: Shape, options: Options) -> Engine:
+    """The compiled UNet."""
+    engine = InductorEngine(call, autotune=options.autotune)
+    engine.prepare(shape)
+    return engine

@@ -1,0 +1,32 @@
+"""What runs a UNet and for which shapes, as the operator sets it. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+BackEnd = Literal["eager", "inductor", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which engine a replica makes ready before it is ready itself.
+
+    back_end: "eager" runs the modules as they are; "inductor" compiles them with `torch.compile`, minutes at the first start;
+    "tensorrt" builds plans or finds them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be
+    made ready, or has another shape, runs eagerly, and the log says so.
+    shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
+    refit: a TensorRT plan holds nobody's weights, so that all checkpoints of a model share it; loading takes an export more.
+    folder: of plans and of inductor's cache, this user's alone; None is below the service's home.
+    """
+
+    back_end: BackEnd = "eager"
+    shapes: tuple[tuple[int, int, int], ...] = ()
+    refit: bool = False
+    folder: Path | None = None
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers that cannot be."""
+        if any(min(shape) < 1 or shape[1] % 8 or shape[2] % 8 for shape in self.shapes):
+            raise ValueError("a shape is (frames, height, width), each at least 1 and sides in multiples of 8 pixels")
