@@ -15,6 +15,7 @@ from typing import Any
 
 from engines.errors import EngineError
 from engines.trt.library import Messages, logger_of, note_faults, require_supported
+from engines.trt.plugin import register, require_plugins
 from engines.trt.profiles import Profile
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class BuildOptions:
 
     refit: weights can be exchanged later (LoRA). optimization_level: 0 to 5; None is the library's own.
     workspace_bytes: the most that a kernel may use beside its tensors; None is all the GPU has. detailed: the plan's
-    inspector tells each layer's kernel. compute_capability: a GPU that is not here, as "SM89"; TensorRT-RTX only.
+    inspector tells each layer's kernel. compute_capability: a GPU that is not here, as "SM89"; TensorRT-RTX only. plugins: our
+    operations that are plugins in place of the library's own layers, see `plugin.py`; TensorRT proper only.
     """
 
     refit: bool = False
@@ -34,6 +36,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     detailed: bool = True
     compute_capability: str | None = None
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,21 @@ def build_plan(
     """The serialised engine of an ONNX file, with one optimisation profile for each of `profiles`.
 
     timings: of an earlier build by this version for this GPU, or b"". Raises `EngineError` for a version that does not do, a
-    graph that is not understood, profiles that do not fit it, or a build that fails; the library's own words are in it.
+    graph that is not understood, profiles that do not fit it, or a build that fails; the library's own words are in it. A graph
+    with `options.plugins` is exported for the one number of frames that its profiles have.
     """
     trt: Any = library
     require_supported(library, options.refit)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if options.plugins:
+        require_plugins(library, options.plugins)
+        register()
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     said = Messages()
     log = logger_of(library, said)
     with said.blamed_on("the builder cannot be made"):
         builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         note_faults(parser, said)

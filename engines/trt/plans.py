@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from engines.errors import EngineError
 from engines.fingerprint import fingerprint_of
 from engines.shapes import ShapeFamily
-from engines.trt import build, export, profiles
+from engines.trt import build, export, plugin, profiles, ptx
 from engines.trt.build import BuildOptions, build_plan
 from engines.trt.cache import REFITTABLE, Gpu, PlanCache, PlanKey
 from engines.trt.export import export_onnx
+from engines.trt.plugin import frames_of
 from engines.trt.profiles import profile_of
 from engines.trt.runner import TensorRTEngine
 from engines.trt.stream import Stream
@@ -55,7 +56,7 @@ def load_engine(
     With `options.refit` the plan may hold anybody's weights, so the module's are put in, for which it is exported in any case.
     Raises `EngineError`.
     """
-    with _exporting(call) as graph, stream.entered():
+    with _exporting(call, families, library, options) as graph, stream.entered():
         plan = _found_or_built(call, families, library, cache, gpu, options, graph)
         engine = TensorRTEngine(plan, library, call, families, stream)
         if options.refit:
@@ -75,7 +76,7 @@ def plan_of(
 
     Raises `EngineError`.
     """
-    with _exporting(call) as graph:
+    with _exporting(call, families, library, options) as graph:
         return _found_or_built(call, families, library, cache, gpu, options, graph)
 
 
@@ -118,14 +119,20 @@ def _found_or_built(
 
 
 @contextmanager
-def _exporting(call: UNetCall) -> Iterator[Callable[[], Path]]:
-    """What gives the call's ONNX file, exported at the first time into a folder of its own: gigabytes, gone at the end."""
+def _exporting(
+    call: UNetCall, families: Sequence[ShapeFamily], library: ModuleType, options: BuildOptions
+) -> Iterator[Callable[[], Path]]:
+    """What gives the call's ONNX file, exported at the first time into a folder of its own: gigabytes, gone at the end.
+
+    Raises `EngineError` at once for plugins that cannot be.
+    """
+    frames = frames_of(library, options.plugins, families, call.example["latents"].dtype)
     with tempfile.TemporaryDirectory(prefix="reelray-onnx-") as folder:
         path = Path(folder) / f"{call.name}.onnx"
 
         def graph() -> Path:
             if not path.exists():
-                export_onnx(call, path)
+                export_onnx(call, path, options.plugins, frames)
             return path
 
         yield graph
@@ -133,7 +140,7 @@ def _exporting(call: UNetCall) -> Iterator[Callable[[], Path]]:
 
 def _graph_hash(call: UNetCall) -> str:
     roots = (type(call.module).__module__, export.__name__)
-    sources = {*_imported(roots), _file(build.__name__), _file(profiles.__name__)}
+    sources = {*_imported(roots), *(_file(module.__name__) for module in (build, plugin, profiles, ptx))}
     inputs = tuple((name, dims, str(call.example[name].dtype)) for name, dims in call.dims.items())
     versions = tuple((name, _version(name)) for name in TRACERS)
     return fingerprint_of(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.ahead import Compiled, compiled
 from kernels.triton.device import WARPGROUPS, capability
 from kernels.triton.head_dim import WIDEST, split
 
@@ -121,12 +122,31 @@ def _store(row, x, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.
     tl.store(row[:, None] + column[None, :], x.to(row.dtype.element_ty), mask=real[:, None] & (column < HEAD_DIM)[None, :])
 
 
+def padded(frames: int) -> int:
+    """Rows of a position in a tile."""
+    return max(LEAST_PADDED, 1 << (frames - 1).bit_length())
+
+
 def constants(frames: int, heads: int, head_dim: int, tile: Tile) -> dict[str, Any]:
     """The kernel's constant arguments, by name."""
     first, second = split(head_dim)
-    padded = max(LEAST_PADDED, 1 << (frames - 1).bit_length())
-    names = {"FRAMES": frames, "PADDED": padded, "ROWS": tile.rows, "HEADS": heads, "HEAD_DIM": head_dim}
+    names = {"FRAMES": frames, "PADDED": padded(frames), "ROWS": tile.rows, "HEADS": heads, "HEAD_DIM": head_dim}
     return names | {"FIRST": first, "SECOND": second, "SCALE": LOG2_E * head_dim**-0.5}
+
+
+def ahead(frames: int, heads: int, head_dim: int, with_position: bool, dtype: str, capability: int, tile: Tile) -> Compiled:
+    """The kernel for launches by others, on contiguous tensors at multiples of 16 bytes. dtype: "fp16" or "bf16".
+
+    Its arguments are qkv, position if there is one, positions, frame_stride, token_stride (both in elements) and out.
+    """
+    pointer, stride = f"*{dtype}:16", "i32" if heads * head_dim % 16 else "i32:16"
+    types = {"qkv": pointer, "positions": "i32", "frame_stride": stride, "token_stride": stride, "out": pointer}
+    values = constants(frames, heads, head_dim, tile)
+    if with_position:
+        types["position"] = pointer
+    else:
+        values["position"] = None
+    return compiled(kernel, types, values, capability, num_warps=tile.warps, num_stages=1)
 
 
 def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile) -> Tensor:
@@ -140,7 +160,7 @@ def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, ti
         position = position.contiguous()
     out = torch.empty(images, positions, width // 3, dtype=qkv.dtype, device=qkv.device)
     named = constants(num_frames, heads, head_dim, tile)
-    blocks = images // num_frames * triton.cdiv(positions, tile.rows // named["PADDED"]) * heads
+    blocks = images // num_frames * triton.cdiv(positions, tile.rows // padded(num_frames)) * heads
     if blocks:
         arguments = (qkv, position, positions, qkv.stride(0), qkv.stride(1), out)
         with torch.cuda.device_of(qkv):

@@ -8,15 +8,15 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from kernels.triton.ahead import Compiled, compiled
 
 TARGETS = (80, 89, 90, 100)
 """Compute capabilities: A100, L40S and RTX 4090, H100 and H200, B200."""
@@ -58,27 +58,26 @@ def needs(
 
     All pointers are taken to be aligned to 16 bytes, as a tensor's are; all whole numbers too, which strides should be.
     """
-    names: Sequence[str] = kernel.arg_names
-    places = {name: (i,) for i, name in enumerate(names)}
-    signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] in "*i"}
-    source = ASTSource(kernel, signature, {places[name]: value for name, value in constants.items()}, aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    found = Needs(int(registers[1]), compiled.metadata.shared, spills, sass)
+    aligned = {name: f"{kind}:16" if kind[0] in "*i" else kind for name, kind in types.items()}
+    found = needs_of(compiled(kernel, aligned, constants, capability, num_warps, num_stages))
     if (path := os.environ.get(REPORT)) is not None:
         about = {"kernel": f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}", "capability": capability}
         about |= {"warps": num_warps, "registers": found.registers, "shared": found.shared, "spills": found.spills}
         with Path(path).open("a") as lines:  # several processes compile: a line is one write
             lines.write(json.dumps(about) + "\n")
     return found
+
+
+def needs_of(kernel: Compiled) -> Needs:
+    """Of a kernel that is compiled."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.cubin)
+        file.flush()
+        usage, sass = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Needs(int(registers[1]), kernel.shared, spills, sass)
 
 
 def _cuobjdump(what: str, path: str) -> str:

@@ -8,7 +8,7 @@ import ctypes
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import Enum, IntEnum
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16"])
 ExecutionContextAllocationStrategy = Enum("ExecutionContextAllocationStrategy", ["STATIC", "USER_MANAGED"])
 LayerInformationFormat = Enum("LayerInformationFormat", ["ONELINE", "JSON"])
-NetworkDefinitionCreationFlag = type("NetworkDefinitionCreationFlag", (), {"STRONGLY_TYPED": 0})
+NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", ["STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"], start=0)
 ProfilingVerbosity = Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
 BuilderFlag = Enum("BuilderFlag", ["REFIT"])
 DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
@@ -251,7 +251,7 @@ class Builder:
         pass
 
     def create_network(self, flags: int) -> "INetworkDefinition":
-        return INetworkDefinition()
+        return INetworkDefinition(flags)
 
     def create_optimization_profile(self) -> "IOptimizationProfile":
         return IOptimizationProfile()
@@ -262,7 +262,8 @@ class Builder:
     def build_serialized_network(self, network: "INetworkDefinition", config: "IBuilderConfig") -> bytes:
         assert config.hidden_cache is not None
         config.hidden_cache.hidden_timings += b"+"
-        plan = network.hidden_plan | {"profiles": config.hidden_profiles, "refittable": config.hidden_refit}
+        given = {"profiles": config.hidden_profiles, "refittable": config.hidden_refit, "flags": network.hidden_flags}
+        plan = network.hidden_plan | given
         return json.dumps(plan).encode()
 
 
@@ -275,7 +276,8 @@ class INetworkDefinition:
     num_layers = 0
     num_inputs = 0
 
-    def __init__(self) -> None:
+    def __init__(self, flags: int) -> None:
+        self.hidden_flags = flags
         self.hidden_plan: dict[str, Any] = {}
 
     def get_input(self, index: int) -> ITensor:

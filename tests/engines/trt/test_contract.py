@@ -8,12 +8,7 @@ offer all of it too.
 
 import inspect
 import json
-import os
-import shutil
-import subprocess
-import sys
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +16,18 @@ import pytest
 
 from tests.engines.trt import fake_tensorrt
 from tests.engines.trt.api_use import ApiUse, members, parsed
+from tests.engines.trt.bindings import empty_libraries, with_bindings
 
 PINNED = "11.4.0.106"
 SOURCES = [Path(f"engines/trt/{name}.py") for name in ("library", "build", "runner", "inspection")]
-LIBRARIES = ["libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"]
-SYMBOLS = [
-    *(f"create{name}_INTERNAL" for name in ("InferBuilder", "InferRuntime", "InferRefitter", "NvOnnxParser")),
-    "createNvOnnxParserRefitter_INTERNAL",
-    "getNvOnnxParserVersion",
-    "getPluginRegistry",
-    "getBuilderPluginRegistry",
-    "initLibNvInferPlugins",
-]
 RTX_ONLY = {"num_compute_capabilities", "set_compute_capability"}
 """Used where `ComputeCapability` exists, which TensorRT proper has not."""
 
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if (compiler := shutil.which("cc")) is None:
-        pytest.skip("no C compiler: not verified that the names we use exist in TensorRT's bindings")
-    if find_spec("tensorrt_bindings") is None:
-        pytest.skip("tensorrt-cu13-bindings is not installed: not verified that the names we use exist in TensorRT's bindings")
-    folder = tmp_path_factory.mktemp("empty")
-    (folder / "empty.c").write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
-    for name in LIBRARIES:
-        command = [compiler, "-shared", "-fPIC", "-o", str(folder / name), str(folder / "empty.c"), f"-Wl,-soname,{name}"]
-        subprocess.run(command, check=True)
-    script = Path(__file__).with_name("dump_bindings.py")
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
-    dumped = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
-    offered = json.loads(dumped.stdout)
+    libraries = empty_libraries(tmp_path_factory.mktemp("empty"), "the names we use exist in TensorRT's bindings")
+    offered = json.loads(with_bindings(libraries, "dump_bindings.py"))
     assert offered["version"] == PINNED
     return offered["classes"]
 
@@ -74,6 +50,7 @@ def test_introspection_follows_our_sources_through_all_that_they_make(use: ApiUs
     assert len(use.checked) >= 60
     assert ("IExecutionContext", "execute_async_v3") in use.checked
     assert ("ExecutionContextAllocationStrategy", "USER_MANAGED") in use.checked
+    assert ("NetworkDefinitionCreationFlag", "PREFER_AOT_PYTHON_PLUGINS") in use.checked
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ from engines.animatediff.checkpoint import load_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.errors import EngineError
 from engines.shapes import ShapeFamily
-from engines.trt import plans
+from engines.trt import build, plans
 from engines.trt.build import BuildOptions
 from engines.trt.cache import REFITTABLE, PlanCache, PlanKey
 from engines.trt.plans import TRACERS, load_engine, plan_key, plan_of
@@ -37,6 +37,7 @@ CHANGED_OPTIONS = {
     "workspace_bytes": 2**30,
     "detailed": False,
     "compute_capability": "SM89",
+    "plugins": ("temporal_attention",),
 }
 TRACED_OF_ANIMATEDIFF = [
     "engines/animatediff/call.py",
@@ -47,7 +48,9 @@ TRACED_OF_ANIMATEDIFF = [
     "engines/unet_call.py",
     "engines/trt/build.py",
     "engines/trt/export.py",
+    "engines/trt/plugin.py",
     "engines/trt/profiles.py",
+    "engines/trt/ptx.py",
     "kernels/attention.py",
     "kernels/triton/temporal_attention.py",
 ]
@@ -194,9 +197,11 @@ class Exporter:
 
     def __init__(self) -> None:
         self.paths: list[Path] = []
+        self.plugins: list[tuple[Sequence[str], int]] = []
 
-    def __call__(self, call: UNetCall, path: Path) -> None:
+    def __call__(self, call: UNetCall, path: Path, plugins: Sequence[str], frames: int) -> None:
         self.paths.append(path)
+        self.plugins.append((plugins, frames))
         weight = float(call.module.weight)
         path.write_text(json.dumps(fake_plan(call, (), weight)))
 
@@ -249,6 +254,33 @@ def test_an_engine_to_be_refitted_comes_with_the_modules_weights_from_anybodys_p
         engine = load_engine(call, FAMILIES, fake_tensorrt(), cache, FakeStream(), GPU, REFIT)
         torch.testing.assert_close(engine(inputs), call.module(*inputs.values()))
     assert len(list(cache.folder.glob("*.plan"))) == 1
+
+
+def test_a_plan_with_plugins_is_exported_for_its_families_number_of_frames(
+    exporter: Exporter, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(build, "register", lambda: None)
+    call, options = scaled_call(dtype=torch.float16), BuildOptions(plugins=("temporal_attention",))
+    plan_of(call, [FIXED], fake_tensorrt(), cache, GPU, options)
+    assert exporter.plugins == [(("temporal_attention",), FIXED.best.frames)]
+    with pytest.raises(EngineError, match=r"one number of frames, not for \[2, 4, 6\]"):
+        plan_of(call, FAMILIES, fake_tensorrt(), cache, GPU, options)
+    with pytest.raises(EngineError, match=r"one number of frames, not for \[2, 4, 6\]"):
+        load_engine(call, FAMILIES, fake_tensorrt(), cache, FakeStream(), GPU, replace(options, refit=True))
+    assert len(exporter.paths) == 1, "refused before an export"
+
+
+def test_plugins_are_another_plan_and_change_with_their_kernels(sources: Path):
+    def key() -> PlanKey:
+        plans._sources_hash.cache_clear()
+        return key_of(scaled_call(), BuildOptions(plugins=("temporal_attention",)))
+
+    before = key()
+    assert before.digest != key_of(scaled_call()).digest
+    assert before.triton == metadata.version("triton")
+    with (sources / "kernels/triton/ahead.py").open("a") as file:
+        file.write("# changed\n")
+    assert key().plugins != before.plugins
 
 
 def test_tensorrt_rtx_builds_the_real_export_once(cache: PlanCache, monkeypatch: pytest.MonkeyPatch):
