@@ -41,7 +41,7 @@ def path(tmp_path: Path, demo_settings: Settings, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(prepared, "load_engine", load)
     engine = {"back_end": "inductor", "shapes": [[6, 64, 64]], "folder": str(tmp_path / "engines")}
-    models = dict.fromkeys(("animatediff", "controlnext"), {"engine": engine, "threads": 1})
+    models = {model: {"engine": engine, "threads": 1} for model in ("animatediff", "controlnext")}
     args = {"home": str(demo_settings.home), **models}
     yield config(tmp_path, **args)
     Off.fault = 1e-6
