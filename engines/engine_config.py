@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 BackEnd = Literal["eager", "inductor", "tensorrt"]
+Plugin = Literal["temporal_attention"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,15 @@ class EngineConfig:
     made ready, or has another shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
     refit: a TensorRT plan holds nobody's weights, so that all checkpoints of a model share it; loading takes an export more.
+    plugins: operations that TensorRT plans run by our kernels instead of TensorRT's own; in half precision, and `shapes` must then
+    name one number of frames. Never run yet: `reelray engines verify` first.
     folder: of plans and of inductor's cache, this user's alone; None is below the service's home.
     """
 
     back_end: BackEnd = "eager"
     shapes: tuple[tuple[int, int, int], ...] = ()
     refit: bool = False
+    plugins: tuple[Plugin, ...] = ()
     folder: Path | None = None
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

@@ -70,7 +70,7 @@ class InductorEngine:
                 raise EngineError(f"{self.call.name} at {shape} did not compile: {exc}") from exc
             seconds = perf_counter() - started
         fields = {"engine": self.name, "call": self.call.name, "seconds": round(seconds, 1)} | asdict(shape)
-        logger.info("engine ready", extra={"action": "engine_ready"} | fields)
+        logger.info("compiled", extra={"action": "engine_compiled"} | fields)
 
     @torch.inference_mode()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:

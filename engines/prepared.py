@@ -131,5 +131,9 @@ def _tensorrt(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFami
         raise EngineError(f"TensorRT needs an NVIDIA GPU, and the model runs on {device}")
     if config.folder is None:
         raise EngineError("no folder was named for TensorRT's plans")
-    library, cache, options = load_library("tensorrt"), PlanCache(config.folder), BuildOptions(refit=config.refit)
+    library, cache, options = (
+        load_library("tensorrt"),
+        PlanCache(config.folder),
+        BuildOptions(refit=config.refit, plugins=config.plugins),
+    )
     return load_plan(call, families, library, cache, CudaStream(device), gpu_of(device), options)

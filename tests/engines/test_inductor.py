@@ -159,7 +159,7 @@ def test_preparing_twice_compiles_once(caplog: pytest.LogCaptureFixture):
         for _ in range(2):
             engine.prepare(SHAPE)
     (record,) = caplog.records
-    assert (record.action, record.engine, record.call, record.frames) == ("engine_ready", "inductor", "toy", 3)
+    assert (record.action, record.engine, record.call, record.frames) == ("engine_compiled", "inductor", "toy", 3)
 
 
 def test_threads_that_prepare_at_once_wait_for_each_other():
