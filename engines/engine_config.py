@@ -17,8 +17,8 @@ class EngineConfig:
     made ready, or has another shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
     refit: a TensorRT plan holds nobody's weights, so that all checkpoints of a model share it; loading takes an export more.
-    plugins: operations that TensorRT plans run by our kernels instead of TensorRT's own; in half precision, and for `shapes` of one
-    number of frames. Never run yet: `reelray engines verify` first.
+    plugins: operations that TensorRT plans run by our kernels and not by TensorRT's own; in half precision, and for `shapes` of
+    one number of frames. Never run yet: `reelray engines verify` first.
     folder: of plans and of inductor's cache, this user's alone; None is below the service's home.
     """
 
