@@ -5,7 +5,6 @@ must not pass unseen, so the log tells each case once, and every result names wh
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 
@@ -111,8 +110,6 @@ def _inductor(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFami
     """Compiled for the best shape of every family: it serves exact shapes only."""
     from engines.inductor import InductorEngine
 
-    if config.folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.folder / "inductor"))
     engine = InductorEngine(call)
     for shape in dict.fromkeys(family.best for family in families):
         engine.prepare(shape)

@@ -55,6 +55,9 @@ def build_stage(model: str, stage: str, config: Any) -> Any:
         # Tensors above 32 MB are mapped and given back at every use; in huge pages that costs far fewer faults: decoding 8
         # frames of 512x288 took 5.7 s instead of 8.1.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if config.engine.folder is not None:
+        # what inductor compiled stays beside the plans for the next process; without this, until the temporary folder is emptied
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.engine.folder / "inductor"))
     import torch
 
     # fp32 is fp32: torch would let a GPU round the inputs of convolutions to 10 bits

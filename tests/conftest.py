@@ -4,10 +4,11 @@ Tests of the store also run on a second server, see `tests/deployments/jobs/conf
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -20,6 +21,9 @@ from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
 
 TEMPLATE = "reelray_test_template"
+
+# not in the home of whichever test builds a stage first, which is gone after it
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 
 @pytest.fixture(scope="session")

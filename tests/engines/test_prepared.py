@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from engines import prepared
+from engines import prepared, registry
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.controlnext.config import ControlNeXtConfig
@@ -19,6 +22,7 @@ from engines.engine import Eager
 from engines.engine_config import EngineConfig
 from engines.errors import EngineError
 from engines.pipeline import Pipeline
+from engines.registry import build_stage
 from engines.shapes import Shape
 from engines.unet_call import UNetCall
 from tests.engines.animatediff.media import keyframes
@@ -135,6 +139,13 @@ def test_engines_are_part_of_what_the_bits_depend_on(fakes: list[FakeEngine], ea
     pipeline = Pipeline(MODEL, replace(eager.denoise.config, engine=INDUCTOR))
     assert pipeline.denoise.engines == ("motion-1-controlled: inductor", "motion-2-controlled: inductor")
     assert eager.denoise.engines == ()
+
+
+def test_what_inductor_compiles_stays_in_the_engines_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setitem(registry._MODELS, "a model", lambda: SimpleNamespace(denoise=lambda config: None))
+    build_stage("a model", "denoise", AnimateDiffConfig(threads=1, engine=EngineConfig("inductor", folder=tmp_path)))
+    assert cache_dir() == str(tmp_path / "inductor")
 
 
 @pytest.mark.parametrize("shape", [(0, 512, 512), (16, 513, 512), (16, 512, 4)])
