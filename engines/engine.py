@@ -12,7 +12,7 @@ from engines.unet_call import UNetCall
 class Engine(Protocol):
     """A UNet call that is ready to run on one device, by one thread at a time.
 
-    name: "eager", "inductor" or "tensorrt": for the log, and for the receipt of what it has rendered.
+    name: "eager", "cuda_graph", "inductor" or "tensorrt": for the log, and for the receipt of what it has rendered.
     """
 
     name: str

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-BackEnd = Literal["eager", "inductor", "tensorrt"]
+BackEnd = Literal["eager", "cuda_graph", "inductor", "tensorrt"]
 Plugin = Literal["temporal_attention"]
 
 
@@ -12,9 +12,10 @@ Plugin = Literal["temporal_attention"]
 class EngineConfig:
     """Which engine a replica makes ready before it is ready itself.
 
-    back_end: "eager" runs the modules as they are; "inductor" compiles them with `torch.compile`, minutes at the first start;
-    "tensorrt" builds plans or finds them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be
-    made ready, or has another shape, runs eagerly, and the log says so.
+    back_end: "eager" runs the modules as they are; "cuda_graph" records them, with the same bits, which takes seconds at a start
+    and an NVIDIA GPU; "inductor" compiles them with `torch.compile`, minutes at the first start; "tensorrt" builds plans or finds
+    them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be made ready, or has another
+    shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
     refit: a TensorRT plan holds nobody's weights, so that all checkpoints of a model share it; loading takes an export more.
     plugins: operations that TensorRT plans run by our kernels and not by TensorRT's own; in half precision, and for `shapes` of

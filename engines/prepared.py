@@ -14,6 +14,9 @@ from torch import Tensor
 from engines.engine import Eager, Engine
 from engines.engine_config import EngineConfig
 from engines.errors import EngineError
+from engines.exact_shapes import ExactShapes
+from engines.graphed import GraphEngine
+from engines.inductor import InductorEngine
 from engines.shapes import Shape, ShapeFamily
 from engines.unet_call import UNetCall
 
@@ -103,14 +106,13 @@ def load_engine(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFa
                 call.shapes(shape)
     except ValueError as exc:
         raise EngineError(f"the shapes do not fit: {exc}") from exc
-    return _tensorrt(config, call, families, device) if config.back_end == "tensorrt" else _inductor(config, call, families)
+    if config.back_end == "tensorrt":
+        return _tensorrt(config, call, families, device)
+    return _exact(GraphEngine(call) if config.back_end == "cuda_graph" else InductorEngine(call), families)
 
 
-def _inductor(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFamily]) -> Engine:
-    """Compiled for the best shape of every family: it serves exact shapes only."""
-    from engines.inductor import InductorEngine
-
-    engine = InductorEngine(call)
+def _exact(engine: ExactShapes, families: Sequence[ShapeFamily]) -> Engine:
+    """Ready for the best shape of every family."""
     for shape in dict.fromkeys(family.best for family in families):
         engine.prepare(shape)
     return engine

@@ -60,8 +60,9 @@ def build_stage(model: str, stage: str, config: Any) -> Any:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.engine.folder / "inductor"))
     import torch
 
-    # fp32 is fp32: torch would let a GPU round the inputs of convolutions to 10 bits
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    from engines.arithmetic import exact_arithmetic
+
+    exact_arithmetic()
     # Ray gives a process with less than two CPUs one thread, which on a CPU halves the speed
     torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
     return getattr(_MODELS[model](), stage)(config)

@@ -1,16 +1,23 @@
 """Every operation of ours against the best that PyTorch has, at the shapes at which the models call it.
 
 `python -m kernels.bench` on a machine with a GPU measures all sites and appends to `kernels/results/<gpu>.json`, with versions
-and date: the record that decides where a kernel is used. Without a GPU it runs tiny shapes, compares values, records nothing.
+and date: the record that decides where a kernel is used. Each operation is recorded as soon as it is measured, so that a run
+that is cut off loses one. Without a GPU it runs tiny shapes, compares values, records nothing.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.choice import RESULTS, Shape, record_of
+from kernels.choice import Shape, record_of, winners
 
 SITES_IN = ("kernels.bench_attention", "kernels.bench_fusions")
 """The modules with a tuple `SITES`. A new kernel's sites are one file and one name here."""
@@ -78,30 +85,67 @@ def all_sites() -> tuple[Site, ...]:
     return tuple(site for name in SITES_IN for site in import_module(name).SITES)
 
 
+class GPULostError(RuntimeError):
+    """The GPU answers nothing any more: every later call in this process would fail, whatever it does."""
+
+
 @torch.inference_mode()
-def measure(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Result:
-    """Times every way and compares its values with those of the first of theirs. Raises `ArithmeticError` where they differ."""
+def compare(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> tuple[Contest, dict[str, str], float]:
+    """Runs every way once. Gives the contest, why ways did not run, and the largest difference, relative.
+
+    The first of theirs is what the others are compared with. Raises `ArithmeticError` where values differ, `GPULostError`.
+    """
+    # All ways of a site are closures of one function, and dynamo, which compiles by function, stops at 8 of them without a word.
+    torch.compiler.reset()
     torch.manual_seed(0)
     contest = site.prepare(device, dtype, tiny)
     expected: Tensor | None = None
-    times: tuple[dict[str, float], dict[str, float]] = {}, {}
     refused: dict[str, str] = {}
     difference = 0.0
-    for found, ways in ((times[1], contest.theirs), (times[0], contest.ours)):
-        for name, way in ways.items():
-            try:
-                got = way()
-            except RuntimeError as error:
-                refused[name] = str(error).strip().splitlines()[0][:200]
-                continue
-            expected = got if expected is None else expected
-            apart = ((got.reshape(expected.shape) - expected).abs().max() / expected.abs().max()).item()
-            if not apart <= TOLERANCE[dtype]:
-                raise ArithmeticError(f"{site.operation}, {site.name}: {name} is {apart:.1e} from the first of theirs")
-            difference = max(difference, apart)
-            del got
-            found[name] = microseconds(way, device)
-    return Result(site.operation, site.name, contest.shape, site.calls, *times, refused, difference)
+    for name, way in {**contest.theirs, **contest.ours}.items():
+        try:
+            got = _first_run(way, device)
+        except RuntimeError as error:
+            check_alive(device, f"{site.operation}, {site.name}: {name}", error)
+            refused[name] = str(error).strip().splitlines()[0][:200]
+            continue
+        expected = got if expected is None else expected
+        apart = ((got.reshape(expected.shape) - expected).abs().max() / expected.abs().max()).item()
+        if not apart <= TOLERANCE[dtype]:
+            raise ArithmeticError(f"{site.operation}, {site.name}: {name} is {apart:.1e} from the first of theirs")
+        difference = max(difference, apart)
+    return contest, refused, difference
+
+
+@torch.inference_mode()
+def measure(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Result:
+    """Compares the values of all ways, then times each that ran. Raises what `compare` raises."""
+    contest, refused, difference = compare(site, device, dtype, tiny=tiny)
+    ours, theirs = (
+        {name: microseconds(way, device) for name, way in ways.items() if name not in refused}
+        for ways in (contest.ours, contest.theirs)
+    )
+    return Result(site.operation, site.name, contest.shape, site.calls, ours, theirs, refused, difference)
+
+
+def _first_run(way: Way, device: torch.device) -> Tensor:
+    """Its result, once it is there: what a GPU reports late is this way's fault, and not the next one's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of every reason why a back end does not serve; the record has the error
+        got = way()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return got
+
+
+def check_alive(device: torch.device, who: str, error: Exception) -> None:
+    """Raises `GPULostError` if the error stays with the process, as an illegal access does."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise GPULostError(f"{who} left the GPU unusable: {error}") from error
 
 
 def microseconds(way: Way, device: torch.device) -> float:
@@ -109,7 +153,7 @@ def microseconds(way: Way, device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(way, return_mode="median")) * 1e3
+        return float(do_bench(way, warmup=10, rep=50, return_mode="median")) * 1e3  # milliseconds of each, the emptying included
     times = []
     for _ in range(3):
         start = perf_counter()
@@ -118,8 +162,55 @@ def microseconds(way: Way, device: torch.device) -> float:
     return median(times)
 
 
-def append(folder: Path, results: Iterable[Result], device: torch.device, dtype: torch.dtype) -> Path:
-    """Adds a run to the GPU's file: a list of runs, each of one machine, one dtype and one moment."""
+def measure_sites(
+    sites: Iterable[Site], device: torch.device, dtype: torch.dtype, console: Console, folder: Path | None = None
+) -> bool:
+    """Measures and shows the sites, on a GPU also records them, in `folder` or where choices are read; operation by operation.
+
+    Returns whether all ways agreed; a site where they do not is told and left out. Raises `GPULostError` after recording.
+    """
+    agreed, on_gpu = True, device.type == "cuda"
+    for operation, of_operation in groupby(sorted(sites, key=lambda site: site.operation), key=lambda site: site.operation):
+        results: list[Result] = []
+        started = perf_counter()
+        try:
+            for site in of_operation:
+                try:
+                    results.append(measure(site, device, dtype, tiny=not on_gpu))
+                except ArithmeticError as exc:
+                    console.print(f"{operation}: {exc}", markup=False)
+                    agreed = False
+                if on_gpu:
+                    torch.cuda.empty_cache()
+        finally:
+            console.print(shown(results), f"{operation}: {perf_counter() - started:.0f} s")
+            if on_gpu and results:
+                console.print(f"Recorded in {append(folder, results, device, dtype)}.", markup=False)
+                winners.cache_clear()  # what follows runs by the new record
+    return agreed
+
+
+def compile_ahead(sites: Sequence[Site], device: torch.device, dtype: torch.dtype, workers: int) -> None:
+    """Runs every site once in as many processes, for what the compilers leave on disk: a kernel compiles on one core alone."""
+    names = [(site.operation, site.name) for site in sites]
+    shares = [(frozenset(names[i::workers]), device, dtype) for i in range(workers)]
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, shares))
+
+
+def _compile(share: tuple[frozenset[tuple[str, str]], torch.device, torch.dtype]) -> None:
+    names, device, dtype = share
+    inductor: Any = torch._inductor.config
+    with inductor.patch(compile_threads=1, autotune_local_cache=False):  # what is timed while others use the GPU is not kept
+        for site in all_sites():
+            if (site.operation, site.name) in names:
+                with suppress(ArithmeticError, RuntimeError):  # told where it is measured
+                    compare(site, device, dtype, tiny=device.type != "cuda")
+                torch.cuda.empty_cache()
+
+
+def append(folder: Path | None, results: Iterable[Result], device: torch.device, dtype: torch.dtype) -> Path:
+    """Adds a run to the GPU's file, a list of runs, each of one machine, one dtype and one moment. folder: as in `record_of`."""
     path = record_of(torch.cuda.get_device_name(device), folder)
     runs = json.loads(path.read_text()) if path.exists() else []
     run = circumstances(device, dtype)
@@ -158,25 +249,27 @@ def _best(times: Mapping[str, float]) -> Iterator[str]:
     yield from (name, f"{times[name]:.0f}" if times else "")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures the sites whose operation or name contains the word given, or all."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measures the sites whose operation or name contains the word given, or all. Returns 1 if a way gave other values."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("word", nargs="?", default="", help="only sites whose operation or name contains this")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--results", type=Path, help="the folder to record in; kernels/results if none is named")
+    parser.add_argument("--workers", type=int, default=0, help="compile in as many processes first; on a GPU only")
     options = parser.parse_args(arguments)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 180)
     sites = [site for site in all_sites() if options.word in f"{site.operation} {site.name}"]
     if not torch.cuda.is_available():
-        results = [measure(site, torch.device("cpu"), torch.float32, tiny=True) for site in sites]
-        console.print(shown(results), "No GPU here: tiny shapes, values compared, nothing recorded.")
-        return
+        agreed = measure_sites(sites, torch.device("cpu"), torch.float32, console)
+        console.print("No GPU here: tiny shapes, values compared, nothing recorded.")
+        return 0 if agreed else 1
     device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
-    results = []
-    for site in sites:
-        results.append(measure(site, device, dtype))
-        torch.cuda.empty_cache()
-    console.print(shown(results), f"Recorded in {append(RESULTS, results, device, dtype)}.")
+    if options.workers:
+        started = perf_counter()
+        compile_ahead(sites, device, dtype, options.workers)
+        console.print(f"Compiled ahead in {perf_counter() - started:.0f} s.")
+    return 0 if measure_sites(sites, device, dtype, console, options.results) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from kernels import geglu, group_norm_silu, layer_norm, residual_blend
 from kernels.bench import Contest, Site, Way
-from kernels.choice import forced
+from kernels.choice import INDUCTOR, forced
 
 GROUPS = 32
 """Of every GroupNorm in both models."""
@@ -41,7 +41,7 @@ def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def theirs(way: Way) -> dict[str, Way]:
     """PyTorch's ways. Inductor needs a compiler, which a CPU's machine may not have, and says nothing about GPUs there."""
-    return {"eager": way} | ({"inductor": torch.compile(way, dynamic=False)} if torch.cuda.is_available() else {})
+    return {"eager": way} | ({INDUCTOR: torch.compile(way, dynamic=False)} if torch.cuda.is_available() else {})
 
 
 def kernel(way: Way) -> Way:

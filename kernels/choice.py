@@ -1,8 +1,9 @@
 """Where a kernel of ours runs: at the sites, on the GPU and in the dtype at which a recorded measurement has it faster than
-every way of PyTorch's. All else is PyTorch's.
+every way that PyTorch has there. All else is PyTorch's.
 
 `make bench-kernels` measures and records (`results/`, one file a GPU). An entry says which tile won, so the same record gives
-the same bits. Exported graphs hold PyTorch's operations, for which their run time has kernels of its own, or a plugin of ours.
+the same bits. What inductor fuses is a rival only in a compiled model: modules that run as they are cannot have it.
+Exported graphs hold PyTorch's operations, for which their run time has kernels of its own, or a plugin of ours.
 """
 
 import json
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+INDUCTOR = "inductor"
+"""The name of inductor's way in a record."""
 
 Shape = tuple[int, ...]
 """What of a site's shapes decides, as its operation's `site` gives it; how many images or clips there are does not."""
@@ -25,6 +28,7 @@ T = TypeVar("T")
 
 _forced: Literal["kernels", "pytorch"] | None = None
 
+_folder = RESULTS
 
 _plugins: frozenset[str] = frozenset()
 
@@ -40,9 +44,14 @@ def plugins(operations: Iterable[str]) -> Iterator[None]:
         _plugins = before
 
 
+def exporting() -> bool:
+    """Whether a graph is being exported. In torch 2.11 `is_exporting` alone is true while `torch.compile` traces, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def exports_natively(operation: str) -> bool:
     """Whether a graph is being exported that is to hold PyTorch's operations in place of this one."""
-    return torch.compiler.is_exporting() and operation not in _plugins
+    return exporting() and operation not in _plugins
 
 
 @contextmanager
@@ -56,9 +65,22 @@ def forced(back_end: Literal["kernels", "pytorch"]) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def records_in(folder: Path | None) -> Iterator[None]:
+    """Choices by the records of another folder than `RESULTS`, and by what was added to them meanwhile. None changes nothing."""
+    global _folder
+    before, _folder = _folder, folder or _folder
+    winners.cache_clear()
+    try:
+        yield
+    finally:
+        _folder = before
+        winners.cache_clear()
+
+
 def record_of(gpu: str, folder: Path | None = None) -> Path:
-    """The file of a GPU by its name, e.g. "NVIDIA H200"."""
-    return (folder or RESULTS) / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    """The file of a GPU by its name, e.g. "NVIDIA H200". folder: None for the one that choices are made by."""
+    return (folder or _folder) / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | None:
@@ -71,27 +93,32 @@ def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | N
         return None
     if _forced == "kernels":
         return tiles[0]
-    name = winners(torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch.")).get((operation, shape))
+    won = winners(torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch."), compiled=False)
+    name = won.get((operation, shape))
     return next((tile for tile in tiles if str(tile) == name), None)
 
 
 def prefers_kernel(operation: str, shape: Shape, x: Tensor) -> bool:
-    """Whether to call an operation that PyTorch, and inductor better, can do without one: asked as the model is traced."""
-    if torch.compiler.is_exporting() or _forced == "pytorch":
+    """Whether to call an operation that PyTorch, and inductor better, can do without one: asked as a model runs or is traced."""
+    if exporting() or _forced == "pytorch":
         return False
     if _forced == "kernels":
         return True
-    return x.is_cuda and _wins(operation, shape, x.dtype, x.device.index)
+    return x.is_cuda and _wins(operation, shape, x.dtype, x.device.index, torch.compiler.is_compiling())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiled model asks once
-def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int) -> bool:
-    return (operation, shape) in winners(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
+def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int, compiled: bool) -> bool:
+    won = winners(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."), compiled=compiled)
+    return (operation, shape) in won
 
 
 @cache
-def winners(gpu: str, dtype: str) -> dict[tuple[str, Shape], str]:
-    """The tile of every site at which the newest measurement has ours ahead. dtype: as "float16"."""
+def winners(gpu: str, dtype: str, *, compiled: bool) -> dict[tuple[str, Shape], str]:
+    """The tile of every site at which the newest measurement has ours ahead. dtype: as "float16".
+
+    compiled: ahead of what inductor makes of the operation, too.
+    """
     path = record_of(gpu)
     found: dict[tuple[str, Shape], str] = {}
     for run in json.loads(path.read_text()) if path.exists() else ():
@@ -100,7 +127,8 @@ def winners(gpu: str, dtype: str) -> dict[tuple[str, Shape], str]:
         for result in run["results"]:
             site = (result["operation"], tuple(result["shape"]))
             found.pop(site, None)
-            ours, theirs = result["ours"], result["theirs"]
-            if ours and theirs and min(ours.values()) < min(theirs.values()):
+            ours = result["ours"]
+            rivals = [time for name, time in result["theirs"].items() if compiled or name != INDUCTOR]
+            if ours and rivals and min(ours.values()) < min(rivals):
                 found[site] = min(ours, key=lambda name: ours[name])
     return found

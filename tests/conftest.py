@@ -26,6 +26,12 @@ TEMPLATE = "reelray_test_template"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """On a GPU, PyTorch's C++ code warns of other things on every card and in every version: no test of ours depends on it."""
+    if item.get_closest_marker("gpu"):
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
 @pytest.fixture(scope="session")
 def embedded_server() -> Iterator[str]:
     """The URL of the embedded server, ready for `database`."""

@@ -1,9 +1,9 @@
 """Both models at full size on the GPU at hand: UNet calls and whole jobs against diffusers' in one process, and the kernels.
 
-    python -m engines.bench --gpu [--only unet|jobs|kernels] [--model animatediff|controlnext] [--dtype bfloat16] [--quick]
+    python -m engines.bench --gpu [--only unet|jobs|kernels] [--model animatediff|controlnext] [--steps N] [--quick]
 
 Weights are random, so it needs no checkpoint and no hub. What is done is written at once, to `engines/results/<gpu>.json` and for
-kernels to `kernels/results/` (or to `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
+kernels to `kernels/results/` (or below `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
 code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a
 model at a time, or for `--quick`, or for `--compile-within` less than there is, so that the others are measured in any case.
 """
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from engines.arithmetic import exact_arithmetic
 from engines.bench import nets as sizes
 from engines.bench.job_cases import job_cases
-from engines.bench.kernel_sites import measure_kernels
 from engines.bench.measure import Case, Row, measure
 from engines.bench.nets import AnimateDiffNets, ControlNeXtNets, animatediff_nets, controlnext_nets
 from engines.bench.options import Options
 from engines.bench.record import RESULTS, Record, table
 from engines.bench.unet_cases import animatediff_cases, controlnext_cases
+from kernels.bench import all_sites, measure_sites
+from kernels.choice import records_in
 
 MODELS = ("animatediff", "controlnext")
 PARTS = ("unet", "jobs", "kernels")
@@ -41,16 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda" if asked.gpu else "cpu")
     dtype = getattr(torch, asked.dtype) if asked.gpu else torch.float32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as the service has it
+    exact_arithmetic()  # as the service has it
     parts = asked.only or PARTS
     agreed = True
-    if "kernels" in parts:  # first: the models run by their record
-        agreed = measure_kernels(device, dtype, console, asked.results and asked.results / "kernels")
-    if set(parts) - {"kernels"}:
-        options = _options(asked)
-        record = Record(asked.results or RESULTS, device, dtype, options) if asked.gpu else None
-        rows = _measure_models(asked.model or MODELS, parts, device, dtype, options, console, record)
-        agreed = all(row.agrees and not row.refused for row in rows) and agreed
+    with records_in(asked.results and asked.results / "kernels"):
+        if "kernels" in parts:  # first: the models run by their record
+            agreed = measure_sites(all_sites(), device, dtype, console)
+        if set(parts) - {"kernels"}:
+            options = _options(asked)
+            folder = asked.results / "engines" if asked.results else RESULTS
+            record = Record(folder, device, dtype, options) if asked.gpu else None
+            rows = _measure_models(asked.model or MODELS, parts, device, dtype, options, console, record)
+            agreed = all(row.agrees and not row.refused for row in rows) and agreed
     console.print("Recorded." if asked.gpu else "No GPU asked for: tiny sizes, values compared, nothing recorded.")
     return 0 if agreed else 1
 
@@ -114,11 +118,13 @@ def _measure_models(
 def _options(asked: argparse.Namespace) -> Options:
     thorough = asked.gpu and not asked.quick
     return Options(
+        graph=asked.gpu,
         inductor=asked.gpu if asked.inductor is None else asked.inductor,
         compile_theirs=asked.compile_diffusers,
         autotune=not asked.quick,
         unet_rounds=20 if thorough else 5,
         job_rounds=2 if thorough else 1,
+        steps=asked.steps,
         compile_until=perf_counter() + asked.compile_within,
     )
 
@@ -132,9 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", action="append", choices=MODELS, help="this model; may be repeated")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and compilers do not tune kernels")
+    parser.add_argument("--steps", type=int, help="of a job; by default the endpoint's")
     parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets; by default on a GPU only")
     parser.add_argument("--compile-within", type=float, default=float("inf"), metavar="SECONDS", help="begin no compiling later")
-    parser.add_argument("--results", type=Path, help="the folder to write to, kernels' beneath it; else each its own")
+    parser.add_argument("--results", type=Path, help="the folder for records, in `kernels` and `engines`; else each their own")
     parser.add_argument("--compile-diffusers", action="store_true", help="diffusers' compiled UNets, too")
     return parser
 

@@ -19,10 +19,11 @@ from engines.animatediff.unet import Residuals
 from engines.bench.measure import Case, Way
 from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
-from engines.bench.unet_cases import ADDED_IDS, ready_engine
+from engines.bench.unet_cases import ADDED_IDS, SLOW, engine_ways
 from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.layers import Biases
 from engines.controlnext.unet import Control, Half
+from engines.exact_shapes import ExactShapes
 from engines.media.pixels import to_levels
 from engines.sampling import (
     euler_step,
@@ -46,6 +47,7 @@ SVDCall = Callable[[Tensor, Half, Biases, Control | None], Tensor]
 def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
     """The API's defaults: guidance 1, three keyframes, nothing of SparseCtrl in the cache."""
     size, like = nets.size, nets.unet.conv_in.weight
+    steps = options.steps or size.steps
     normal = partial(torch.randn, device=like.device, dtype=like.dtype)
     text, pixels = normal(1, 77, size.text_width), 8 * size.side
     keyframes = (0, size.frames // 2, size.frames - 1)
@@ -53,7 +55,7 @@ def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
 
     def ours(unet: MotionStep) -> Tensor:
         schedule = linear_schedule(prediction_type="v_prediction")
-        timesteps = lcm_timesteps(size.steps)
+        timesteps = lcm_timesteps(steps)
         context, time = nets.unet.text_context(text), nets.unet.time_embeddings(timesteps)
         net = nets.control
         residuals = net(net.columns(images), keyframes, size.frames, timesteps, net.text_context(text))
@@ -71,7 +73,7 @@ def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
         scheduler = LCMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="linear", prediction_type="v_prediction", clip_sample=False
         )
-        scheduler.set_timesteps(size.steps, device=like.device)
+        scheduler.set_timesteps(steps, device=like.device)
         repeated = text.repeat_interleave(size.frames, dim=0)
         shown = images.new_zeros(1, 3, size.frames, pixels, pixels)
         mask = images.new_zeros(1, 1, size.frames, pixels, pixels)
@@ -89,28 +91,29 @@ def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
         to_levels(nets.their_vae.decode((x[0].transpose(0, 1) / nets.vae.config.scaling_factor).to(like.dtype)).sample)
         return x
 
-    def compiled() -> Way:
-        engine = ready_engine(motion_call(nets.unet), Shape(size.frames, size.side, size.side), options)
+    def prepared(engine: ExactShapes) -> Way:
+        engine.prepare(Shape(size.frames, size.side, size.side))
         return lambda: ours(lambda *args: engine(motion_inputs(*args)))
 
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs, "ours": lambda: partial(ours, nets.unet)}
-    if options.inductor:
-        ways["ours, inductor"] = compiled
-    title = f"job, {pixels}x{pixels}, {size.frames} frames, {size.steps} steps, guidance 1, {len(keyframes)} keyframes"
-    return Case("animatediff", title, ways, 2 * options.job_rounds, frozenset({"ours, inductor"}))
+    ways |= engine_ways(motion_call(nets.unet), prepared, options)
+    title = f"job, {pixels}x{pixels}, {size.frames} frames, {steps} steps, guidance 1, {len(keyframes)} keyframes"
+    return Case("animatediff", title, ways, 2 * options.job_rounds, SLOW)
 
 
 def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
     """One window of all frames, guidance 3."""
     size, unet, net = nets.size, nets.unet, nets.control
+    steps = options.steps or size.steps
     like = unet.conv_in.weight
     normal = partial(torch.randn, device=like.device, dtype=like.dtype)
     image, embedding = normal(4, size.height, size.width), normal(1, size.image_width)
     poses = torch.randint(0, 256, (size.frames, 3, 8 * size.height, 8 * size.width), dtype=torch.uint8)
-    sigmas = karras_sigmas(size.steps, 0.002, 700.0)
+    sigmas = karras_sigmas(steps, 0.002, 700.0)
     times = [0.25 * torch.tensor(sigma).log().item() for sigma in sigmas[:-1]]
     shape = Shape(size.frames, size.height, size.width)
-    maps_shape = svd_call(unet).shapes(shape)["control"]
+    call_of_unet = svd_call(unet)
+    maps_shape = call_of_unet.shapes(shape)["control"]
     trunk = (maps_shape[2], maps_shape[3])
 
     def noise() -> Tensor:
@@ -159,8 +162,8 @@ def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
             to_levels(nets.vae.decode(latents, num_frames=len(chunk)).sample)
         return x
 
-    def compiled() -> Way:
-        engine = ready_engine(svd_call(unet), shape, options)
+    def prepared(engine: ExactShapes) -> Way:
+        engine.prepare(shape)
         off = Control(like.new_zeros(maps_shape), 0.0)
 
         def call(latents: Tensor, half: Half, biases: Biases, control: Control | None) -> Tensor:
@@ -170,10 +173,9 @@ def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
         return lambda: ours(call)
 
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs, "ours": lambda: partial(ours, unet)}
-    if options.inductor:
-        ways["ours, inductor"] = compiled
-    title = f"job, {8 * size.width}x{8 * size.height}, {size.frames} frames, {size.steps} steps, guidance {GUIDANCE:g}"
-    return Case("controlnext", title, ways, options.job_rounds, frozenset({"ours, inductor"}))
+    ways |= engine_ways(call_of_unet, prepared, options)
+    title = f"job, {8 * size.width}x{8 * size.height}, {size.frames} frames, {steps} steps, guidance {GUIDANCE:g}"
+    return Case("controlnext", title, ways, options.job_rounds, SLOW)
 
 
 def job_cases(nets: AnimateDiffNets | ControlNeXtNets, options: Options) -> Iterator[Case]:

@@ -9,6 +9,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from engines.bench.kernel_times import KernelTime, kernel_times
+from kernels.bench import GPULostError, check_alive
+
 Way = Callable[[], Tensor]
 """Does the work once, on inputs that are ready."""
 
@@ -21,7 +24,8 @@ class Case:
     """The same work in several ways.
 
     ways: by name, the first is what the others are compared with; each makes its way ready, for which it may build or compile.
-    slow: those that take long to be made ready. What the others measured is told before. rounds: of timing.
+    slow: those that take long to be made ready. What the others measured is told before. rounds: of timing. profiled: whether
+    to tell on a GPU, too, which kernels the time goes to.
     """
 
     model: str
@@ -29,6 +33,7 @@ class Case:
     ways: Mapping[str, Callable[[], Way]]
     rounds: int
     slow: frozenset[str] = frozenset()
+    profiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Row:
     times_s: of each round. prepare_s: making it ready, its first run in it. working_bytes: of device memory at most, beyond
     weights and inputs: what it holds (a graph's memory) and what a run allocates; None on a CPU. difference: of its
     result from the first way's, largest, as a share of the largest value. refused: why it did not run, in place of all that.
+    kinds, longest: the GPU's time in one run by kind of kernel, and by kernel.
     """
 
     model: str
@@ -49,6 +55,8 @@ class Row:
     difference: float | None = None
     agrees: bool = True
     refused: str = ""
+    kinds: tuple[KernelTime, ...] = ()
+    longest: tuple[KernelTime, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -60,7 +68,7 @@ class Row:
 def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: float = float("inf")) -> Iterator[list[Row]]:
     """The rows of all ways, again and more as slow ways become ready; the last are the result. A round has each way once.
 
-    slow_until: by `perf_counter`; no slow way is begun later.
+    slow_until: by `perf_counter`; no slow way is begun later. Raises `GPULostError`, after the rows so far.
     """
     ready: dict[str, Way] = {}
     rows: dict[str, Row] = {}
@@ -75,12 +83,20 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: fl
             way, rows[name], result = _made_ready(case, name, make, device)
         except Exception as exc:  # whatever it is: the other ways' figures are worth having, and it is told in its place
             rows[name] = Row(case.model, case.name, name, refused=f"{type(exc).__name__}: {exc}"[:2000])
+            try:
+                check_alive(device, f"{case.name}: {name}", exc)
+            except GPULostError:
+                yield list(rows.values())
+                raise
             continue
         expected = result if expected is None else expected
         apart = ((result - expected).abs().max() / expected.abs().max()).item()
         rows[name] = replace(rows[name], difference=apart, agrees=apart <= TOLERANCE[dtype])
         ready[name] = way
-    yield _timed(ready, rows, case.rounds, device)
+    timed = _timed(ready, rows, case.rounds, device)
+    yield timed
+    if case.profiled and device.type == "cuda":
+        yield [_profiled(row, ready[row.way]) if row.way in ready else row for row in timed]
 
 
 def seconds(way: Way, device: torch.device) -> float:
@@ -124,6 +140,11 @@ def _timed(ready: Mapping[str, Way], rows: Mapping[str, Row], rounds: int, devic
         for name, way in ready.items():
             times[name].append(seconds(way, device))
     return [replace(row, times_s=tuple(times.get(name, ()))) for name, row in rows.items()]
+
+
+def _profiled(row: Row, way: Way) -> Row:
+    kinds, longest = kernel_times(way)
+    return replace(row, kinds=kinds, longest=longest)
 
 
 def _reserved_bytes(device: torch.device) -> int:

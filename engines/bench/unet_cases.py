@@ -17,7 +17,8 @@ from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
 from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.unet import Control
-from engines.engine import Engine
+from engines.exact_shapes import ExactShapes
+from engines.graphed import GraphEngine
 from engines.inductor import InductorEngine
 from engines.shapes import Shape
 from engines.unet_call import UNetCall
@@ -25,6 +26,10 @@ from kernels.choice import forced
 
 TIMESTEP, TIME, ADDED_IDS = 499, 0.7, (6.0, 127.0, 0.02)
 """AnimateDiff's; SVD's, 0.25 ln sigma, with what else it is told (fps, motion bucket, noise strength)."""
+
+
+SLOW = frozenset({"ours, inductor", "diffusers, compiled"})
+"""Ways that take minutes to be made ready."""
 
 
 def animatediff_cases(nets: AnimateDiffNets, options: Options) -> Iterator[Case]:
@@ -56,12 +61,12 @@ def _motion_case(nets: AnimateDiffNets, halves: int, options: Options) -> Case:
     def ours() -> Way:
         return lambda: unet(latents, time, context, residuals)
 
-    def compiled() -> Way:
-        engine = ready_engine(call, shape, options)
+    def prepared(engine: ExactShapes) -> Way:
+        engine.prepare(shape)
         return lambda: engine(motion_inputs(latents, time, context, residuals))
 
     title = f"UNet step, {8 * size.side}x{8 * size.side}, {size.frames} frames, guidance in {halves}, SparseCtrl"
-    return unet_case("animatediff", title, nets.their_unet, theirs, ours, compiled, options)
+    return unet_case("animatediff", title, nets.their_unet, theirs, ours, call, prepared, options)
 
 
 def controlnext_cases(nets: ControlNeXtNets, options: Options) -> Iterator[Case]:
@@ -91,12 +96,12 @@ def controlnext_cases(nets: ControlNeXtNets, options: Options) -> Iterator[Case]
     def ours() -> Way:
         return lambda: unet(latents, half, time, control)
 
-    def compiled() -> Way:
-        engine = ready_engine(call, shape, options)
+    def prepared(engine: ExactShapes) -> Way:
+        engine.prepare(shape)
         return lambda: engine(svd_inputs(latents, half, time, control))
 
     title = f"UNet call, {8 * size.width}x{8 * size.height}, {size.window} frames, one half, controlled"
-    yield unet_case("controlnext", title, nets.their_unet, theirs, ours, compiled, options)
+    yield unet_case("controlnext", title, nets.their_unet, theirs, ours, call, prepared, options)
 
 
 def unet_case(
@@ -105,19 +110,28 @@ def unet_case(
     their_unet: Any,
     theirs: Callable[[Any], Way],
     ours: Callable[[], Way],
-    compiled: Callable[[], Way],
+    call: UNetCall,
+    prepared: Callable[[ExactShapes], Way],
     options: Options,
 ) -> Case:
-    """theirs: the way of diffusers' UNet, plain or compiled."""
+    """theirs: the way of diffusers' UNet, plain or compiled. prepared: the way of an engine of `call`."""
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs(their_unet), "ours": ours}
     ways["ours, every kernel"] = lambda: by_kernels(ours())
-    if options.inductor:
-        ways["ours, inductor"] = compiled
+    ways |= engine_ways(call, prepared, options)
     if options.compile_theirs:
         mode = "max-autotune-no-cudagraphs" if options.autotune else "default"
         ways["diffusers, compiled"] = lambda: run_once(theirs(torch.compile(their_unet, mode=mode, dynamic=False)))
-    slow = frozenset(name for name in ways if "inductor" in name or "compiled" in name)
-    return Case(model, title, ways, options.unet_rounds, slow)
+    return Case(model, title, ways, options.unet_rounds, SLOW, profiled=True)
+
+
+def engine_ways(call: UNetCall, prepared: Callable[[ExactShapes], Way], options: Options) -> dict[str, Callable[[], Way]]:
+    """The engines that are asked for, each made when its turn comes."""
+    ways: dict[str, Callable[[], Way]] = {}
+    if options.graph:
+        ways["ours, CUDA graph"] = lambda: prepared(GraphEngine(call))
+    if options.inductor:
+        ways["ours, inductor"] = lambda: prepared(InductorEngine(call, autotune=options.autotune))
+    return ways
 
 
 def by_kernels(way: Way) -> Way:
@@ -134,10 +148,3 @@ def run_once(way: Way) -> Way:
     """The way, after its first run: that is when `torch.compile` works."""
     way()
     return way
-
-
-def ready_engine(call: UNetCall, shape: Shape, options: Options) -> Engine:
-    """The compiled UNet."""
-    engine = InductorEngine(call, autotune=options.autotune)
-    engine.prepare(shape)
-    return engine

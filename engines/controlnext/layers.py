@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, add_linear, as_images, as_tokens, conv_added, fused_qkv
 from kernels.attention import attention
+from kernels.choice import exporting
 from kernels.residual_blend import residual_blend
 from kernels.temporal_attention import temporal_attention
 
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
 
     def positions(self, num_frames: int) -> Tensor:
         """(F, 1, C): the MLP of the frame's index, a constant of the weights (5g)."""
-        if torch.compiler.is_exporting():  # F has no value then, and what is kept would be no tensor
+        if exporting():  # F has no value then, and what is kept would be no tensor
             return self._computed_positions(num_frames)
         if (found := self._positions.get(num_frames)) is None:
             found = self._positions[num_frames] = self._computed_positions(num_frames)

@@ -21,6 +21,7 @@ from engines.controlnext.unet import SVDUNet
 from engines.demo import live
 from engines.engine import Eager, Engine
 from engines.errors import EngineError
+from engines.graphed import GraphEngine
 from engines.inductor import InductorEngine
 from engines.shapes import Shape
 from engines.unet_call import Dims, UNetCall, unet_call
@@ -155,11 +156,11 @@ def test_the_result_is_the_callers_to_keep():
 
 def test_preparing_twice_compiles_once(caplog: pytest.LogCaptureFixture):
     engine = InductorEngine(toy())
-    with caplog.at_level(logging.INFO, "engines.inductor"):
+    with caplog.at_level(logging.INFO, "engines.exact_shapes"):
         for _ in range(2):
             engine.prepare(SHAPE)
     (record,) = caplog.records
-    assert (record.action, record.engine, record.call, record.frames) == ("engine_compiled", "inductor", "toy", 3)
+    assert (record.action, record.engine, record.call, record.frames) == ("shape_ready", "inductor", "toy", 3)
 
 
 def test_threads_that_prepare_at_once_wait_for_each_other():
@@ -190,7 +191,14 @@ def test_what_the_compiler_says_is_an_engine_error():
             return latents
 
     engine = InductorEngine(toy(Untraceable()))
-    with pytest.raises(EngineError, match=r"(?s)toy at Shape.*did not compile: .*no words for it"):
+    with pytest.raises(EngineError, match=r"(?s)toy at Shape.*could not be made ready for inductor: .*no words for it"):
+        engine.prepare(SHAPE)
+    assert not engine.holds(SHAPE)
+
+
+def test_a_cuda_graph_on_a_cpu_is_an_engine_error():
+    engine = GraphEngine(toy())
+    with pytest.raises(EngineError, match="CUDA graphs need an NVIDIA GPU, and toy runs on cpu"):
         engine.prepare(SHAPE)
     assert not engine.holds(SHAPE)
 

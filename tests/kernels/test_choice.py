@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import attention, choice, geglu
 from kernels.bench import Result, append
-from kernels.choice import chosen, forced, prefers_kernel, record_of, winners
+from kernels.choice import INDUCTOR, chosen, forced, prefers_kernel, record_of, records_in, winners
 
 GPU = "NVIDIA H200"
 SITE = (4096, 4096, 8, 40)
@@ -19,11 +19,9 @@ TILES = ("wide", "narrow")
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the measurements of a GPU that is not here would lie."""
-    monkeypatch.setattr(choice, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    winners.cache_clear()
-    yield record_of(GPU)
-    winners.cache_clear()
+    with records_in(tmp_path):
+        yield record_of(GPU)
 
 
 def measured(path: Path, ours: dict[str, float], theirs: dict[str, float], dtype: str = "float16") -> None:
@@ -49,6 +47,13 @@ def test_the_tile_that_beat_every_way_of_pytorchs_runs(record: Path):
 def test_a_kernel_that_beat_only_some_ways_does_not_run(record: Path):
     measured(record, {"wide": 9.0}, {"flash": 8.0, "cudnn": 10.0})
     assert tile() is None
+
+
+def test_what_inductor_fuses_is_a_rival_in_compiled_models_alone(record: Path):
+    measured(record, {"wide": 7.0}, {"eager": 9.0, INDUCTOR: 5.0})
+    assert tile() == "wide"
+    assert ("attention", SITE) in winners(GPU, "float16", compiled=False)
+    assert ("attention", SITE) not in winners(GPU, "float16", compiled=True)
 
 
 def test_the_newest_measurement_counts(record: Path):
@@ -119,6 +124,17 @@ def test_a_compiled_model_has_the_operation_where_it_was_chosen():
     with forced("kernels"):
         assert torch.ops.reelray.geglu.default in operations()
     assert torch.ops.reelray.geglu.default not in operations()
+
+
+def test_a_model_that_is_compiled_is_not_taken_for_one_that_is_exported(monkeypatch: pytest.MonkeyPatch):
+    def gate(x: Tensor) -> Tensor:
+        return x + 1 if choice.exporting() else x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gate, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as in torch 2.11 while `torch.compile` traces
+    assert torch.equal(compiled(torch.zeros(2)), torch.zeros(2))
+    assert torch.equal(gate(torch.zeros(2)), torch.ones(2))
 
 
 def test_a_measurement_is_asked_for_while_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch):

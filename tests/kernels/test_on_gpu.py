@@ -7,7 +7,7 @@ import torch
 
 from kernels import reference
 from kernels.attention import attention
-from kernels.bench import Site, all_sites, measure
+from kernels.bench import Site, all_sites, compare
 from kernels.choice import forced
 from kernels.temporal_attention import temporal_attention
 
@@ -22,10 +22,10 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("site", all_sites(), ids=lambda site: f"{site.operation}-{site.name}")
 def test_compiled_kernels_compute_what_pytorch_does(site: Site, dtype: torch.dtype):
-    result = measure(site, torch.device("cuda"), dtype, tiny=True)
-    assert result.ours
-    assert result.theirs
-    assert not set(result.ours) & set(result.refused)
+    contest, refused, _ = compare(site, torch.device("cuda"), dtype, tiny=True)
+    assert contest.ours
+    assert not contest.ours.keys() & refused.keys()
+    assert contest.theirs.keys() - refused.keys()
 
 
 @pytest.mark.parametrize("back_end", ["kernels", "pytorch"])

@@ -10,13 +10,12 @@ from rich.console import Console
 from torch import Tensor
 
 from engines.bench import __main__ as bench
-from engines.bench import record
 from engines.bench.measure import Case, Row, Way, measure
 from engines.bench.options import Options
 from engines.bench.record import Record, table, told
 
 CPU = torch.device("cpu")
-EAGER = Options(inductor=False, compile_theirs=False, autotune=False, unet_rounds=1, job_rounds=1)
+EAGER = Options(graph=False, inductor=False, compile_theirs=False, autotune=False, unet_rounds=1, job_rounds=1)
 
 
 def returning(value: float) -> Way:
@@ -113,12 +112,8 @@ def test_a_run_is_one_entry_that_grows_behind_earlier_runs(tmp_path: Path):
     assert "median_s" not in broken
 
 
-def test_tiny_sizes_are_shown_and_never_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    assert bench.main(["--tiny", "--only", "unet", "--model", "controlnext"]) == 0
+def test_tiny_sizes_are_shown_and_never_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["--tiny", "--only", "unet", "--model", "controlnext", "--results", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "UNet call" in shown
     assert "nothing recorded" in shown

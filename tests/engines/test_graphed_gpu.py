@@ -1,0 +1,36 @@
+"""What only a GPU can show: UNets recorded as CUDA graphs give the bits of the modules that were recorded."""
+
+import pytest
+import torch
+
+from engines.graphed import GraphEngine
+from engines.shapes import Shape
+from tests.engines.test_inductor import motion, random_inputs, svd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU: not verified that UNets recorded as CUDA graphs give the modules' bits"
+    ),
+]
+
+SHAPES = Shape(16, 8, 8), Shape(8, 16, 8)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("make", [motion, svd])
+def test_a_recorded_unet_gives_the_bits_of_the_modules(make, dtype: torch.dtype):
+    call = make("cuda", dtype)
+    engine = GraphEngine(call)
+    for shape in SHAPES:
+        engine.prepare(shape)
+    for shape in (*SHAPES, *SHAPES):
+        inputs = {name: tensor.to("cuda", dtype) for name, tensor in random_inputs(call, shape).items()}
+        laid_out = {
+            name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 and name != "latents" else tensor
+            for name, tensor in inputs.items()
+        }
+        expected = call.module(*laid_out.values())
+        assert torch.isfinite(expected).all()
+        assert torch.equal(engine(inputs), expected)
