@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -220,8 +221,20 @@ def append(folder: Path | None, results: Iterable[Result], device: torch.device,
     return path
 
 
+@cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this GPU can do at most, in plain operations: TB/s of a large copy, read and written, and TFLOP/s of a large product."""
+    source = torch.ones(2**31, dtype=torch.uint8, device=device)
+    a, b = torch.randn(2, 8192, 8192, dtype=dtype, device=device)
+    copying, product = (microseconds(way, device) for way in (source.clone, lambda: a @ b))
+    return {
+        "copy_tb_per_s": round(2 * source.numel() / copying / 1e6, 2),
+        "product_tflop_per_s": round(2 * 8192**3 / product / 1e6),
+    }
+
+
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a figure depends on besides the code: GPU, versions, dtype; and the date."""
+    """What a figure depends on besides the code: GPU, its ceilings, versions, dtype; and the date."""
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
@@ -231,6 +244,7 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "capability": torch.cuda.get_device_capability(device),
         "versions": versions,
     }
+    run |= {"ceilings": ceilings(device, dtype)} if torch.cuda.is_available() else {}
     return run | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "dtype": str(dtype).removeprefix("torch.")}
 
 
