@@ -223,7 +223,7 @@ def append(folder: Path | None, results: Iterable[Result], device: torch.device,
 
 @cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU can do at most, in plain operations: TB/s of a large copy, read and written, and TFLOP/s of a large product."""
+    """What this GPU does at most: TB/s of a large copy, counting reads and writes, and TFLOP/s of a large product."""
     source = torch.ones(2**31, dtype=torch.uint8, device=device)
     a, b = torch.randn(2, 8192, 8192, dtype=dtype, device=device)
     copying, product = (microseconds(way, device) for way in (source.clone, lambda: a @ b))
