@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from kernels.geglu import geglu
-from kernels.group_norm_silu import group_norm_silu
+from kernels.group_norm_silu import group_norm_silu, norms_by_kernel
 from kernels.layer_norm import layer_norm
 from kernels.residual_blend import adds_by_kernel, residual_add
 
@@ -44,10 +45,27 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = source.weight, source.bias
         self.num_groups, self.eps, self.silu = source.num_groups, source.eps, silu
 
-    def forward(self, x: Tensor, num_frames: int = 1) -> Tensor:
-        """x: (B F, C, H, W). num_frames: how many consecutive images share statistics."""
+    def forward(self, x: Tensor, num_frames: int = 1, added: Tensor | None = None) -> Tensor:
+        """x: (B F, C, H, W). num_frames: how many consecutive images share statistics. added: (C,), to x before."""
         shared = (self.weight, self.bias, self.num_groups, self.eps)
-        return group_norm_silu(x, *shared, num_frames=num_frames, silu=self.silu)
+        return group_norm_silu(x, *shared, num_frames=num_frames, silu=self.silu, added=added)
+
+    def takes_bias(self, x: Tensor, num_frames: int = 1) -> bool:
+        """Whether it should add the bias of the convolution before it. x: images like that one's, of whatever width."""
+        like = x[:1, :1].expand(-1, len(self.weight), -1, -1)
+        return norms_by_kernel(like, self.num_groups, num_frames, self.silu)
+
+
+def fuse_norms(decoder: nn.Module) -> None:
+    """Gives the image resnets and the last norm of a VAE's decoder, of diffusers' classes, `GroupNorm`s with their SiLU."""
+    blocks: list[Any] = [module for module in decoder.modules() if isinstance(module, ResnetBlock2D)]
+    for block in blocks:
+        assert isinstance(block.nonlinearity, nn.SiLU), block.nonlinearity
+        block.norm1, block.norm2 = GroupNorm(block.norm1, silu=True), GroupNorm(block.norm2, silu=True)
+        block.nonlinearity = nn.Identity()
+    last: Any = decoder
+    assert isinstance(last.conv_act, nn.SiLU), last.conv_act
+    last.conv_norm_out, last.conv_act = GroupNorm(last.conv_norm_out, silu=True), nn.Identity()
 
 
 class LayerNorm(nn.Module):

@@ -154,7 +154,7 @@ def microseconds(way: Way, device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(way, warmup=10, rep=50, return_mode="median")) * 1e3  # milliseconds of each, the emptying included
+        return float(do_bench(way, warmup=5, rep=30, return_mode="median")) * 1e3  # milliseconds of each, the emptying included
     times = []
     for _ in range(3):
         start = perf_counter()

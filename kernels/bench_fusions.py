@@ -184,8 +184,20 @@ def _controlnext() -> Iterator[tuple[str, str, int, Prepare]]:
         yield "layer_norm", f"tokens {pixels}", 10 * blocks, partial(of_layer_norm, images, False)
 
 
+# By pixels / 4096: the decoder's norms by width. The VAE of both models; SVD's has image resnets of the same widths.
+VAE = {1: {512: 10}, 4: {512: 6}, 16: {512: 1, 256: 5}, 64: {256: 1, 128: 6}}
+
+
+def _vae() -> Iterator[tuple[str, str, int, Prepare]]:
+    """AnimateDiff's, 4 frames at a time, from 64x64 latents."""
+    for factor, widths in VAE.items():
+        for width, calls in widths.items():
+            images = Images(1, 4, 4096 * factor, width)
+            yield "group_norm_silu", f"decoder {4096 * factor} {width}", 4 * calls, partial(of_group_norm, images, False, True)
+
+
 SITES = tuple(
     Site(operation, f"{model} {name}", calls, prepare)
-    for model, sites in (("animatediff", _animatediff()), ("controlnext", _controlnext()))
+    for model, sites in (("animatediff", _animatediff()), ("controlnext", _controlnext()), ("vae", _vae()))
     for operation, name, calls, prepare in sites
 )

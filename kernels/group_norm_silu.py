@@ -13,21 +13,37 @@ from kernels.choice import Shape, chosen, prefers_kernel
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, num_frames: int = 1, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    num_frames: int = 1,
+    silu: bool = True,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """silu((x - mean) / sqrt(var + eps) weight + bias), mean and var of each group of channels over its clip, in fp32.
+    """silu((y - mean) / sqrt(var + eps) weight + bias) of y = x + added, mean and var of each group over its clip, in fp32.
 
     x: (B num_frames, C, H, W), in channels-last memory or copied into it, as the result is. weight, bias: (C,). groups divides C.
-    num_frames: how many consecutive images share statistics. silu: without it, the norm alone.
+    num_frames: how many consecutive images share statistics. silu: without it, the norm alone. added: (C,) or None, e.g. the bias
+    of the convolution before, which costs the kernel nothing and PyTorch a pass: see `norms_by_kernel`.
     Group Normalization, arXiv 1803.08494, eq. 1; SiLU, arXiv 1606.08415, section 2.
     """
     assert x.ndim == 4, x.shape
     assert x.shape[0] % num_frames == 0, (x.shape, num_frames)
     assert x.shape[1] % groups == 0, (x.shape, groups)
     assert weight.shape == bias.shape == x.shape[1:2], (weight.shape, bias.shape, x.shape)
-    if prefers_kernel("group_norm_silu", site(x, groups, num_frames, silu), x):
-        return _op(x, weight, bias, groups, eps, num_frames, silu)
+    assert added is None or added.shape == bias.shape, (added.shape, bias.shape)
+    if norms_by_kernel(x, groups, num_frames, silu):
+        return _op(x, weight, bias, groups, eps, num_frames, silu, added)
+    x = x if added is None else x + added[:, None, None]
     return by_pytorch(x, weight, bias, groups, eps, num_frames, silu)
+
+
+def norms_by_kernel(x: Tensor, groups: int, num_frames: int, silu: bool) -> bool:
+    """Whether `group_norm_silu` is ours for images like x: then a convolution before it leaves its bias to it."""
+    return prefers_kernel("group_norm_silu", site(x, groups, num_frames, silu), x)
 
 
 def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
@@ -47,8 +63,11 @@ def site(x: Tensor, groups: int, num_frames: int, silu: bool) -> Shape:
 
 
 @torch.library.custom_op("reelray::group_norm_silu", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
-    return _like(x).copy_(reference.group_norm_silu(x, weight, bias, groups, eps, num_frames=num_frames, silu=silu))
+def _op(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool, added: Tensor | None
+) -> Tensor:
+    y = reference.group_norm_silu(x, weight, bias, groups, eps, num_frames=num_frames, silu=silu, added=added)
+    return _like(x).copy_(y)
 
 
 @_op.register_fake
@@ -57,9 +76,12 @@ def _like(x: Tensor, *_: object) -> Tensor:
 
 
 @_op.register_kernel("cuda")
-def _launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool, added: Tensor | None
+) -> Tensor:
     from kernels.triton.group_norm_silu import CUTS, launch  # late: Triton is optional
 
     cut = chosen("group_norm_silu", site(x, groups, num_frames, silu), x, CUTS) or CUTS[0]
     with torch.cuda.device_of(x):  # where Triton launches
-        return launch(x.contiguous(memory_format=torch.channels_last), weight, bias, groups, eps, num_frames, silu, *cut)
+        images = x.contiguous(memory_format=torch.channels_last)
+        return launch(images, weight, bias, groups, eps, num_frames, silu, *cut, added=added)

@@ -25,10 +25,19 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, num_frames: int = 1, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    num_frames: int = 1,
+    silu: bool = True,
+    added: Tensor | None = None,
 ) -> Tensor:
     """`kernels.group_norm_silu.group_norm_silu` by its equation."""
-    clips = _wide(x).unflatten(0, (-1, num_frames)).unflatten(2, (groups, -1))  # (B, F, G, C / G, H, W)
+    y = _wide(x) if added is None else _wide(x) + added[:, None, None]
+    clips = y.unflatten(0, (-1, num_frames)).unflatten(2, (groups, -1))  # (B, F, G, C / G, H, W)
     var, mean = torch.var_mean(clips, dim=(1, 3, 4, 5), correction=0, keepdim=True)
     y = ((clips - mean) / (var + eps).sqrt()).flatten(2, 3).flatten(0, 1)  # (B F, C, H, W)
     y = y * weight[:, None, None] + bias[:, None, None]

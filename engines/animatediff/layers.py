@@ -175,12 +175,14 @@ class Resnet(nn.Module):
         """x: (N, C, H, W). time: (T, E) after SiLU, each row for N / T consecutive images."""
         bias = self.time_emb_proj(time) + self.conv1.bias  # (T, C')
         h = self.norm1(x)
+        later = None
         if len(bias) == 1:  # a step: its time is a bias of the convolution, and no pass of its own
-            h = F.conv2d(h, self.conv1.weight, bias[0], padding=1)
+            later = bias[0] if self.norm2.takes_bias(x) else None
+            h = F.conv2d(h, self.conv1.weight, None if later is not None else bias[0], padding=1)
         else:
             h = F.conv2d(h, self.conv1.weight, padding=1)
             h += bias.repeat_interleave(x.shape[0] // bias.shape[0], dim=0)[:, :, None, None]
-        return conv_added(self.conv2, self.norm2(h), x if self.shortcut is None else self.shortcut(x))
+        return conv_added(self.conv2, self.norm2(h, added=later), x if self.shortcut is None else self.shortcut(x))
 
 
 class DownBlock(nn.Module):

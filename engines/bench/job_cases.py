@@ -40,6 +40,9 @@ SEED, GUIDANCE = 7, 3.0
 OUR_DECODE_FRAMES, CONTROL_FRAMES, CHUNK = 4, 8, 2
 """AnimateDiff's decode_chunk; ControlNeXt's control_batch_frames and decode_batch_frames, and its decode_chunk_size."""
 
+PROFILED_STEPS = 4
+"""Where its kernels' time goes is told of a job of no more: a profile holds every launch."""
+
 MotionStep = Callable[[Tensor, Tensor, TextContext, Residuals], Tensor]
 SVDCall = Callable[[Tensor, Half, Biases, Control | None], Tensor]
 
@@ -98,7 +101,7 @@ def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs, "ours": lambda: partial(ours, nets.unet)}
     ways |= engine_ways(motion_call(nets.unet), prepared, options)
     title = f"job, {pixels}x{pixels}, {size.frames} frames, {steps} steps, guidance 1, {len(keyframes)} keyframes"
-    return Case("animatediff", title, ways, 2 * options.job_rounds, SLOW)
+    return Case("animatediff", title, ways, 2 * options.job_rounds, SLOW, profiled=steps <= PROFILED_STEPS)
 
 
 def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
@@ -175,7 +178,7 @@ def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs, "ours": lambda: partial(ours, unet)}
     ways |= engine_ways(call_of_unet, prepared, options)
     title = f"job, {8 * size.width}x{8 * size.height}, {size.frames} frames, {steps} steps, guidance {GUIDANCE:g}"
-    return Case("controlnext", title, ways, options.job_rounds, SLOW)
+    return Case("controlnext", title, ways, options.job_rounds, SLOW, profiled=steps <= PROFILED_STEPS)
 
 
 def job_cases(nets: AnimateDiffNets | ControlNeXtNets, options: Options) -> Iterator[Case]:

@@ -43,10 +43,10 @@ def parts(results: Path | None) -> tuple[Part, ...]:
     bench = (python, "-m", "engines.bench", "--gpu", "--quick", *(("--results", str(results)) if results else ()))
     kernels = (python, "-m", "kernels.bench", "--workers", "10", *(("--results", str(results / "kernels")) if results else ()))
     workers = ("-n", "6") if find_spec("xdist") else ()  # the tests compile more than they compute
-    tests = (python, "-m", "pytest", "-m", "gpu", "tests/kernels", "tests/engines", "--tb=short", *workers)
+    tests = (python, "-m", "pytest", "-m", "gpu", "tests/kernels", "tests/engines", "--tb=short", "-p", "no:benchmark", *workers)
     return (
         Part("environment", 5, 30, ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv")),
-        Part("kernels", 60, 240, kernels),
+        Part("kernels", 60, 200, kernels),
         Part("UNets", 40, 120, (*bench, "--only", "unet", "--no-inductor")),
         Part("short jobs", 40, 120, (*bench, "--only", "jobs", "--no-inductor", "--steps", "4")),
         Part("tests", 60, 240, (*tests, "-k", _FP16)),

@@ -51,8 +51,11 @@ class SpatialConvs(nn.Module):
 
     def forward(self, x: Tensor, time: Biases) -> Tensor:
         """x: (F, C, H, W) -> (F, C', H, W)."""
-        h = F.conv2d(self.norm1(x), self.conv1.weight, time[self.slot], padding=1)
-        return conv_added(self.conv2, self.norm2(h), x if self.shortcut is None else self.shortcut(x))
+        bias, later = time[self.slot], self.norm2.takes_bias(x)
+        h = F.conv2d(self.norm1(x), self.conv1.weight, None if later else bias, padding=1)
+        return conv_added(
+            self.conv2, self.norm2(h, added=bias if later else None), x if self.shortcut is None else self.shortcut(x)
+        )
 
 
 class TemporalConvs(nn.Module):
@@ -76,8 +79,9 @@ class TemporalConvs(nn.Module):
     def forward(self, x: Tensor, time: Biases) -> Tensor:
         """x: (F, C, H, W). GroupNorm shares statistics between the frames."""
         frames = x.shape[0]
-        h = F.conv2d(_rows(self.norm1(x, frames)), self.conv1.weight, time[self.slot], padding=(1, 0))
-        h = self.norm2(_images(h, x), frames)
+        bias, later = time[self.slot], self.norm2.takes_bias(x, frames)
+        h = F.conv2d(_rows(self.norm1(x, frames)), self.conv1.weight, None if later else bias, padding=(1, 0))
+        h = self.norm2(_images(h, x), frames, bias if later else None)
         return _images(conv_added(self.conv2, _rows(h), _rows(x)), x)
 
 

@@ -93,15 +93,15 @@ def register() -> None:
 
     def offered(qkv: Any, tensors: int) -> list[Any]:
         name, _ = _types(qkv)
-        tactics = list(range(1, 1 + len(_tiles(current_capability()))))  # 0 is TensorRT's own word for no tactic
+        tactics = list(range(1, 1 + len(_tiles(64, current_capability()))))  # 0 is TensorRT's own word for no tactic
         return [trtp.AutoTuneCombination(", ".join([name] * tensors), "LINEAR", tactics)]
 
     def implemented(qkv: Any, with_table: bool, attribute: Numbers, tactic: int) -> tuple[Any, Any, Any, Any]:
         frames, heads = (int(number) for number in attribute)
         images, positions, width = qkv.shape_expr
-        capability = current_capability()
+        capability, head_dim = current_capability(), qkv.shape[2] // 3 // heads
         kernel = kernel_of(frames, heads, qkv.shape[2], with_table, _types(qkv)[1], capability, tactic)
-        blocks = images // frames * trtp.cdiv(positions, positions_of_block(frames, capability, tactic)) * heads
+        blocks = images // frames * trtp.cdiv(positions, positions_of_block(frames, head_dim, capability, tactic)) * heads
         launch = trtp.KernelLaunchParams(grid_x=blocks, block_x=kernel.threads, shared_mem=kernel.shared)
         return kernel.entry, kernel.ptx, launch, trtp.SymIntExprs.from_tuple((positions, positions * width, width))
 
@@ -143,8 +143,9 @@ def kernel_of(frames: int, heads: int, width: int, with_table: bool, dtype: str,
     """
     from kernels.triton.temporal_attention import ahead
 
+    head_dim = width // 3 // heads
     try:
-        made = ahead(frames, heads, width // 3 // heads, with_table, dtype, capability, _tiles(capability)[tactic - 1])
+        made = ahead(frames, heads, head_dim, with_table, dtype, capability, _tiles(head_dim, capability)[tactic - 1])
     except ValueError as exc:
         raise EngineError(f"our attention over frames cannot be a plugin here: {exc}") from exc
     if made.shared > MOST_SHARED_BYTES:
@@ -153,11 +154,11 @@ def kernel_of(frames: int, heads: int, width: int, with_table: bool, dtype: str,
     return replace(made, ptx=without_hidden(made.ptx, made.entry, arguments, made.scratch))
 
 
-def positions_of_block(frames: int, capability: int, tactic: int) -> int:
+def positions_of_block(frames: int, head_dim: int, capability: int, tactic: int) -> int:
     """How many positions one block of `kernel_of` computes, for one head."""
     from kernels.triton.temporal_attention import padded
 
-    return _tiles(capability)[tactic - 1].rows // padded(frames)
+    return _tiles(head_dim, capability)[tactic - 1].rows // padded(frames)
 
 
 def current_capability() -> int:
@@ -167,10 +168,10 @@ def current_capability() -> int:
     return capability(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _tiles(capability: int) -> tuple["Tile", ...]:
+def _tiles(head_dim: int, capability: int) -> tuple["Tile", ...]:
     from kernels.triton.temporal_attention import tiles
 
-    return tiles(capability)
+    return tiles(head_dim, capability)
 
 
 def _types(qkv: Any) -> tuple[str, str]:

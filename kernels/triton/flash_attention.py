@@ -38,6 +38,7 @@ class Tile:
 def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
     """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
 
+    Each has two stages or more: with one, Triton 3.6 on an H200 gave other values for heads of two tiles (2026-11-27).
     capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, a tile of 128 rows with 4 warps anywhere.
     """
     if head_dim > 80 and capability not in WARPGROUPS:

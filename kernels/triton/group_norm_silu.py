@@ -55,13 +55,16 @@ def chunk_moments(x, rows, channels, chunks, means, squares, ROWS: tl.constexpr,
 
 @triton.jit
 def channel_affine(
-    means, squares, weight, bias, rows, channels, chunks, groups, scale, shift,
+    means, squares, weight, bias, added, rows, channels, chunks, groups, scale, shift,
     EPS: tl.constexpr, CHUNK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """GroupNorm as one multiplication and one addition: scale = weight / sqrt(var + eps), shift = bias - mean scale.
+    """GroupNorm as one multiplication and one addition: scale = weight / sqrt(var + eps), shift = bias + (added - mean) scale.
+
+    What is added to every value of a channel moves that channel's means, and no difference from them.
 
     Chan's formula over the chunks and channels of a group: var = sum_i (squares_i + n_i (means_i - mean)^2) / sum_i n_i.
-    means, squares: (clips, chunks, channels). weight, bias: (channels,). scale, shift: (clips, channels), fp32.
+    means, squares: (clips, chunks, channels). weight, bias, added: (channels,), the last may be None. scale, shift: (clips,
+    channels), fp32.
     """
     clip = tl.program_id(0) // groups
     width = channels // groups
@@ -71,12 +74,16 @@ def channel_affine(
     means += base
     squares += base
     total = rows * width * 1.0
+    moved = tl.zeros([WIDTH], tl.float32)
+    if added is not None:
+        moved = tl.load(added + channel, lanes < width, other=0.0).to(tl.float32)
     acc = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         inside = (chunk < chunks)[:, None] & (lanes < width)[None, :]
         held = tl.minimum(rows - chunk * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)[:, None]
-        acc += held * tl.load(means + chunk[:, None] * channels + channel[None, :], inside, other=0.0)
+        seen = tl.load(means + chunk[:, None] * channels + channel[None, :], inside, other=0.0)
+        acc += tl.where(inside, held * (seen + moved[None, :]), 0.0)
     mean = tl.sum(tl.sum(acc, 1), 0) / total
     acc = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in range(0, chunks, CHUNKS):
@@ -84,11 +91,11 @@ def channel_affine(
         inside = (chunk < chunks)[:, None] & (lanes < width)[None, :]
         held = tl.minimum(rows - chunk * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)[:, None]
         place = chunk[:, None] * channels + channel[None, :]
-        gap = tl.load(means + place, inside, other=0.0) - mean
+        gap = tl.load(means + place, inside, other=0.0) + moved[None, :] - mean
         acc += tl.where(inside, tl.load(squares + place, inside, other=0.0) + held * gap * gap, 0.0)
     factor = 1.0 / tl.sqrt(tl.sum(tl.sum(acc, 1), 0) / total + EPS)
     factor = factor * tl.load(weight + channel, lanes < width, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, lanes < width, other=0.0).to(tl.float32) - mean * factor
+    offset = tl.load(bias + channel, lanes < width, other=0.0).to(tl.float32) + (moved - mean) * factor
     tl.store(scale + clip * channels + channel, factor, lanes < width)
     tl.store(shift + clip * channels + channel, offset, lanes < width)
 
@@ -127,12 +134,14 @@ def launch(
     silu: bool,
     moments: Tile = MOMENTS[0],
     apply: Tile = APPLY[0],
+    added: Tensor | None = None,
 ) -> Tensor:
     """Launches. Shapes as `kernels.group_norm_silu.group_norm_silu`; x in channels-last memory. moments, apply: how to cut."""
     assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     assert x.is_contiguous(memory_format=torch.channels_last), f"channels-last images, not strides {x.stride()}"
     assert weight.is_contiguous()
     assert bias.is_contiguous()
+    assert added is None or added.is_contiguous()
     channels, clips = x.shape[1], x.shape[0] // num_frames
     rows = num_frames * x.shape[2] * x.shape[3]
     chunk_rows = moments.rows * moments.repeats
@@ -145,7 +154,7 @@ def launch(
         ROWS=moments.rows, COLUMNS=moments.columns, REPEATS=moments.repeats, num_warps=moments.warps,
     )  # fmt: skip
     channel_affine[(clips * groups,)](
-        means, squares, weight, bias, rows, channels, chunks, groups, scale, shift,
+        means, squares, weight, bias, added, rows, channels, chunks, groups, scale, shift,
         EPS=eps, CHUNK_ROWS=chunk_rows, CHUNKS=max(1, PARTIALS // group_width), WIDTH=group_width, num_warps=4,
     )  # fmt: skip
     apply_affine[(clips * cdiv(rows, apply.rows) * cdiv(channels, apply.columns),)](

@@ -34,19 +34,25 @@ class Tile:
     warps: int
 
 
-def tiles(capability: int) -> tuple[Tile, ...]:
+def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
     """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
 
     capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
+    A head of two tiles must not be multiplied by warpgroups, which take over at 64 rows and 4 warps: on an H200 with Triton 3.6
+    that gave other values, or an illegal access to shared memory, in most runs (40, 80 and 160; 2026-11-27).
+    There are as many for every head dimension: a TensorRT plan knows them by number.
     """
-    return (Tile(64, 4), Tile(64, 8)) if capability in WARPGROUPS else (Tile(32, 4),)
+    if capability not in WARPGROUPS:
+        return (Tile(32, 4),)
+    return (Tile(64, 4), Tile(64, 8)) if split(head_dim)[1] == 0 else (Tile(32, 4), Tile(32, 2))
 
 
 def tiles_of(qkv: Tensor, num_frames: int, heads: int) -> tuple[Tile, ...]:
     """Those for projections (B F, S, 3 C) on their GPU; none for more than 32 frames, heads above 160, or rows that do not
     begin at 16 bytes."""
     head_dim = qkv.shape[2] // 3 // heads
-    return () if num_frames > MOST_FRAMES or head_dim > WIDEST or head_dim % 8 else tiles(capability(qkv.device))
+    served = num_frames <= MOST_FRAMES and head_dim <= WIDEST and head_dim % 8 == 0
+    return tiles(head_dim, capability(qkv.device)) if served else ()
 
 
 @triton.jit

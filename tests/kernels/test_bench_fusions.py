@@ -11,7 +11,8 @@ def calls(operation: str, model: str) -> int:
 def test_the_sites_are_registered_for_every_operation_and_both_models():
     assert set(SITES) <= set(all_sites())
     found = {(site.operation, site.name.split()[0]) for site in SITES}
-    assert found == {(operation, model) for operation in OPERATIONS for model in ("animatediff", "controlnext")}
+    of_unets = {(operation, model) for operation in OPERATIONS for model in ("animatediff", "controlnext")}
+    assert found == of_unets | {("group_norm_silu", "vae")}
 
 
 def test_the_calls_are_those_of_the_nets():

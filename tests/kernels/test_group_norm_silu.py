@@ -1,4 +1,5 @@
 from concurrent.futures import Executor
+from typing import Literal
 
 import pytest
 import torch
@@ -32,14 +33,22 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.5) -> t
 
 
 def interpreter_error(
-    shape: tuple[int, ...], groups: int, frames: int, silu: bool, dtype: torch.dtype, cut: tuple[Tile, Tile], offset: float = 0.5
+    shape: tuple[int, ...],
+    groups: int,
+    frames: int,
+    silu: bool,
+    dtype: torch.dtype,
+    cut: tuple[Tile, Tile],
+    offset: float = 0.5,
+    added: Tensor | None = None,
 ) -> float:
     x, weight, bias = inputs(shape, dtype, offset)
-    ours = group_norm_silu_triton.launch(x, weight, bias, groups, 1e-5, frames, silu, *cut)
+    ours = group_norm_silu_triton.launch(x, weight, bias, groups, 1e-5, frames, silu, *cut, added=added)
     assert ours.dtype == dtype
     assert ours.is_contiguous(memory_format=torch.channels_last)
     wide = x.double(), weight.double(), bias.double()
-    return error(ours, reference.group_norm_silu(*wide, groups, 1e-5, num_frames=frames, silu=silu))
+    wide_added = None if added is None else added.double()
+    return error(ours, reference.group_norm_silu(*wide, groups, 1e-5, num_frames=frames, silu=silu, added=wide_added))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -53,6 +62,29 @@ def test_the_kernels_equal_the_reference(
 @pytest.mark.parametrize("cut", CUTS[1:])
 def test_every_tile_gives_the_same(interpreted: Executor, cut: tuple[Tile, Tile]):
     assert interpreted.submit(interpreter_error, (10, 90, 11, 3), 3, 5, True, torch.float32, cut).result() <= 2e-5
+
+
+@pytest.mark.parametrize(("shape", "groups", "frames"), [((5, 90, 11, 3), 3, 5), ((2, 64, 23, 29), 2, 1)])
+def test_what_is_added_to_channels_before_moves_their_means(
+    interpreted: Executor, shape: tuple[int, ...], groups: int, frames: int
+):
+    added = values(shape[1], dtype=torch.float32, seed=3, offset=2.0)
+    given = (shape, groups, frames, True, torch.float32, CUTS[0], 0.5, added)
+    assert interpreted.submit(interpreter_error, *given).result() <= 2e-5
+
+
+@pytest.mark.parametrize("back_end", ["kernels", "pytorch"])
+def test_the_operation_adds_before_it_norms(back_end: Literal["kernels", "pytorch"]):
+    x, weight, bias = inputs((4, 96, 5, 13), torch.float64)
+    added = values(96, dtype=torch.float64, seed=3, offset=2.0)
+    with forced(back_end):
+        assert (
+            error(
+                group_norm_silu(x, weight, bias, 8, num_frames=2, added=added),
+                reference.group_norm_silu(x + added[:, None, None], weight, bias, 8, 1e-5, num_frames=2),
+            )
+            < 1e-13
+        )
 
 
 def test_silu_can_be_left_out(interpreted: Executor):
@@ -119,7 +151,8 @@ def test_where_nothing_was_measured_pytorch_computes_the_same(dtype: torch.dtype
 @pytest.mark.parametrize("frames", [1, 2])
 def test_the_operation_is_registered_soundly(frames: int):
     x, weight, bias = inputs((2, 8, 3, 5), torch.float32)
-    torch.library.opcheck(torch.ops.reelray.group_norm_silu, (x, weight, bias, 4, 1e-5, frames, True))
+    for added in (None, bias):
+        torch.library.opcheck(torch.ops.reelray.group_norm_silu, (x, weight, bias, 4, 1e-5, frames, True, added))
 
 
 def test_a_broken_clip_and_uneven_groups_are_refused():
@@ -159,7 +192,7 @@ def test_an_image_of_one_chunk_fits_too():
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("width", [next_power_of_2(width) for width in GROUP_WIDTHS])
 def test_every_width_of_a_group_fits_every_card(width: int, capability: int):
-    types = {"means": "*fp32", "squares": "*fp32", "weight": "*fp16", "bias": "*fp16", **SIZES}
+    types = {"means": "*fp32", "squares": "*fp32", "weight": "*fp16", "bias": "*fp16", "added": "*fp16", **SIZES}
     types |= {"chunks": "i32", "groups": "i32", "scale": "*fp32", "shift": "*fp32"}
     constants = {"EPS": 1e-5, "CHUNK_ROWS": 512, "CHUNKS": PARTIALS // width, "WIDTH": width}
     assert_streams(channel_affine, types, constants, capability, 4, wide=False)

@@ -101,9 +101,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-NODES = {  # qkv, frames, heads, whether there is a table, dtype; positions of a block of 64 rows
+NODES = {  # qkv, frames, heads, whether there is a table, dtype; positions of a block of 64 or 32 rows
     "svd": ((24, 2304, 960), 24, 5, False, "bf16", 2),
-    "motion": ((32, 67, 960), 16, 8, True, "fp16", 4),
+    "motion": ((32, 67, 960), 16, 8, True, "fp16", 2),
 }
 
 

@@ -57,7 +57,7 @@ def test_the_machine_code_computes_attention_over_frames(
     clips, frames, positions, heads, head_dim, with_table = site
     capability = current_capability()
     try:
-        of_block = positions_of_block(frames, capability, tactic)
+        of_block = positions_of_block(frames, head_dim, capability, tactic)
     except IndexError:
         pytest.skip(f"one tile on {capability}")
     torch.manual_seed(0)
