@@ -58,8 +58,8 @@ bench-kernels: install ## measure the kernels against PyTorch's at the models' s
 	$(BIN)/python -m kernels.bench
 
 .PHONY: bench-gpu
-bench-gpu: install ## measure whole UNets and jobs against diffusers' at full size, and record it; needs a GPU
-	$(BIN)/python -m engines.bench --gpu --only unet --only jobs
+bench-gpu: install ## measure kernels, UNets and jobs at full size, the most valuable first, within LIMIT seconds; needs a GPU
+	$(BIN)/python -m engines.bench.within --limit $(or $(LIMIT),inf)
 
 .PHONY: chaos
 chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour

@@ -12,8 +12,8 @@ Plugin = Literal["temporal_attention"]
 class EngineConfig:
     """Which engine a replica makes ready before it is ready itself.
 
-    back_end: "eager" runs the modules as they are; "cuda_graph" records them, with the same bits, which takes seconds at a start
-    and an NVIDIA GPU; "inductor" compiles them with `torch.compile`, minutes at the first start; "tensorrt" builds plans or finds
+    back_end: "eager" runs the modules as they are; "cuda_graph" records them, which takes seconds at a start and an NVIDIA
+    GPU; "inductor" compiles them with `torch.compile`, minutes at the first start; "tensorrt" builds plans or finds
     them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be made ready, or has another
     shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.

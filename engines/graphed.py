@@ -1,4 +1,4 @@
-"""A UNet call as the modules run it, recorded as a CUDA graph for each shape: the same kernels, and so the same bits.
+"""A UNet call as the modules run it, recorded as a CUDA graph for each shape.
 
 The thousand launches of a call become one, which matters where the GPU would wait for Python. A shape is ready in about as long
 as five calls take, so this engine costs a start nothing that a compiler's would.

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -54,18 +53,6 @@ class GroupNorm(nn.Module):
         """Whether it should add the bias of the convolution before it. x: images like that one's, of whatever width."""
         like = x[:1, :1].expand(-1, len(self.weight), -1, -1)
         return norms_by_kernel(like, self.num_groups, num_frames, self.silu)
-
-
-def fuse_norms(decoder: nn.Module) -> None:
-    """Gives the image resnets and the last norm of a VAE's decoder, of diffusers' classes, `GroupNorm`s with their SiLU."""
-    blocks: list[Any] = [module for module in decoder.modules() if isinstance(module, ResnetBlock2D)]
-    for block in blocks:
-        assert isinstance(block.nonlinearity, nn.SiLU), block.nonlinearity
-        block.norm1, block.norm2 = GroupNorm(block.norm1, silu=True), GroupNorm(block.norm2, silu=True)
-        block.nonlinearity = nn.Identity()
-    last: Any = decoder
-    assert isinstance(last.conv_act, nn.SiLU), last.conv_act
-    last.conv_norm_out, last.conv_act = GroupNorm(last.conv_norm_out, silu=True), nn.Identity()
 
 
 class LayerNorm(nn.Module):

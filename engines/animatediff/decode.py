@@ -5,11 +5,11 @@ import torch
 from engines.animatediff.checkpoint import load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import GenerationFailed
-from engines.layers import fuse_norms
 from engines.media.pixels import to_levels
 from engines.media.video import Frames, encode_h264
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 from engines.stopping import stoppable
+from engines.vae import fuse
 from engines.weights import torch_dtype
 
 
@@ -20,7 +20,7 @@ class Decode:
         self.config = config
         self.vae = load_vae(weights_of(config), torch_dtype(config.dtype)).to(config.device)
         del self.vae.encoder, self.vae.quant_conv  # the preprocess stage's
-        fuse_norms(self.vae.decoder)
+        fuse(self.vae.decoder)
 
     def frames(self, latents: Latents) -> Frames:
         """Chunks of (n, H, W, 3) uint8 RGB. Frames do not see each other, so any chunking gives the same pixels.

@@ -25,7 +25,7 @@ from engines.animatediff.unet import MotionUNet
 from engines.controlnext.control_net import ControlNet, ControlNetSize
 from engines.controlnext.unet import Control, SVDUNet, inject
 from engines.demo import SEED, live
-from engines.layers import fuse_norms
+from engines.vae import fuse
 
 _TINY_MOTION: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
@@ -151,7 +151,7 @@ def animatediff_nets(size: AnimateDiffSize, device: torch.device, dtype: torch.d
     )
     ours = MotionUNet(copy.deepcopy(unet)), SparseControl(copy.deepcopy(control))
     our_vae = copy.deepcopy(vae).to(memory_format=torch.channels_last)
-    fuse_norms(our_vae.decoder)
+    fuse(our_vae.decoder)
     return AnimateDiffNets(size, unet, control, vae, *ours, our_vae)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from kernels import attention, choice, geglu
 from kernels.bench import Result, append
 from kernels.choice import INDUCTOR, chosen, forced, prefers_kernel, record_of, records_in, winners
+from kernels.triton import flash_attention, group_norm_silu, layer_norm, residual_blend
+from kernels.triton import geglu as geglu_triton
+from kernels.triton import temporal_attention as temporal
 
 GPU = "NVIDIA H200"
 SITE = (4096, 4096, 8, 40)
@@ -153,3 +156,21 @@ def test_a_measurement_is_asked_for_while_a_model_is_compiled(monkeypatch: pytes
     compiled = torch.compile(gate, backend="eager", fullgraph=True, dynamic=False)
     assert torch.equal(compiled(torch.zeros(2, 3, 16)), torch.ones(2, 3, 16))
     assert asked[0] == ("geglu", (3, 16), torch.float32, 0)
+
+
+def test_records_in_the_repository_choose_tiles_that_the_kernels_still_have():
+    """A tile that was renamed would be left out in silence, and the site would be PyTorch's."""
+    offered = {
+        "attention": lambda shape: flash_attention.tiles(shape[3], 90),
+        "temporal_attention": lambda shape: temporal.tiles(shape[3], 90),
+        "group_norm_silu": lambda shape: group_norm_silu.CUTS,
+        "geglu": lambda shape: geglu_triton.TILES,
+        "residual_blend": lambda shape: residual_blend.TILES,
+        "layer_norm": lambda shape: layer_norm.VALUES,
+    }
+    chosen_somewhere = set()
+    for compiled in (False, True):
+        for (operation, shape), tile in winners("NVIDIA H200", "float16", compiled=compiled).items():
+            assert tile in map(str, offered[operation](shape)), (operation, shape, tile)
+            chosen_somewhere.add(operation)
+    assert chosen_somewhere == set(offered)

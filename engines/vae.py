@@ -1,0 +1,42 @@
+"""A VAE's decoder with each norm, SiLU, bias and residual in the pass of its neighbour, over diffusers' weights.
+
+Its images are the largest tensors of a job, and nearly all of its time but the convolutions' is passes over them.
+"""
+
+from typing import Any
+
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from engines.layers import GroupNorm, conv_added
+
+
+class ImageResnet(nn.Module):
+    """diffusers' `ResnetBlock2D` as a VAE has it: without a time."""
+
+    def __init__(self, source: Any):
+        super().__init__()
+        assert source.time_emb_proj is None
+        assert source.output_scale_factor == 1.0
+        self.norm1, self.norm2 = GroupNorm(source.norm1, silu=True), GroupNorm(source.norm2, silu=True)
+        self.conv1, self.conv2, self.shortcut = source.conv1, source.conv2, source.conv_shortcut
+
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
+        """x: (N, C, H, W) -> (N, C', H, W). temb: its callers are diffusers', and pass none."""
+        bias, later = self.conv1.bias, self.norm2.takes_bias(x)
+        h = F.conv2d(self.norm1(x), self.conv1.weight, None if later else bias, padding=1)
+        h = self.norm2(h, added=bias if later else None)
+        return conv_added(self.conv2, h, x if self.shortcut is None else self.shortcut(x))
+
+
+def fuse(decoder: nn.Module) -> None:
+    """Exchanges the image resnets and the last norm of a decoder, of diffusers' classes and in channels-last memory."""
+    parents = [module for module in decoder.modules() if not isinstance(module, ResnetBlock2D)]
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ResnetBlock2D):
+                setattr(parent, name, ImageResnet(child))
+    last: Any = decoder
+    assert isinstance(last.conv_act, nn.SiLU), last.conv_act
+    last.conv_norm_out, last.conv_act = GroupNorm(last.conv_norm_out, silu=True), nn.Identity()
