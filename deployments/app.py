@@ -13,22 +13,22 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from deployments.courier import Courier
-from deployments.decode import Decode
-from deployments.demo import write_missing_weights
-from deployments.denoise import Denoise
-from deployments.dispatcher import Dispatcher
-from deployments.ingress import create_app
-from deployments.jobs.outbox import Outbox
-from deployments.jobs.postgres import database_url
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.demo_weights import write_missing_weights
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.logs import configure_logging
+from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
-from deployments.logs import configure_logging
-from deployments.preprocess import Preprocess
-from deployments.schemas import ENDPOINTS
-from deployments.serve_stages import ServeStages
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Slot, Stream
-from deployments.storage import FileStore
+from deployments.stages.decode import Decode
+from deployments.stages.denoise import Denoise
+from deployments.stages.handles import ServeStages
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import Slot, Stream
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import Outbox
 from engines.spec import Conditioning
 
 
@@ -119,7 +119,7 @@ def build(args: Settings) -> serve.Application:
     # Serve calls off nothing, but waits this long before it first looks whether a replica has nothing to do. The stages are being
     # shut down meanwhile, and calls to them fail: the dispatcher is to give its jobs back before that.
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
-    ingress = serve.ingress(lambda: create_app(settings))(IngressReplica)
+    ingress = serve.ingress(lambda: create_app(settings, database_url(settings)))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
 

@@ -5,12 +5,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
-from deployments.decode import Decode
-from deployments.denoise import Denoise
-from deployments.preprocess import Preprocess
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Done, Note, OnNote, Slot, Stream
+from deployments.stages.decode import Decode
+from deployments.stages.denoise import Denoise
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import Done, Note, OnNote, Slot, Stream
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from deployments.demo import write_missing_weights
+from deployments.hosting.demo_weights import write_missing_weights
 from deployments.settings import Settings
 from engines.errors import EngineError
 

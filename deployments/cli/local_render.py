@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from deployments.demo import write_missing_weights
-from deployments.fetch import download_folder, fetch_all
-from deployments.pace import Pace
-from deployments.schemas import Endpoint
+from deployments.files.download import download_folder, fetch_all
+from deployments.hosting.demo_weights import write_missing_weights
+from deployments.schemas.endpoint import Endpoint
 from deployments.settings import Settings
-from deployments.stages import Note
+from deployments.stages.protocol import Note
+from deployments.stages.throttle import Pace
 from engines.pipeline import Pipeline
 from engines.spec import Clip
 

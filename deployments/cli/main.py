@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from deployments.client import QueueClient
-from deployments.display import Display
+from deployments.cli.client import QueueClient
+from deployments.cli.terminal import Display
 from deployments.jobs.keys import DEFAULT_SCOPES, Scope
-from deployments.schemas import ENDPOINTS, Endpoint, validation_failure
+from deployments.schemas.endpoint import ENDPOINTS, Endpoint
+from deployments.schemas.failures import validation_failure
 from deployments.settings import load_settings
-from deployments.stages import Note
+from deployments.stages.protocol import Note
 from engines.errors import ReelrayError
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def serve_command(
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard as well.")] = False,
 ) -> None:
     """Run the whole service on this machine until interrupted."""
-    from deployments.jobs.postgres import keep_running
-    from deployments.service import running
+    from deployments.hosting.embedded_postgres import keep_running
+    from deployments.hosting.local_cluster import running
 
     with _clear_errors(), running(config, host=host, port=port, dashboard=dashboard) as url:
         console.print(f"Reelray answers at {url}; its API is described at {url}/docs. Ctrl-C stops it.")
@@ -82,7 +83,7 @@ def gateway(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Host the ingress alone, beside the cluster: it keeps accepting and answering while Ray is down."""
-    from deployments.gateway import run
+    from deployments.hosting.gateway import run
 
     with _clear_errors():
         run(config, host, port, workers)
@@ -96,7 +97,7 @@ def render(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Render one video in this process, without Ray, queue or database."""
-    from deployments.local import render_locally
+    from deployments.cli.local_render import render_locally
 
     endpoint = _endpoint(model)
     with _clear_errors(), Display(errors) as display:
@@ -162,7 +163,7 @@ def cancel(endpoint: EndpointId, request_id: RequestId, url: Url = DEFAULT_URL, 
 @app.command("demo-weights")
 def demo_weights(folder: Annotated[Path, typer.Argument(file_okay=False)]) -> None:
     """Write the tiny demo checkpoints of every model, in the layouts of the real ones, and inputs to try them on."""
-    from deployments.demo import write_demo
+    from deployments.hosting.demo_weights import write_demo
 
     write_demo(folder)
     _print(folder)
@@ -190,8 +191,8 @@ def demo(
     config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None
 ) -> None:
     """Start the service, render one video per endpoint through the queue, and stop."""
-    from deployments.demo import demo_inputs
-    from deployments.service import running
+    from deployments.hosting.demo_weights import demo_inputs
+    from deployments.hosting.local_cluster import running
 
     folder = load_settings(config).home / "demo"
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +300,7 @@ def _described(endpoint_id: str, status: "QueueStatus") -> str:
 @engines.command("build")
 def engines_build(config: Config = DEFAULT_CONFIG) -> None:
     """Make the configured engines ready, as replicas do at their start, so that those find them."""
-    from deployments.engine_admin import build
+    from deployments.cli.engine_admin import build
 
     settings, table, faults = load_settings(config), Table("model", "call", "engine", "why not the one asked for"), 0
     with _clear_errors(), console.status("building; this takes minutes at full size"):
@@ -316,7 +317,7 @@ def engines_build(config: Config = DEFAULT_CONFIG) -> None:
 @engines.command("list")
 def engines_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show the TensorRT plans on this machine. Each file is read and checked."""
-    from deployments.engine_admin import plans
+    from deployments.cli.engine_admin import plans
 
     table = Table("plan", "GPU", "library", "precision", "profiles", "weights", "MB", "state")
     damaged = False
@@ -340,7 +341,7 @@ def engines_inspect(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Show all that shaped a plan and, on a GPU with TensorRT, its layers and memory."""
-    from deployments.engine_admin import inspect
+    from deployments.cli.engine_admin import inspect
 
     with _clear_errors():
         console.print_json(data=inspect(load_settings(config), plan))
@@ -349,7 +350,7 @@ def engines_inspect(
 @engines.command("verify")
 def engines_verify(config: Config = DEFAULT_CONFIG) -> None:
     """Run every configured engine against the modules on the same noise; fails if one is missing or further off than rounding."""
-    from deployments.engine_admin import Verified, verify
+    from deployments.cli.engine_admin import Verified, verify
 
     table = Table("model", "call", "frames x height x width", "difference", "at most", "")
     good = True
@@ -371,7 +372,7 @@ def engines_verify(config: Config = DEFAULT_CONFIG) -> None:
 @webhooks.command("show")
 def webhooks_show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
     """Show how it stands with a request's webhook, and every attempt."""
-    from deployments.jobs.outbox import Attempt, Outbox, Webhook
+    from deployments.webhooks.outbox import Attempt, Outbox, Webhook
 
     job_id = _job_id(request_id)
 
@@ -394,7 +395,7 @@ def webhooks_show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> Non
 @webhooks.command("redeliver")
 def webhooks_redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
     """Send a request's webhook again, delivered or not, with all its retries."""
-    from deployments.jobs.outbox import Outbox
+    from deployments.webhooks.outbox import Outbox
 
     job_id = _job_id(request_id)
     if not _in_store(config, lambda store: Outbox(store).redeliver(job_id)):
@@ -415,7 +416,7 @@ def webhooks_rotate_key(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Make a new key to sign webhooks with, and print its id."""
-    from deployments.jobs.outbox import Outbox
+    from deployments.webhooks.outbox import Outbox
 
     _print(_in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)
 
@@ -470,7 +471,7 @@ def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -
 
 
 def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
-    from deployments.jobs.postgres import visited
+    from deployments.hosting.embedded_postgres import visited
     from deployments.jobs.store import JobStore
 
     async def run(url: str) -> T:

@@ -12,16 +12,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deployments.deadlines import Watchdog
+from deployments.dispatch.job_log import Reporter
+from deployments.dispatch.watchdog import Watchdog
+from deployments.files.file_store import FileStore, StoredFile
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.reporter import Reporter
-from deployments.schemas import ENDPOINTS, error_failure
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.failures import error_failure
 from deployments.settings import QueueSettings, RetentionSettings
-from deployments.stages import TURN, Note, Slot, Stages
-from deployments.storage import FileStore, StoredFile
+from deployments.stages.protocol import TURN, Note, Slot, Stages
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 

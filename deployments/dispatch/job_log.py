@@ -13,10 +13,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from deployments.bucket import Bucket
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
-from deployments.stages import Note
+from deployments.stages.protocol import Note
+from deployments.stages.token_bucket import Bucket
 
 BURST = 20
 MOST_WAITING = 200

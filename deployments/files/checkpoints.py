@@ -12,7 +12,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from deployments.storage import FileStore
+from deployments.files.file_store import FileStore
 from engines.checkpoint_file import pack, unpack
 from engines.fingerprint import arithmetic_of, fingerprint_of
 from engines.spec import Checkpoint, Conditioning, Latents

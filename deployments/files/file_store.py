@@ -19,7 +19,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-URL_PREFIX = "/files/"
+from deployments.schemas.responses import URL_PREFIX
+
 CHUNK_BYTES = 1 << 20
 """Read at once: large enough that an object store's round trip does not dominate, small enough for hundreds of readers."""
 

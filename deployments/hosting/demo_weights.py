@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 
 

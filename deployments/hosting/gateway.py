@@ -10,9 +10,9 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from deployments.ingress import create_app
-from deployments.jobs.postgres import keep_running
-from deployments.logs import configure_logging
+from deployments.hosting.embedded_postgres import database_url, keep_running
+from deployments.hosting.logs import configure_logging
+from deployments.ingress.app import create_app
 from deployments.settings import CONFIG_VARIABLE, configured_settings, load_settings
 
 GRACE_S = 5
@@ -26,7 +26,7 @@ def run(config: Path, host: str, port: int, workers: int) -> None:
     threading.Thread(target=keep_running, args=(settings,), daemon=True).start()
     os.environ[CONFIG_VARIABLE] = str(config.absolute())
     uvicorn.run(
-        "deployments.gateway:app",
+        "deployments.hosting.gateway:app",
         factory=True,
         host=host,
         port=port,
@@ -39,9 +39,10 @@ def run(config: Path, host: str, port: int, workers: int) -> None:
 def app() -> FastAPI:
     """What every worker hosts."""
     configure_logging()
+    settings = configured_settings()
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
-    return create_app(configured_settings())
+    return create_app(settings, database_url(settings))
 
 
 def _end_after(parent: BaseProcess) -> None:

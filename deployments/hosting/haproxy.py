@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deployments import haproxy_launch
+from deployments.hosting import haproxy_launch
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from ray.serve._private.api import serve_start
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from deployments import haproxy
-from deployments.jobs.postgres import database_url, stop_embedded
+from deployments.hosting import haproxy
+from deployments.hosting.embedded_postgres import database_url, stop_embedded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
 

@@ -10,7 +10,7 @@ class FieldFormatter(logging.Formatter):
     """Appends what was given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """E.g. "23:31:07,120 WARNING deployments.dispatcher attempt failed action=attempt_failed job_id=... attempt=1"."""
+        """E.g. "23:31:07,120 WARNING deployments.dispatch.dispatcher attempt failed action=attempt_failed attempt=1"."""
         line, *traceback = super().format(record).split("\n")
         fields = (f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
         return "\n".join([" ".join([line, *fields]), *traceback])

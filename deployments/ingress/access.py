@@ -5,13 +5,18 @@ scopes), then whether the key has the scope (403).
 """
 
 from dataclasses import dataclass, replace
+from uuid import UUID
 
 from starlette.requests import Request
 
-from deployments import tokens
+from deployments.ingress.request_context import UnknownRequest, outbox_of, settings_of, store_of
+from deployments.jobs.job import Job
 from deployments.jobs.keys import DEFAULT_SCOPES, KeySecret, Scope
 from deployments.jobs.store import JobStore
-from deployments.schemas import TokenRequest
+from deployments.schemas import tokens
+from deployments.schemas.responses import app_id
+from deployments.schemas.tokens import TokenRequest
+from deployments.webhooks.outbox import Webhook
 from engines.errors import Forbidden, Unauthorized
 
 
@@ -33,6 +38,46 @@ class Caller:
 
 
 ANYBODY = Caller(None, frozenset(DEFAULT_SCOPES))
+
+
+async def caller_of(request: Request, app: str | None = None) -> Caller:
+    """Who asks; app: of which app, if of one. Raises `Unauthorized`, `Forbidden`."""
+    if settings_of(request).auth == "open":
+        return ANYBODY
+    return await identify(request, store_of(request), app)
+
+
+async def job_of(request: Request, app: str, request_id: str, scope: Scope, lines_after: int | None = None) -> Job:
+    """The job that a path names, for a caller with `scope`; lines_after: see `JobStore.get`.
+
+    One that is out of its reach, or of another endpoint, is unknown.
+    """
+    caller = await caller_of(request, app)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise UnknownRequest from None
+    job = await store_of(request).get(job_id, lines_after)
+    if job is None or not caller.reaches(job.owner) or app_id(job.endpoint) != app_id(app):
+        raise UnknownRequest
+    caller.require(scope)
+    request.state.request_id = str(job.id)
+    return job
+
+
+async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook:
+    """The webhook of the job that a path names, for a caller with `scope`."""
+    caller = await caller_of(request)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise UnknownRequest from None
+    found = await outbox_of(request).get(job_id)
+    if found is None or not caller.reaches(found.owner):
+        raise UnknownRequest
+    caller.require(scope)
+    request.state.request_id = str(job_id)
+    return found
 
 
 async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:

@@ -9,7 +9,7 @@ import re
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from deployments.storage import CONTENT_TYPES, FileStore
+from deployments.files.file_store import CONTENT_TYPES, FileStore
 from engines.errors import NotFound
 
 HEADERS = {

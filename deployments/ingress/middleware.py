@@ -16,9 +16,8 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.jobs.job import Failure
-from deployments.proxy import TargetRouting
-from deployments.schemas import error_failure
+from deployments.ingress.target_routing import TargetRouting
+from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import Settings
 from engines.errors import Forbidden, InternalError
 

@@ -1,7 +1,7 @@
-"""The jobs, durable: every promise the queue makes is kept by one statement or one transaction of `queries.sql`.
+"""The jobs, durable: every promise the queue makes is kept by one statement or one transaction of `sql/queries.sql`.
 
 A submission is answered after its commit. A worker writes with its attempt's token, so one that comes late changes nothing.
-State change, event and webhook are one transaction by the database's own triggers (`migrations/`), whoever writes. Every
+State change, event and webhook are one transaction by the database's own triggers (`sql/migrations/`), whoever writes. Every
 call may be repeated after a lost connection, and is, for a few seconds: a database that restarts delays callers, no more.
 """
 
@@ -24,12 +24,12 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from deployments.jobs.depth import STEP, Depth, Place
-from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
+from deployments.jobs.coalescing import Together
+from deployments.jobs.job import Claim, Job, JobState, LeaseLost, LogLine, NewJob
 from deployments.jobs.keys import DEFAULT_SCOPES, ApiKey, KeySecret, Scope
 from deployments.jobs.listener import Changes, Listener
-from deployments.jobs.together import Together
-from deployments.schemas import error_failure
+from deployments.jobs.queue_position import STEP, Depth, Place
+from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, ReelrayError, RunnerDisconnected, StartTimeout
 
 RIDE_OUT_S = 10.0
@@ -69,7 +69,7 @@ _SESSION = {
     "random_page_cost": "1.1",
     "jit": "off",
 }
-_RESOURCES = files("deployments.jobs")
+_RESOURCES = files("deployments.jobs").joinpath("sql")
 
 
 def load_queries(text: str) -> dict[str, str]:

@@ -2,17 +2,51 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from datetime import UTC
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Protocol
+from uuid import UUID
 
-from deployments.jobs.job import Failure, Job, JobState, LogLine
-from deployments.schemas import error_failure
-from deployments.storage import URL_PREFIX
+from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled
 
 NAMESPACES = ("workflows", "comfy")
-STATUS = {JobState.QUEUED: "IN_QUEUE", JobState.RUNNING: "IN_PROGRESS"}
-"""For a job that has not ended; every end is COMPLETED. Both clients poll for ever, or raise, on a fourth word."""
+STATUS = {"queued": "IN_QUEUE", "running": "IN_PROGRESS"}
+"""For the states of a job that has not ended; every end is COMPLETED. Both clients poll for ever, or raise, on a fourth word."""
+
+URL_PREFIX = "/files/"
+"""Begins the URL of every stored file; the address of the service goes before it when the URL is told to a caller."""
+
+
+class LoggedLine(Protocol):
+    """What a response shows of a log line; see `jobs.job.LogLine`."""
+
+    @property
+    def seq(self) -> int: ...  # noqa: D102
+    @property
+    def at(self) -> datetime: ...  # noqa: D102
+    @property
+    def level(self) -> str: ...  # noqa: D102
+    @property
+    def message(self) -> str: ...  # noqa: D102
+    @property
+    def progress(self) -> dict[str, Any] | None: ...  # noqa: D102
+
+
+class JobView(Protocol):
+    """What a response shows of a job; see `jobs.job.Job`. A protocol, as `jobs` imports the schemas and not the reverse."""
+
+    @property
+    def id(self) -> UUID: ...  # noqa: D102
+    @property
+    def endpoint(self) -> str: ...  # noqa: D102
+    @property
+    def state(self) -> str: ...  # noqa: D102
+    @property
+    def position(self) -> int | None: ...  # noqa: D102
+    @property
+    def failure(self) -> Failure | None: ...  # noqa: D102
+    @property
+    def metrics(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 def app_id(endpoint: str) -> str:
@@ -21,7 +55,7 @@ def app_id(endpoint: str) -> str:
     return "/".join(segments[: 3 if segments[0] in NAMESPACES else 2])
 
 
-def submitted(job: Job, queue_url: str) -> dict[str, Any]:
+def submitted(job: JobView, queue_url: str) -> dict[str, Any]:
     """The answer to a submission. The Python client follows its URLs and fails without any one of them."""
     return {
         "status": "IN_QUEUE",
@@ -34,16 +68,16 @@ def submitted(job: Job, queue_url: str) -> dict[str, Any]:
     }
 
 
-def status(job: Job, lines: Iterable[LogLine] | None, queue_url: str) -> dict[str, Any]:
+def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> dict[str, Any]:
     """The status. lines: None where logs were not asked for; callers map over the list, so it is one even when empty."""
     body: dict[str, Any] = {
         "status": STATUS.get(job.state, "COMPLETED"),
         "request_id": str(job.id),
         **_links(job, queue_url),
         "logs": None if lines is None else [_log_item(line) for line in lines],
-        "metrics": job.metrics if job.state.ended else {},
+        "metrics": {} if job.state in STATUS else job.metrics,
     }
-    if job.state is JobState.QUEUED:
+    if job.state == "queued":
         body["queue_position"] = job.position or 0
     if failure := failure_of(job):
         body |= {"error": failure.error, "error_type": failure.error_type}
@@ -56,11 +90,11 @@ def last_event_id(headers: Mapping[str, str]) -> int:
     return int(seen) if re.fullmatch("[0-9]{1,9}", seen) else 0
 
 
-def failure_of(job: Job) -> Failure | None:
+def failure_of(job: JobView) -> Failure | None:
     """What the result request answers instead of a result; None if the job did not end without one."""
-    if job.state is JobState.CANCELLED:
+    if job.state == "cancelled":
         return job.failure or error_failure(Cancelled())
-    return job.failure if job.state is JobState.FAILED else None
+    return job.failure if job.state == "failed" else None
 
 
 def with_absolute_urls(value: Any, service_url: str) -> Any:
@@ -77,12 +111,12 @@ def with_absolute_urls(value: Any, service_url: str) -> Any:
     return {**full, "url": service_url + url} if isinstance(url, str) and url.startswith(URL_PREFIX) else full
 
 
-def _links(job: Job, queue_url: str) -> dict[str, str]:
+def _links(job: JobView, queue_url: str) -> dict[str, str]:
     url = f"{queue_url}/{app_id(job.endpoint)}/requests/{job.id}"
     return {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
 
 
-def _log_item(line: LogLine) -> dict[str, Any]:
+def _log_item(line: LoggedLine) -> dict[str, Any]:
     """fal's four keys and two of ours: the line's number within the request, and its progress for programs, if it has any."""
     timestamp = line.at.astimezone(UTC).isoformat()
     item = {"message": line.message, "level": line.level, "source": "USER", "timestamp": timestamp, "seq": line.seq}

@@ -1,6 +1,6 @@
-"""What a submission asks for beside its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
+"""What a submission asks for besides its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
 
-Options that promise nothing here are accepted and have no effect: runner hints, files' access rules, retry configs, fallbacks.
+Options without effect here are accepted: runner hints, files' access rules, retry configs, fallbacks.
 """
 
 import hashlib
@@ -9,10 +9,10 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 import httpx
 
-from deployments.jobs.job import Idempotency, NewJob
 from engines.errors import BadRequest
 
 PRIORITIES = {"normal": 0, "low": 1}
@@ -21,45 +21,42 @@ MAX_KEY_CHARS = 255
 MAX_FILES_S = 100 * 365 * 86_400.0
 
 
-def new_job(endpoint: str, owner: str | None, headers: Mapping[str, str], query: Mapping[str, str], max_attempts: int) -> NewJob:
-    """The job, its input still empty. headers: looked up in lower case. Raises `BadRequest`."""
-    return NewJob(
-        endpoint=endpoint,
-        input={},
-        owner=owner,
+@dataclass(frozen=True)
+class SubmissionOptions:
+    """What the headers and the query of a submission ask for; how each takes effect is told in `jobs.job.NewJob`.
+
+    no_retry: at most one attempt. max_queue_length: how many requests may wait before this one; None: any number.
+    """
+
+    priority: int = 0
+    start_timeout_s: float | None = None
+    no_retry: bool = False
+    webhook_url: str | None = None
+    files_s: float | None = None
+    store_io: bool = True
+    max_queue_length: int | None = None
+    idempotency_key: str | None = None
+
+
+def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> SubmissionOptions:
+    """The options of a submission. headers: looked up in lower case. Raises `BadRequest`."""
+    return SubmissionOptions(
         priority=_priority(headers.get("x-fal-queue-priority", "normal")),
         start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
-        max_attempts=1 if is_set(headers.get("x-fal-no-retry", "")) else max_attempts,
+        no_retry=is_set(headers.get("x-fal-no-retry", "")),
         webhook_url=_webhook_url(query.get("fal_webhook")),
         files_s=_files_s(headers.get("x-fal-object-lifecycle-preference")),
         store_io=headers.get("x-fal-store-io", "1").lower() not in ("0", "false", "no"),
+        max_queue_length=_max_queue_length(query.get("fal_max_queue_length")),
+        idempotency_key=_idempotency_key(headers.get("idempotency-key")),
     )
 
 
-def idempotency(headers: Mapping[str, str], endpoint: str, body: bytes, keep_s: float) -> Idempotency | None:
-    """What makes this submission repeatable, if its caller asks for that. Check the key with `idempotency_key` before."""
-    key = idempotency_key(headers)
-    return None if key is None else Idempotency(key, _fingerprint(endpoint, body), keep_s)
-
-
-def idempotency_key(headers: Mapping[str, str]) -> str | None:
-    """The caller's key: 1 to 255 printable characters. Raises `BadRequest`."""
-    key = headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= MAX_KEY_CHARS or any(unicodedata.category(character) == "Cc" for character in key):
-        raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY_CHARS} characters, none of them a control character.")
-    return key
-
-
-def max_queue_length(query: Mapping[str, str]) -> int | None:
-    """How many requests may wait before this one. Raises `BadRequest`."""
-    value = query.get("fal_max_queue_length")
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdecimal() and len(value) < 10):
-        raise BadRequest("fal_max_queue_length must be a whole number, 0 or more.")
-    return int(value)
+def fingerprint(endpoint: str, body: bytes) -> bytes:
+    """Equal for bodies of equal JSON: a caller who writes the request anew need not keep the order of its fields."""
+    with suppress(ValueError, RecursionError):  # what is no JSON is its bytes
+        body = json.dumps(json.loads(body or b"{}"), sort_keys=True).encode()
+    return hashlib.sha256(endpoint.encode() + b"\0" + body).digest()
 
 
 def is_set(flag: str) -> bool:
@@ -67,11 +64,20 @@ def is_set(flag: str) -> bool:
     return flag.lower() in ("1", "true", "yes")
 
 
-def _fingerprint(endpoint: str, body: bytes) -> bytes:
-    """Equal for bodies of equal JSON: a caller who writes the request anew need not keep the order of its fields."""
-    with suppress(ValueError, RecursionError):  # what is no JSON is its bytes
-        body = json.dumps(json.loads(body or b"{}"), sort_keys=True).encode()
-    return hashlib.sha256(endpoint.encode() + b"\0" + body).digest()
+def _idempotency_key(key: str | None) -> str | None:
+    if key is not None and (
+        not 1 <= len(key) <= MAX_KEY_CHARS or any(unicodedata.category(character) == "Cc" for character in key)
+    ):
+        raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY_CHARS} characters, none of them a control character.")
+    return key
+
+
+def _max_queue_length(value: str | None) -> int | None:
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise BadRequest("fal_max_queue_length must be a whole number, 0 or more.")
+    return int(value)
 
 
 def _priority(value: str) -> int:

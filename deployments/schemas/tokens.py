@@ -13,14 +13,54 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Protocol
 from uuid import UUID
 
-from deployments import wire
-from deployments.jobs.keys import KeySecret
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from deployments.schemas.inputs import Int
+from deployments.schemas.responses import app_id
 
 MAX_CHARS = 16_384
+MAX_TOKEN_S = 3600
 _HEADER = {"alg": "HS256", "typ": "JWT"}
+
+
+class TokenRequest(BaseModel):
+    """What a token is asked to be good for. Unknown fields are refused: one might ask for less than we would give."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allowed_apps: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        min_length=1, max_length=20, description="Aliases, or ids of endpoints.", examples=[["animatediff-sparsectrl-lcm"]]
+    )
+    token_expiration: Int = Field(
+        120,
+        ge=1,
+        le=MAX_TOKEN_S,
+        description="In seconds; `duration` is another name for it.",
+        validation_alias=AliasChoices("token_expiration", "duration"),
+    )
+
+
+class Signer(Protocol):
+    """The secret of a key, as far as tokens need it. token_key: signs the tokens that are issued for it, and nothing else."""
+
+    @property
+    def id(self) -> UUID: ...  # noqa: D102
+    @property
+    def key_id(self) -> str: ...  # noqa: D102
+    @property
+    def token_key(self) -> bytes: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class _Anonymous:
+    """Signs the tokens of an open service with a key that is forgotten at once."""
+
+    id: UUID
+    key_id: str
+    token_key: bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +74,7 @@ class Token:
     signed: bytes
     signature: bytes
 
-    def is_genuine(self, secret: KeySecret) -> bool:
+    def is_genuine(self, secret: Signer) -> bool:
         """Whether it was issued for this secret and has not expired."""
         signature = _signature(secret.token_key, self.signed)
         if not hmac.compare_digest(signature, self.signature):
@@ -43,12 +83,12 @@ class Token:
 
     def allows(self, app: str) -> bool:
         """Whether it is for this app, an endpoint's id or its begin. The clients name an app by its alias alone."""
-        whole = wire.app_id(app)
+        whole = app_id(app)
         alias = whole.rpartition("/")[2]
-        return any(named == alias or wire.app_id(named) == whole for named in self.apps)
+        return any(named == alias or app_id(named) == whole for named in self.apps)
 
 
-def issue(secret: KeySecret, apps: Sequence[str], lifetime_s: int) -> str:
+def issue(secret: Signer, apps: Sequence[str], lifetime_s: int) -> str:
     """A token for whoever showed `secret`."""
     now = int(time.time())
     claims = {"sub": secret.key_id, "apps": list(apps), "iat": now, "exp": now + lifetime_s}
@@ -58,7 +98,7 @@ def issue(secret: KeySecret, apps: Sequence[str], lifetime_s: int) -> str:
 
 def issue_for_anybody(apps: Sequence[str], lifetime_s: int) -> str:
     """A token where none is asked for; the clients insist on one."""
-    return issue(KeySecret(UUID(int=0), "anonymous", (), secrets.token_bytes(32)), apps, lifetime_s)
+    return issue(_Anonymous(UUID(int=0), "anonymous", secrets.token_bytes(32)), apps, lifetime_s)
 
 
 def read(text: str) -> Token | None:

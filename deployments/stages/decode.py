@@ -7,8 +7,8 @@ a chunk of frames, gigabytes at real sizes, and two on one device end no sooner 
 import asyncio
 from typing import Any
 
-from deployments.stages import TURN, Done, Stream
-from deployments.threaded import InThread
+from deployments.stages.protocol import TURN, Done, Stream
+from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 

@@ -7,9 +7,9 @@ has done is kept in the file store, so that no other has to do it again.
 import asyncio
 from typing import Any
 
-from deployments.checkpoints import Checkpoints, Saving
-from deployments.stages import TURN, Done, Note, Slot, Stream
-from deployments.threaded import InThread
+from deployments.files.checkpoints import Checkpoints, Saving
+from deployments.stages.protocol import TURN, Done, Note, Slot, Stream
+from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 

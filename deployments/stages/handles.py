@@ -7,7 +7,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.stages import Done, OnNote, Slot
+from deployments.stages.protocol import Done, OnNote, Slot
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
 

@@ -6,12 +6,12 @@ It also finds what an earlier attempt came to, because of the three it has the m
 import time
 from typing import Any
 
-from deployments.checkpoints import Checkpoints
-from deployments.fetch import download_folder, fetch_all
-from deployments.schemas import Endpoint
+from deployments.files.checkpoints import Checkpoints
+from deployments.files.download import download_folder, fetch_all
+from deployments.schemas.endpoint import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages import TURN, Done, Note, Slot, Stream
-from deployments.threaded import InThread
+from deployments.stages.protocol import TURN, Done, Note, Slot, Stream
+from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, OnProgress, ShouldStop
 

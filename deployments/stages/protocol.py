@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.progress import StageProgress
+from deployments.stages.progress import StageProgress
 from engines.spec import Clip
 
 

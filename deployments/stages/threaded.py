@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from deployments.pace import Pace
-from deployments.progress import Stage
-from deployments.stages import Note
+from deployments.stages.progress import Stage
+from deployments.stages.protocol import Note
+from deployments.stages.throttle import Pace
 from engines.spec import OnProgress, ShouldStop
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from deployments.bucket import Bucket
-from deployments.progress import Estimate, Stage, StageProgress
-from deployments.stages import Note
+from deployments.stages.progress import Estimate, Stage, StageProgress
+from deployments.stages.protocol import Note
+from deployments.stages.token_bucket import Bucket
 from engines.spec import Progress
 
 BURST = 10

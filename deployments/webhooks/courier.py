@@ -15,11 +15,11 @@ from typing import Any
 
 import httpx
 
-from deployments.fetch import CONNECTION_ERRORS, Refused, new_client, send
-from deployments.jobs.outbox import Delivery, Outbox
+from deployments.files.download import CONNECTION_ERRORS, Refused, new_client, send
 from deployments.jobs.store import StoreAway
 from deployments.settings import Settings
-from deployments.webhooks import signed_headers, webhook_body
+from deployments.webhooks.outbox import Delivery, Outbox
+from deployments.webhooks.signing import signed_headers, webhook_body
 
 logger = logging.getLogger(__name__)
 

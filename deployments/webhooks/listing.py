@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from deployments.jobs.outbox import Attempt, Webhook
+from deployments.webhooks.outbox import Attempt, Webhook
 from engines.errors import BadRequest
 
 MAX_LIMIT = 100

@@ -16,7 +16,7 @@ import asyncpg
 
 from deployments.jobs.listener import Changes
 from deployments.jobs.store import JobStore, load_queries
-from deployments.webhooks import SigningKey
+from deployments.webhooks.signing import SigningKey
 
 SETTLE_S = 5.0
 """A webhook is listed at this age: longer than its commit takes, so that a reader who goes on from its last place misses none."""
@@ -25,7 +25,7 @@ OVERLAP_S = 25 * 3600.0
 """How long a new key is published before it signs, and an old one after it has: fal lets receivers keep the keys for 24 hours,
 and we let caches on the way keep them for one more."""
 
-_SQL = load_queries(files("deployments.jobs").joinpath("webhooks.sql").read_text())
+_SQL = load_queries(files("deployments.jobs").joinpath("sql", "webhooks.sql").read_text())
 
 
 @dataclass(frozen=True)

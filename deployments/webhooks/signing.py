@@ -16,7 +16,7 @@ from uuid import UUID
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from deployments.wire import with_absolute_urls
+from deployments.schemas.responses import with_absolute_urls
 
 ANYBODY = "anonymous"
 """The user's id where the service knows no users; an empty one would be lost on the way."""

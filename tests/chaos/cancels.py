@@ -21,12 +21,12 @@ import asyncpg
 import httpx
 from rich.table import Table
 
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import QueueSettings
-from deployments.storage import FileStore
 from tests.chaos.units import UNITS, Unit, UnitStages
 from tests.conftest import embedded
 from tests.load.report import Report, percentile, table

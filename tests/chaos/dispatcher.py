@@ -22,17 +22,17 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from deployments import courier
-from deployments.courier import Courier
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.logs import configure_logging
 from deployments.jobs.job import Claim
-from deployments.jobs.outbox import Outbox
-from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.logs import configure_logging
 from deployments.settings import Settings, load_settings
-from deployments.stages import Note, OnNote, Slot
-from deployments.storage import FileStore
+from deployments.stages.protocol import Note, OnNote, Slot
+from deployments.webhooks import courier
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import Outbox
 from engines.errors import RunnerDisconnected
 from engines.spec import Clip
 from tests.chaos.system import ENDPOINT, NO_DATABASE

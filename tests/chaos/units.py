@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from deployments.progress import Stage
-from deployments.stages import TURN, Done, OnNote, Slot, Stream
-from deployments.threaded import InThread
+from deployments.stages.progress import Stage
+from deployments.stages.protocol import TURN, Done, OnNote, Slot, Stream
+from deployments.stages.threaded import InThread
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 from tests.fakes import product

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from deployments.local import render_locally
-from deployments.schemas import ENDPOINTS
+from deployments.cli.local_render import render_locally
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from engines.spec import Progress
 from tests.fakes import CLIP, ENDPOINT

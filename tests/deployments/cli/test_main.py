@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from deployments.cli import app, read_input
+from deployments.cli.main import app, read_input
+from deployments.hosting.embedded_postgres import visited
 from deployments.jobs.job import NewJob
-from deployments.jobs.outbox import Outbox
-from deployments.jobs.postgres import visited
 from deployments.jobs.store import JobStore
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
+from deployments.webhooks.outbox import Outbox
 from tests.conftest import embedded
 from tests.engines.animatediff.media import png, scribble
 

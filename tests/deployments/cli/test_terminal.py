@@ -2,8 +2,8 @@ import io
 
 from rich.console import Console
 
-from deployments.display import Display
-from deployments.progress import StageProgress
+from deployments.cli.terminal import Display
+from deployments.stages.progress import StageProgress
 from engines.spec import Progress
 
 STEPS = [StageProgress("denoise", Progress("step", done, 4), 8.0) for done in range(5)]

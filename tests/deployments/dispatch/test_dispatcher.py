@@ -7,13 +7,13 @@ from uuid import UUID
 
 import pytest
 
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.progress import StageProgress
 from deployments.settings import QueueSettings, Settings
-from deployments.stages import Note, OnNote, Slot, Stages
-from deployments.storage import FileStore
+from deployments.stages.progress import StageProgress
+from deployments.stages.protocol import Note, OnNote, Slot, Stages
 from engines.errors import FileDownloadError, RunnerDisconnected
 from engines.spec import Progress
 from tests.conftest import execute
@@ -223,7 +223,7 @@ async def gone(files: FileStore, name: str) -> None:
 async def test_a_file_is_kept_as_long_as_its_caller_wished_and_then_deleted(
     store: JobStore, files: FileStore, database: str, monkeypatch
 ):
-    monkeypatch.setattr("deployments.dispatcher.EXPIRY_INTERVAL_S", 0.1)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.EXPIRY_INTERVAL_S", 0.1)
     async with dispatching(store, files, ScriptedStages(nothing)):
         for wish_s, kept_days in ((None, 7), (86_400.0, 1), (1e9, 366)):
             new = NewJob(endpoint=ENDPOINT, input=INPUT, files_s=wish_s)
@@ -366,7 +366,7 @@ async def _away(*_: object) -> bool:
 
 
 async def test_a_store_that_is_away_for_a_while_stops_nothing(store: JobStore, files: FileStore, monkeypatch):
-    monkeypatch.setattr("deployments.dispatcher.OUTAGE_PAUSE_S", 0.05)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.OUTAGE_PAUSE_S", 0.05)
     monkeypatch.setattr(store, "claim", _away)
     monkeypatch.setattr(store, "sweep", _away)
     async with dispatching(store, files, ScriptedStages(nothing)):

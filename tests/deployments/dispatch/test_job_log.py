@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from deployments.dispatch.job_log import BURST, MOST_WAITING, Reporter
 from deployments.jobs.job import Claim, LeaseLost, LogLine, NewJob
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.progress import Stage, StageProgress
-from deployments.reporter import BURST, MOST_WAITING, Reporter
-from deployments.stages import Note
+from deployments.stages.progress import Stage, StageProgress
+from deployments.stages.protocol import Note
 from engines.errors import RunnerFailed
 from engines.spec import Progress
 from tests.fakes import ENDPOINT
@@ -79,7 +79,7 @@ async def test_of_too_much_progress_the_first_and_the_last_of_each_stage_are_tol
 
 
 async def test_the_latest_progress_is_told_as_soon_as_it_may(store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deployments.reporter.BURST", 1)
+    monkeypatch.setattr("deployments.dispatch.job_log.BURST", 1)
     began = time.monotonic()
     async with Reporter(store, claim) as reporter:
         for done in range(100):
@@ -139,7 +139,7 @@ async def test_a_database_that_does_not_answer_holds_up_the_end_for_a_while_only
         return True
 
     monkeypatch.setattr(store, "log", never)
-    monkeypatch.setattr("deployments.reporter.FLUSH_S", 0.05)
+    monkeypatch.setattr("deployments.dispatch.job_log.FLUSH_S", 0.05)
     async with asyncio.timeout(5), Reporter(store, claim) as reporter:
         reporter.note(step(1))
     assert "last lines not written" in caplog.text

@@ -8,14 +8,14 @@ from uuid import UUID
 
 import pytest
 
-from deployments.demo import demo_inputs
+from deployments.files.file_store import FileStore
+from deployments.hosting.demo_weights import demo_inputs
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
-from deployments.storage import FileStore
 from engines.errors import RunnerDisconnected
 from tests.conftest import execute
-from tests.deployments.test_dispatcher import QUICK, dispatching, ended, started
+from tests.deployments.dispatch.test_dispatcher import QUICK, dispatching, ended, started
 from tests.fakes import ENDPOINT, LocalStages
 
 CONTROLNEXT = "fal-ai/controlnext"
@@ -35,7 +35,7 @@ def settings(demo_settings: Settings, tmp_path: Path) -> Settings:
 @pytest.fixture
 def replicas(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalStages]:
     """New replicas of an endpoint, as a deploy or a restart brings them."""
-    monkeypatch.setattr("deployments.dispatcher.RELEASE_S", 0.0)  # in this process, who is cancelled waits for the stage
+    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 0.0)  # in this process, who is cancelled waits for the stage
     return lambda endpoint=ENDPOINT: LocalStages(settings, endpoint)
 
 
@@ -109,7 +109,7 @@ async def test_a_job_whose_runner_died_goes_on_at_a_step_that_was_kept(
     async with work(store, files, stages):
         undisturbed = await mp4_of(files, await ended(store, await submit(store)))
         with monkeypatch.context() as patch:
-            patch.setattr("deployments.checkpoints.Saving.finish", _die)
+            patch.setattr("deployments.files.checkpoints.Saving.finish", _die)
             job_id = await submit(store)
             await started(store, job_id, "step 12/")
         job = await ended(store, job_id)
@@ -159,7 +159,7 @@ async def test_a_clip_that_could_not_be_stored_is_not_denoised_again(
         return await put(*args)
 
     monkeypatch.setattr(files, "put", full_once)
-    monkeypatch.setattr("deployments.dispatcher.next_attempt_in", lambda *_: 0.0)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.next_attempt_in", lambda *_: 0.0)
     async with work(store, files, stages):
         job = await ended(store, await submit(store))
     assert (job.state, job.attempt, sampled.calls) == (JobState.SUCCEEDED, 2, 1)
@@ -171,7 +171,7 @@ async def test_a_file_store_that_refuses_checkpoints_costs_no_job(
     async def refuse(*_: Any) -> NoReturn:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", refuse)
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", refuse)
     async with work(store, files, replicas()):
         job = await ended(store, await submit(store))
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
@@ -194,7 +194,7 @@ async def test_ten_minutes_after_its_end_nothing_is_left_of_a_jobs_checkpoint(
     end: str,
     store_io: bool,
 ):
-    monkeypatch.setattr("deployments.dispatcher.EXPIRY_INTERVAL_S", 0.05)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.EXPIRY_INTERVAL_S", 0.05)
     stages = replicas()
     if end == "failure":
         monkeypatch.setattr(stages, "decode", _fail)
@@ -225,7 +225,7 @@ async def _fail(*_: Any) -> NoReturn:
 async def test_a_job_is_released_after_a_pause_in_which_its_stage_can_keep_the_last_step(
     store: JobStore, files: FileStore, replicas: Callable[..., LocalStages], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("deployments.dispatcher.RELEASE_S", 60.0)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 60.0)
     async with work(store, files, replicas()):
         job_id = await submit(store)
         await started(store, job_id)

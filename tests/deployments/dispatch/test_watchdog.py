@@ -1,6 +1,6 @@
 import pytest
 
-from deployments.deadlines import Watchdog
+from deployments.dispatch.watchdog import Watchdog
 from deployments.settings import Deadlines, QueueSettings
 from engines.errors import GenerationTimeout, RunnerStalled
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.checkpoints import Checkpoints
-from deployments.denoise import Denoise
-from deployments.preprocess import Preprocess
-from deployments.schemas import ENDPOINTS
+from deployments.files.checkpoints import Checkpoints
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings
-from deployments.stages import TURN, Done, Note, Slot
+from deployments.stages.denoise import Denoise
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import TURN, Done, Note, Slot
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Conditioning, Latents, Progress
@@ -65,7 +65,7 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Denoise]:
     def build(stage: Any, checkpoint_s: float = 1e-6, config: Any = CONFIG) -> Denoise:
-        monkeypatch.setattr("deployments.denoise.build_stage", lambda *_: stage)
+        monkeypatch.setattr("deployments.stages.denoise.build_stage", lambda *_: stage)
         return Denoise("a model", config, url, checkpoint_s)
 
     return build
@@ -140,7 +140,7 @@ async def test_steps_are_kept_no_more_often_than_asked_for(
         time.sleep(0.05)  # for what is being written
         clock[0] += 1
 
-    monkeypatch.setattr("deployments.checkpoints.monotonic", lambda: clock[0])
+    monkeypatch.setattr("deployments.files.checkpoints.monotonic", lambda: clock[0])
     await listen(replica(Stage(advance), checkpoint_s=2), FIRST)
     assert written == [2, 4, 6, "latents"]
 
@@ -149,7 +149,7 @@ async def test_a_slow_disk_holds_up_no_step_and_gets_the_newest(
     replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     put = FileStorePut()
-    monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", put.slow)
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
     one = replica(Stage(slowly))
     stream = one.run(asked(), FIRST)
     notes = [plain(await anext(stream)) for _ in range(1 + STEPS)]
@@ -183,7 +183,7 @@ async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_
     replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     put = FileStorePut()
-    monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", put.slow)
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
     stream = replica(Stage(slowly)).run(asked(), FIRST)
     for _ in range(1 + STEPS):
         await anext(stream)
@@ -287,7 +287,7 @@ async def test_a_file_store_that_is_away_costs_no_job(
     async def refuse(*_: Any) -> None:
         raise BucketAway
 
-    monkeypatch.setattr(f"deployments.storage.FileStore.{refuses}", refuse)
+    monkeypatch.setattr(f"deployments.files.file_store.FileStore.{refuses}", refuse)
     *_, last = await listen(replica(Stage(slowly)), AGAIN)
     assert isinstance(last, Latents)
     assert {record.levelname for record in caplog.records} == {"WARNING"}
@@ -296,8 +296,8 @@ async def test_a_file_store_that_is_away_costs_no_job(
 async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
     replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("deployments.checkpoints.WRITE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr("deployments.storage.FileStore.put_checkpoint", FileStorePut().slow)
+    monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", FileStorePut().slow)
     *_, last = await listen(replica(Stage()), FIRST)
     assert isinstance(last, Latents)
 
@@ -306,7 +306,7 @@ async def test_finished_latents_are_found_without_the_conditioning(
     replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, url: str
 ):
     def preprocess(config: Any) -> Preprocess:
-        monkeypatch.setattr("deployments.preprocess.build_stage", lambda *_: None)
+        monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: None)
         return Preprocess(ENDPOINTS[ENDPOINT], config, FetchSettings(), url)
 
     async def saved(config: Any = CONFIG, name: str = NAME) -> list[Any]:

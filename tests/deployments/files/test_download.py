@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from deployments import fetch as fetch_module
-from deployments.fetch import download_folder, fetch, fetch_all, is_public
+from deployments.files import download as download_module
+from deployments.files.download import download_folder, fetch, fetch_all, is_public
 from deployments.settings import FetchSettings
 from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
 
@@ -205,7 +205,7 @@ async def test_unknown_and_private_hosts_are_told_alike(monkeypatch: pytest.Monk
 async def test_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving({"/": b"", "/secret": http("200 OK", b"secret")}) as server:
         server.answers["/"] = http("302 Found", location=f"http://127.0.0.1:{server.port}/secret")
-        monkeypatch.setattr(fetch_module, "is_public", lambda address: len(server.heads) == 0)  # the first hop passes
+        monkeypatch.setattr(download_module, "is_public", lambda address: len(server.heads) == 0)  # the first hop passes
         assert "public address" in await refusal(server.url("/"), CLOSED)
         assert len(server.heads) == 1
 
@@ -224,10 +224,10 @@ async def test_connects_to_the_address_that_was_checked_under_the_name_that_was_
 async def test_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving({"/": http("200 OK", b"hello")}) as server:
 
-        async def two(host: str, port: int, allow_private: bool) -> list[fetch_module.IPAddress]:
+        async def two(host: str, port: int, allow_private: bool) -> list[download_module.IPAddress]:
             return [ipaddress.ip_address("127.0.0.2"), ipaddress.ip_address("127.0.0.1")]
 
-        monkeypatch.setattr(fetch_module, "_resolve", two)
+        monkeypatch.setattr(download_module, "_resolve", two)
         assert await fetched(server.url("/"), OPEN) == b"hello"
 
 
@@ -279,7 +279,7 @@ async def test_certificate_is_checked_against_the_name(
 ) -> None:
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate)
-    monkeypatch.setattr(fetch_module, "_tls", lambda: ssl.create_default_context(cafile=str(certificate)))
+    monkeypatch.setattr(download_module, "_tls", lambda: ssl.create_default_context(cafile=str(certificate)))
     async with serving({"/": http("200 OK", b"hello")}, tls) as server:
         resolving_to(monkeypatch, "127.0.0.1")
         url = f"https://{host}:{server.port}/"

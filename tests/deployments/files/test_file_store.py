@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from deployments.storage import CHUNK_BYTES, FileStore, StoredFile
+from deployments.files.file_store import CHUNK_BYTES, FileStore, StoredFile
 
 
 @pytest.fixture(params=["folder", "file://", "memory://"])

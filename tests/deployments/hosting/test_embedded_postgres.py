@@ -11,8 +11,8 @@ import asyncpg
 import psutil
 import pytest
 
+from deployments.hosting.embedded_postgres import SERVICE_USER, database_url, stop_embedded
 from deployments.jobs.job import JobState, LeaseLost, NewJob
-from deployments.jobs.postgres import SERVICE_USER, database_url, stop_embedded
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.settings import Settings
 from tests.conftest import embedded
@@ -66,7 +66,8 @@ def awkward_home() -> Iterator[Settings]:
 def test_processes_that_start_it_at_once_share_one_server_that_outlives_them(awkward_home: Settings) -> None:
     code = (
         "import sys; from pathlib import Path; from deployments.settings import Settings;"
-        "from deployments.jobs.postgres import database_url; print(database_url(Settings(home=Path(sys.argv[1]))), flush=True);"
+        "from deployments.hosting.embedded_postgres import database_url;"
+        "print(database_url(Settings(home=Path(sys.argv[1]))), flush=True);"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
     starters = [
@@ -188,7 +189,7 @@ async def test_no_submit_is_lost_or_doubled_when_the_database_is_killed_under_lo
 def test_pid_that_now_belongs_to_another_process_does_not_keep_it_from_starting(
     home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.jobs.postgres.RECYCLED_AFTER_S", 0.3)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.RECYCLED_AFTER_S", 0.3)
     database_url(home)
     kill_everything(home)
     user = pwd.getpwnam(SERVICE_USER).pw_uid if os.geteuid() == 0 else None
@@ -205,10 +206,10 @@ def test_pid_that_now_belongs_to_another_process_does_not_keep_it_from_starting(
 def test_server_too_busy_to_answer_keeps_its_pid_file(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     database_url(home)
     server = postmaster(home)
-    monkeypatch.setattr("deployments.jobs.postgres.RECYCLED_AFTER_S", 0.0)
-    monkeypatch.setattr("deployments.jobs.postgres.START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.RECYCLED_AFTER_S", 0.0)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.START_TIMEOUT_S", 1.0)
     with monkeypatch.context() as deaf:
-        deaf.setattr("deployments.jobs.postgres._readiness", lambda folder: 2)
+        deaf.setattr("deployments.hosting.embedded_postgres._readiness", lambda folder: 2)
         with pytest.raises(RuntimeError, match="another server might be running"):
             database_url(home)
     assert postmaster(home) == server

@@ -9,7 +9,7 @@ import httpx
 import psutil
 import yaml
 
-from deployments.client import QueueClient
+from deployments.cli.client import QueueClient
 from tests.conftest import embedded
 from tests.e2e.service import REELRAY, free_port
 

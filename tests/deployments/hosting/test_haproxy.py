@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments import haproxy
-from deployments.haproxy import BINARY, FALLBACK_PORT, PORTS, SWITCH, fronted
-from deployments.haproxy_launch import mended
+from deployments.hosting import haproxy
+from deployments.hosting.haproxy import BINARY, FALLBACK_PORT, PORTS, SWITCH, fronted
+from deployments.hosting.haproxy_launch import mended
 
 
 @pytest.fixture(autouse=True)

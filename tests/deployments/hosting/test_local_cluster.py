@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.service import ServiceFailed, running
+from deployments.hosting.local_cluster import ServiceFailed, running
 from deployments.settings import Exposed
 
 

@@ -8,25 +8,29 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from deployments import ingress
-from deployments.ingress import create_app
+from deployments.files.file_store import FileStore
+from deployments.ingress import queue_routes, service_routes
+from deployments.ingress.app import create_app
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.schemas import ENDPOINTS, error_failure
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import QueueSettings, Settings
-from deployments.storage import FileStore
 from engines.errors import InternalError, RunnerFailed
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
 LEASE_S = 30.0
+NOWHERE = "postgresql://postgres@127.0.0.1:1/nobody"
+"""No database listens there."""
 INPUT = {"prompt": "a city at night"}
 MEDIA = {"image_url": "https://a.example/i.png", "video_url": "https://a.example/v.mp4"}
 
@@ -50,7 +54,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def alone(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """Calls a door without a store, for what must be answered before the store is asked."""
-    async with calling(create_app(settings)) as client:
+    async with calling(create_app(settings, NOWHERE)) as client:
         yield client
 
 
@@ -307,7 +311,7 @@ async def test_a_body_that_hides_its_size_is_not_read_to_its_end(client: httpx.A
 
 
 async def test_a_body_that_never_ends_is_given_up(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.ingress.BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("deployments.ingress.request_context.BODY_TIMEOUT_S", 0.1)
 
     async def stalling() -> AsyncIterator[bytes]:
         yield b"{"
@@ -422,7 +426,7 @@ async def test_a_namespaced_endpoint_keeps_its_namespace_and_loses_its_path(
     settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = replace(ENDPOINTS[ENDPOINT], id="workflows/me/flow/sub/path")
-    monkeypatch.setattr(ingress, "ENDPOINTS", {endpoint.id: endpoint})
+    monkeypatch.setattr(queue_routes, "ENDPOINTS", {endpoint.id: endpoint})
     async with calling(create_app(settings, store)) as client:
         links = (await client.post("/queue/workflows/me/flow/sub/path", json=INPUT)).json()
         assert links["status_url"].startswith("http://door:8000/queue/workflows/me/flow/requests/")
@@ -688,7 +692,7 @@ async def test_health_does_not_wait_for_ever(client: httpx.AsyncClient, store: J
         await asyncio.sleep(60)
 
     monkeypatch.setattr(store, "get", hung)
-    monkeypatch.setattr(ingress, "HEALTH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(service_routes, "HEALTH_TIMEOUT_S", 0.05)
     assert (await client.get("/health")).status_code == 503
 
 
@@ -753,7 +757,7 @@ async def test_these_pages_may_submit(
 
 
 async def test_a_service_open_to_the_network_still_refuses_strangers_pages(settings: Settings) -> None:
-    async with calling(create_app(settings.model_copy(update={"open_to_network": True}))) as client:
+    async with calling(create_app(settings.model_copy(update={"open_to_network": True}), NOWHERE)) as client:
         assert is_forbidden(await client.post(SUBMIT, json=INPUT, headers={"origin": "https://evil.example"}))
 
 
@@ -849,12 +853,12 @@ async def test_no_checkpoint_is_served(settings: Settings, alone: httpx.AsyncCli
 
 
 def test_importing_the_door_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, deployments.ingress; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    code = "import sys, deployments.ingress.app; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_app_can_be_made_in_another_process(settings: Settings) -> None:
-    factory: Callable[[], FastAPI] = pickle.loads(pickle.dumps(partial(create_app, settings)))
+    factory: Callable[[], FastAPI] = pickle.loads(pickle.dumps(partial(create_app, settings, NOWHERE)))
     assert isinstance(factory(), FastAPI)
 
 
@@ -872,7 +876,7 @@ async def test_the_app_opens_and_closes_its_own_store(
 
     monkeypatch.setattr(JobStore, "open", open_store)
     monkeypatch.setattr(store, "close", close_store)
-    app = create_app(settings.model_copy(update={"database": "postgresql://db/x"}))
+    app = create_app(settings, "postgresql://db/x")
     async with app.router.lifespan_context(app), calling(app) as client:
         assert (await client.get("/health")).status_code == 200
         assert closed == []
@@ -880,17 +884,17 @@ async def test_the_app_opens_and_closes_its_own_store(
 
 
 async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_there(
-    settings: Settings, database: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    urls = ["postgresql://postgres@127.0.0.1:1/nobody"]
+    url = urlsplit(database)
+    sockets = tmp_path / "sockets"  # where the server's folder will be
     monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
-    monkeypatch.setattr("deployments.ingress.START_S", 0.3)
-    monkeypatch.setattr("deployments.ingress.database_url", lambda _: urls[-1])
-    app = create_app(settings)
+    monkeypatch.setattr("deployments.ingress.app.START_S", 0.3)
+    app = create_app(settings, url._replace(query=f"host={quote(str(sockets))}&port=5432").geturl())
     async with app.router.lifespan_context(app), calling(app) as client:
         assert (await client.get("/health")).status_code == 503
         assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 503
-        urls.append(database)
+        sockets.symlink_to(parse_qs(url.query)["host"][0])
         async with asyncio.timeout(10):
             while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -901,9 +905,8 @@ async def test_an_app_that_can_never_open_its_store_does_not_start(settings: Set
     async def open_store(url: str) -> JobStore:
         raise RuntimeError("a wrong password")
 
-    monkeypatch.setattr("deployments.ingress.database_url", lambda _: "postgresql://db/x")
     monkeypatch.setattr(JobStore, "open", open_store)
-    app = create_app(settings)
+    app = create_app(settings, NOWHERE)
     with pytest.raises(RuntimeError):
         async with app.router.lifespan_context(app):
             pass
@@ -918,10 +921,9 @@ async def test_a_database_that_turns_out_unusable_after_the_door_opened_is_told_
         await known.wait()
         raise RuntimeError("a wrong password")
 
-    monkeypatch.setattr("deployments.ingress.START_S", 0.01)
-    monkeypatch.setattr("deployments.ingress.database_url", lambda _: "postgresql://db/x")
+    monkeypatch.setattr("deployments.ingress.app.START_S", 0.01)
     monkeypatch.setattr(JobStore, "open", open_store)
-    app = create_app(settings)
+    app = create_app(settings, NOWHERE)
     async with app.router.lifespan_context(app), calling(app) as client:
         known.set()
         await asyncio.sleep(0.01)
@@ -930,4 +932,4 @@ async def test_a_database_that_turns_out_unusable_after_the_door_opened_is_told_
 
 
 def test_the_error_of_an_outage_is_the_one_of_any_failure() -> None:
-    assert ingress._request_failure(500, "internal_error", InternalError().message) == error_failure(InternalError())
+    assert request_failure(500, "internal_error", InternalError().message) == error_failure(InternalError())

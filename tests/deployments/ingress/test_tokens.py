@@ -11,10 +11,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from deployments import tokens
-from deployments.ingress import create_app
+from deployments.ingress.app import create_app
 from deployments.jobs.keys import KeySecret
 from deployments.jobs.store import JobStore
+from deployments.schemas import tokens
 from deployments.settings import Settings
 
 ALIAS = "animatediff-sparsectrl-lcm"

@@ -13,18 +13,18 @@ import asyncpg
 import httpx
 import pytest
 
-from deployments import dispatcher as dispatcher_module
-from deployments.courier import Courier
-from deployments.dispatcher import Dispatcher
-from deployments.ingress import create_app
+from deployments.dispatch import dispatcher as dispatcher_module
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.ingress.app import create_app
 from deployments.jobs.job import NewJob
-from deployments.jobs.outbox import SETTLE_S, Outbox
 from deployments.jobs.store import _RESOURCES, JobStore
 from deployments.settings import FetchSettings, Settings
-from deployments.storage import FileStore
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import SETTLE_S, Outbox
 from engines.errors import ImageLoadError
 from tests.conftest import execute, of_database
-from tests.deployments.receiver import Receiver, answering, is_signed, receiving
+from tests.deployments.webhooks.signing.receiver import Receiver, answering, is_signed, receiving
 from tests.fakes import ScriptedStages, for_ever
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from deployments.jobs.together import Together
+from deployments.jobs.coalescing import Together
 
 
 class Answers:

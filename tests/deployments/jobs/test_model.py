@@ -31,8 +31,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from deployments.jobs.job import TRANSITIONS, Claim, Failure, Idempotency, JobState, LeaseLost, NewJob
+from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, JobState, LeaseLost, NewJob
 from deployments.jobs.store import _RESOURCES, JobStore, migrate
+from deployments.schemas.failures import Failure
 from engines.errors import IdempotencyKeyReused
 from tests.conftest import execute, of_database
 from tests.deployments.jobs.model import Model, ModelJob

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.schemas import ENDPOINTS, ControlNeXtInput, validation_failure
+from deployments.schemas.controlnext import ControlNeXtInput
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.failures import validation_failure
 from engines.controlnext.spec import ControlNeXtSpec
 
 URLS = {"image_url": "https://a.example/x.png", "video_url": "https://a.example/x.mp4"}

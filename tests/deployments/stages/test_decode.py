@@ -4,17 +4,17 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.decode import Decode
-from deployments.pace import BURST
 from deployments.settings import Settings
-from deployments.stages import TURN, Done
+from deployments.stages.decode import Decode
+from deployments.stages.protocol import TURN, Done
+from deployments.stages.throttle import BURST
 from engines.errors import Cancelled
 from engines.spec import Latents, Progress
 from tests.fakes import CLIP, EndlessStage, LocalStages
 
 
 def replica(monkeypatch: pytest.MonkeyPatch, stage: Any) -> Decode:
-    monkeypatch.setattr("deployments.decode.build_stage", lambda *_: stage)
+    monkeypatch.setattr("deployments.stages.decode.build_stage", lambda *_: stage)
     return Decode("a model", None)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.serve_stages import ServeStages, translated
-from deployments.stages import Done, Note, OnNote, Slot
+from deployments.stages.handles import ServeStages, translated
+from deployments.stages.protocol import Done, Note, OnNote, Slot
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
 

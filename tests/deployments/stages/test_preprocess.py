@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.preprocess import Preprocess
-from deployments.progress import StageProgress
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings, Settings
-from deployments.stages import TURN, Done, Note, Stream
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.progress import StageProgress
+from deployments.stages.protocol import TURN, Done, Note, Stream
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError
 from engines.spec import Progress
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
@@ -36,7 +36,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any], 
     """A replica around a stage."""
 
     def build(stage: Any) -> Preprocess:
-        monkeypatch.setattr("deployments.preprocess.build_stage", lambda *_: stage)
+        monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: stage)
         return Preprocess(ENDPOINTS[ENDPOINT], None, FetchSettings(), str(tmp_path / "files"))
 
     return build

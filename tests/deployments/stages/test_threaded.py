@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 
-from deployments.pace import BURST
-from deployments.threaded import InThread
+from deployments.stages.threaded import InThread
+from deployments.stages.throttle import BURST
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import OnProgress, Progress, ShouldStop
 

@@ -1,8 +1,8 @@
 import pytest
 
-from deployments.pace import BURST, Pace
-from deployments.progress import Estimate, StageProgress
-from deployments.stages import Note
+from deployments.stages.progress import Estimate, StageProgress
+from deployments.stages.protocol import Note
+from deployments.stages.throttle import BURST, Pace
 from engines.errors import GenerationFailed
 from engines.spec import Progress
 

@@ -1,4 +1,4 @@
-from deployments.bucket import Bucket
+from deployments.stages.token_bucket import Bucket
 
 
 def test_a_burst_is_let_through_and_then_one_in_a_while():

@@ -9,17 +9,17 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from deployments import courier as courier_module
-from deployments.courier import RETRIES, Courier, retry_delay_s
-from deployments.jobs.job import Failure, NewJob
-from deployments.jobs.outbox import Outbox, Webhook
+from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.schemas import error_failure
+from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import FetchSettings, Settings, WebhookSettings
-from deployments.webhooks import jwks
+from deployments.webhooks import courier as courier_module
+from deployments.webhooks.courier import RETRIES, Courier, retry_delay_s
+from deployments.webhooks.outbox import Outbox, Webhook
+from deployments.webhooks.signing import jwks
 from engines.errors import ImageLoadError, StartTimeout
 from tests.conftest import execute
-from tests.deployments.receiver import Received, answering, is_signed, receiving
+from tests.deployments.webhooks.signing.receiver import Received, answering, is_signed, receiving
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 LIMITS = WebhookSettings(timeout_s=5, max_per_receiver=4)
