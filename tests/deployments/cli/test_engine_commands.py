@@ -15,7 +15,7 @@ from engines.engine_config import EngineConfig
 from engines.errors import EngineError
 from engines.trt.cache import PlanCache
 from engines.unet_call import UNetCall
-from tests.deployments.cli.main.test_main import config, run
+from tests.deployments.cli.test_main import config, run
 from tests.engines.trt.keys import KEY, PLAN
 
 

@@ -24,7 +24,7 @@ from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import SETTLE_S, Outbox
 from engines.errors import ImageLoadError
 from tests.conftest import execute, of_database
-from tests.deployments.webhooks.signing.receiver import Receiver, answering, is_signed, receiving
+from tests.deployments.webhooks.receiver import Receiver, answering, is_signed, receiving
 from tests.fakes import ScriptedStages, for_ever
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"

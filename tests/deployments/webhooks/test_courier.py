@@ -19,7 +19,7 @@ from deployments.webhooks.outbox import Outbox, Webhook
 from deployments.webhooks.signing import jwks
 from engines.errors import ImageLoadError, StartTimeout
 from tests.conftest import execute
-from tests.deployments.webhooks.signing.receiver import Received, answering, is_signed, receiving
+from tests.deployments.webhooks.receiver import Received, answering, is_signed, receiving
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 LIMITS = WebhookSettings(timeout_s=5, max_per_receiver=4)

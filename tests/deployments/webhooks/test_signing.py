@@ -5,7 +5,7 @@ from uuid import UUID
 import pytest
 
 from deployments.webhooks.signing import SigningKey, jwks, signed_headers, webhook_body
-from tests.deployments.webhooks.signing.receiver import Received, is_signed
+from tests.deployments.webhooks.receiver import Received, is_signed
 
 JOB = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
 FILE = {"url": "/files/v/video.mp4", "content_type": "video/mp4", "file_name": "video.mp4", "file_size": 3}
