@@ -26,7 +26,7 @@ from deployments.stages.decode import Decode
 from deployments.stages.denoise import Denoise
 from deployments.stages.handles import ServeStages
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import Slot, Stream
+from deployments.stages.protocol import CheckpointRef, Stream
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
 from engines.spec import Conditioning
@@ -76,13 +76,13 @@ class DenoiseReplica(Denoise):
         super().__init__(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
-    async def run(self, conditioning: Conditioning, slot: Slot) -> Stream:
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
         """See `Denoise`."""
         call = asyncio.current_task()
         assert call is not None  # Serve's, one a call
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
-        stream: Any = super().run(conditioning, slot)
+        stream: Any = super().run(conditioning, checkpoint)
         async with aclosing(stream):
             async for item in stream:
                 yield item

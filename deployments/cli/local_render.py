@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from deployments.files.download import download_folder, fetch_all
+from deployments.files.download import download_all, download_folder
 from deployments.hosting.demo_weights import write_missing_weights
 from deployments.schemas.endpoint import Endpoint
 from deployments.settings import Settings
 from deployments.stages.protocol import Note
-from deployments.stages.throttle import Pace
+from deployments.stages.throttle import Throttle
 from engines.pipeline import Pipeline
 from engines.spec import Clip
 
@@ -20,15 +20,15 @@ def render_locally(endpoint: Endpoint, body: bytes, settings: Settings, on_note:
     """
     job = endpoint.input.parse(body).resolved()
     with download_folder() as folder:
-        media = asyncio.run(fetch_all(job.media(), settings.fetch, folder))
+        media = asyncio.run(download_all(job.media(), settings.fetch, folder))
         write_missing_weights(settings)
         pipeline = Pipeline(endpoint.model, settings.model_configs()[endpoint.model])
-        with Pace("preprocess", on_note) as told:
+        with Throttle("preprocess", on_note) as told:
             conditioning = pipeline.preprocess.encode(job.spec(media), on_progress=told)
     for warning in conditioning.notes:
         on_note(Note(warning, "WARN"))
-    with Pace("denoise", on_note) as told:
+    with Throttle("denoise", on_note) as told:
         latents = pipeline.denoise.sample(conditioning, on_progress=told)
-    with Pace("decode", on_note) as told:
+    with Throttle("decode", on_note) as told:
         clip: Clip = pipeline.decode.decode(latents, on_progress=told)
     return clip

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.cli.client import QueueClient
-from deployments.cli.terminal import Display
+from deployments.cli.terminal import Terminal
 from deployments.jobs.keys import DEFAULT_SCOPES, Scope
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import validation_failure
@@ -100,12 +100,12 @@ def render(
     from deployments.cli.local_render import render_locally
 
     endpoint = _endpoint(model)
-    with _clear_errors(), Display(errors) as display:
+    with _clear_errors(), Terminal(errors) as terminal:
 
         def show(note: Note) -> None:
-            display.line(note.message, note.progress.fields() if note.progress else None)
+            terminal.line(note.message, note.progress.fields() if note.progress else None)
 
-        display.wait("loading the model")
+        terminal.wait("loading the model")
         clip = render_locally(endpoint, json.dumps(read_input(input_file)).encode(), load_settings(config), show)
         out.write_bytes(clip.mp4)
     console.print(f"{out}: {clip.num_frames} frames, {clip.width}x{clip.height}, seed {clip.seed}")
@@ -453,14 +453,14 @@ def _follow(client: QueueClient, endpoint_id: str, request_id: str) -> dict[str,
 def _watch(client: QueueClient, endpoint_id: str, request_id: str) -> None:
     """Shows the progress until the request is completed."""
     shown = 0
-    with Display(errors) as display:
+    with Terminal(errors) as terminal:
         for status in client.follow(endpoint_id, request_id):
             for line in status["logs"]:
                 if line["seq"] > shown:
                     shown = line["seq"]
-                    display.line(line["message"], line.get("progress"))
+                    terminal.line(line["message"], line.get("progress"))
             if status["status"] == "IN_QUEUE":
-                display.wait(f"queued, {status['queue_position']} ahead")
+                terminal.wait(f"queued, {status['queue_position']} ahead")
 
 
 def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -> None:
@@ -471,7 +471,7 @@ def _keep_video(client: QueueClient, output: dict[str, Any], out: Path | None) -
 
 
 def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
-    from deployments.hosting.embedded_postgres import visited
+    from deployments.hosting.embedded_postgres import database_for_command
     from deployments.jobs.store import JobStore
 
     async def run(url: str) -> T:
@@ -482,7 +482,7 @@ def _in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
             await store.close()
 
     try:
-        with visited(load_settings(config)) as url:
+        with database_for_command(load_settings(config)) as url:
             return asyncio.run(run(url))
     except (OSError, RuntimeError) as exc:
         raise typer.Exit(_fail(f"the database cannot be reached: {exc}")) from exc

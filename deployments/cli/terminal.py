@@ -1,4 +1,4 @@
-"""How the command line shows a render that goes on: a bar on a terminal, a plain line for each line of the log elsewhere.
+"""Shows a running render: a progress bar on a terminal, elsewhere a plain line for each line of the log.
 
 All of it goes to stderr, so that a script reads from stdout what it asked for.
 """
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-class Display:
-    """While it is entered, the bar is there, if there is a terminal for it."""
+class Terminal:
+    """Shows the bar within `with`, if the console is a terminal."""
 
     def __init__(self, console: Console):
         self._console = console

@@ -1,7 +1,7 @@
 """Claims jobs while the stages have room and carries each through the three of them; every retry is decided here, by the
 table in `jobs/retry.py`.
 
-A claimed job is held by a lease that a keeper renews. Whatever happens to this process, the lease runs out and the job is
+A claimed job is held by a lease that `_renew_lease` renews. Whatever happens to this process, the lease runs out and the job is
 swept back into the queue; whatever this process does late, the attempt's token refuses.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from deployments.dispatch.job_log import Reporter
+from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Watchdog
 from deployments.files.file_store import FileStore, StoredFile
 from deployments.jobs.job import Claim, LeaseLost
@@ -22,7 +22,7 @@ from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.settings import QueueSettings, RetentionSettings
-from deployments.stages.protocol import TURN, Note, Slot, Stages
+from deployments.stages.protocol import STARTED, CheckpointRef, Note, Stages
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
@@ -45,19 +45,19 @@ checkpoint before are done again.
 
 
 @dataclass
-class Work:
-    """What one attempt came to. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
+class AttemptMetrics:
+    """What one attempt took. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     engine: str | None = None
 
     @property
-    def metrics(self) -> dict[str, Any]:
-        """As a status tells them: fal's `inference_time`, and of a job that succeeded our own receipt."""
-        metrics: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
+    def fields(self) -> dict[str, Any]:
+        """As a status shows them: fal's `inference_time`, and of a job that succeeded our own receipt."""
+        fields: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
         if self.engine is not None:
-            metrics["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
-        return metrics
+            fields["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
+        return fields
 
 
 class Dispatcher:
@@ -128,75 +128,75 @@ class Dispatcher:
 
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
-        work = Work()
+        metrics = AttemptMetrics()
         watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
-        render = asyncio.create_task(self._reported(claim, work, watchdog))
-        keeper = asyncio.create_task(self._keep(claim, render, watchdog))
+        render = asyncio.create_task(self._reported(claim, metrics, watchdog))
+        renewing = asyncio.create_task(self._renew_lease(claim, render, watchdog))
         store = self.store
         try:
             result = await render
         except asyncio.CancelledError:
-            if not keeper.done():
+            if not renewing.done():
                 await self._close(
                     claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
                 )
                 raise
-            reason = keeper.result()
+            reason = renewing.result()
             if reason == "cancelled":
                 await self._close(claim, lambda: store.cancel(claim))
             elif reason != "lost":
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
-                await self._close(claim, lambda: self._end_attempt(claim, reason, work))
+                await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
         except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
             # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
-            await self._close(claim, lambda: self._end_attempt(claim, error, work))
+            await self._close(claim, lambda: self._end_attempt(claim, error, metrics))
         else:
-            await self._close(claim, lambda: store.succeed(claim, result, work.metrics))
+            await self._close(claim, lambda: store.succeed(claim, result, metrics.fields))
         finally:
-            keeper.cancel()
+            renewing.cancel()
 
-    async def _end_attempt(self, claim: Claim, error: ReelrayError, work: Work) -> None:
+    async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
         """After an error: another attempt, or the end."""
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
         if wait_s is None:
-            await self.store.fail(claim, error_failure(error), work.metrics)
+            await self.store.fail(claim, error_failure(error), metrics.fields)
         else:
             await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
-    async def _reported(self, claim: Claim, work: Work, watchdog: Watchdog) -> dict[str, Any]:
+    async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """The job's output, with what the stages noted on the way in its log."""
-        async with Reporter(self.store, claim) as reporter:
-            return await self._render(claim, work, watchdog, reporter)
+        async with JobLog(self.store, claim) as job_log:
+            return await self._render(claim, metrics, watchdog, job_log)
 
-    async def _render(self, claim: Claim, work: Work, watchdog: Watchdog, reporter: Reporter) -> dict[str, Any]:
-        """The job's output, its file kept, and in `work` what the stages did for it."""
+    async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
+        """The job's output, its file kept, and in `metrics` what the stages did for it."""
 
         async def on_note(note: Note) -> None:
             watchdog.working()
-            if note != TURN:
-                reporter.note(note)
+            if note != STARTED:
+                job_log.note(note)
 
         def ended(stage: str, took: float) -> None:
             watchdog.waiting()
-            reporter.stage_ended()
-            work.seconds[stage] = took
+            job_log.stage_ended()
+            metrics.seconds[stage] = took
 
         stages = self.stages[claim.endpoint]
-        slot = Slot(claim.checkpoint, claim.resumes)
-        latents = await stages.saved(slot, on_note) if slot.used else None
+        checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
+        latents = await stages.saved(checkpoint, on_note) if checkpoint.used else None
         watchdog.waiting()
         if latents is None:
             conditioning, took = await stages.preprocess(claim.input, on_note)
             ended("preprocess", took)
-            latents, took = await stages.denoise(conditioning, slot, on_note)
+            latents, took = await stages.denoise(conditioning, checkpoint, on_note)
             ended("denoise", took)
         clip, took = await stages.decode(latents, on_note)
         ended("decode", took)
-        work.engine = clip.engine
+        metrics.engine = clip.engine
         file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
@@ -211,7 +211,7 @@ class Dispatcher:
         except OSError as exc:  # a full disk, a bucket that is away: worth another try
             raise StorageFailed from exc
 
-    async def _keep(
+    async def _renew_lease(
         self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog
     ) -> Literal["cancelled", "lost"] | ReelrayError:
         """Renews the lease until the caller cancels, a deadline passes or the lease is lost, then stops the work."""

@@ -16,7 +16,7 @@ from typing import Self
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
 from deployments.stages.protocol import Note
-from deployments.stages.token_bucket import Bucket
+from deployments.stages.token_bucket import TokenBucket
 
 BURST = 20
 MOST_WAITING = 200
@@ -26,7 +26,7 @@ FLUSH_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Reporter:
+class JobLog:
     """One attempt's notes. What it was told is written when `async with` is left. clock: seconds."""
 
     def __init__(self, store: JobStore, claim: Claim, clock: Callable[[], float] = time.monotonic):
@@ -34,7 +34,7 @@ class Reporter:
         self._claim = claim
         self._clock = clock
         self._began_at = clock()
-        self._bucket = Bucket(BURST, clock)
+        self._bucket = TokenBucket(BURST, clock)
         self._waiting: deque[Note] = deque()
         self._latest: Note | None = None
         self._left_out = 0

@@ -1,4 +1,4 @@
-"""How long an attempt may run, and how long it may stand still: two clocks, read by the keeper in `dispatcher.py`.
+"""How long an attempt may run, and how long it may stand still: two clocks, read where `dispatcher.py` renews the lease.
 
 Standing still means that a stage whose turn has come notes no progress. Waiting for a turn is none: behind a long job that
 may take as long as the job.

@@ -6,7 +6,7 @@ elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
 
 A download goes to disk as it comes: several large videos at once are more than a replica's memory is for.
 
-`send` is the same door for whatever else is sent to a stranger's URL (`courier.py`).
+`send` makes the same checks for any other request to a stranger's URL (`webhooks/courier.py`).
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def download_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-async def fetch(url: str, settings: FetchSettings, field: str, into: Path) -> None:
+async def download(url: str, settings: FetchSettings, field: str, into: Path) -> None:
     """Writes what is behind an http(s) URL or in a base64 data URI to the file `into`. After a failure there is no such file.
 
     field: the input field that held `url`, for the error's loc. Raises `FileDownloadError`, and `FileTooLarge` as soon as
@@ -63,16 +63,16 @@ async def fetch(url: str, settings: FetchSettings, field: str, into: Path) -> No
     where it is our disk that does not take it.
     """
     with _new_file(into) as file:
-        await _fetch(url, settings, ("body", field), file)
+        await _download(url, settings, ("body", field), file)
 
 
-async def fetch_all(urls: Mapping[str, str], settings: FetchSettings, folder: Path) -> dict[str, Path]:
-    """Field -> file in `folder` for field -> URL, all at once. Raises what `fetch` raises for the first that fails."""
+async def download_all(urls: Mapping[str, str], settings: FetchSettings, folder: Path) -> dict[str, Path]:
+    """Field -> file in `folder` for field -> URL, all at once. Raises what `download` raises for the first that fails."""
     files = {field: folder / field for field in urls}
     try:
         async with asyncio.TaskGroup() as group:
             for field, url in urls.items():
-                group.create_task(fetch(url, settings, field, files[field]))
+                group.create_task(download(url, settings, field, files[field]))
     except ExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
     return files
@@ -112,14 +112,14 @@ async def _write(file: BinaryIO, data: bytes) -> None:
         await asyncio.to_thread(file.write, data)
 
 
-async def _fetch(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
+async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
     """Raises errors with this `loc`."""
     try:
         if url[:5].lower() == "data:":
             await _write(file, await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes))
         else:
             async with asyncio.timeout(settings.timeout_s):
-                await _download(url, settings, file)
+                await _request(url, settings, file)
     except _TooLarge as exc:
         message = f"The file is larger than {settings.max_bytes} bytes."
         raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
@@ -150,7 +150,7 @@ def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
         raise Refused("the data URI is not valid base64.") from exc
 
 
-async def _download(url: str, settings: FetchSettings, file: BinaryIO) -> None:
+async def _request(url: str, settings: FetchSettings, file: BinaryIO) -> None:
     """Follows redirects by hand, so that each hop is checked like the first."""
     hop = httpx.URL(url)
     async with new_client() as client:

@@ -81,8 +81,8 @@ def stop_embedded(settings: Settings) -> None:
 
 
 @contextmanager
-def visited(settings: Settings) -> Iterator[str]:
-    """`database_url` for a short errand: an embedded server that was down before is down again afterwards."""
+def database_for_command(settings: Settings) -> Iterator[str]:
+    """`database_url` for one command; stops the embedded server again if it was down before."""
     embedded = settings.database == "embedded"
     was_down = embedded and not (_folder(settings).exists() and _readiness(_folder(settings)) == 0)
     try:

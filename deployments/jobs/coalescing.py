@@ -1,7 +1,7 @@
-"""Calls that come at once, made as one: what the first of them costs the rest have for nothing.
+"""Calls that come while another is under way, made as one: they share the cost of a single call.
 
-Ten polls a second of every waiting client are mostly asked while the one before is being answered. A round trip, a statement's
-start and a commit's flush then count once for all of them, and who asks alone waits for nobody.
+Most of the ten polls a second of every waiting client come while an earlier one is being answered. A round trip, a statement's
+start and a commit's flush are then paid once for all of them, and a lone call is sent at once.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-class Together(Generic[Q, A]):
+class Coalescer(Generic[Q, A]):
     """Gathers the questions that come while an answer is under way, and asks them together after it.
 
     answer: of some questions at once, in their order; an exception among the answers is raised for its question alone, one that

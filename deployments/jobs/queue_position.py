@@ -1,7 +1,7 @@
-"""Where in a long queue a job stands, without counting the queue for every reader.
+"""How many jobs are ahead of a job in a long queue, without counting the queue for every reader.
 
-Every two hundredth job in line is remembered for a while, and a place is read off between these marks: to 200, and as
-old as the marks. Near the front, where callers care, the database counts instead.
+The place of every 200th waiting job is remembered for a while as a mark, and a position is found between two marks: it is rounded
+to 200, and as old as the marks. Near the front, where callers care, the database counts instead.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 
 STEP = 200
-"""Jobs from mark to mark, and how far the database counts; said again in `jobs_ahead` and `marks`."""
+"""Jobs from mark to mark, and how far the database counts; repeated in `jobs_ahead` and `marks`."""
 SHARE = 0.02
 """Of one core, what finding marks may take: 0.3 s for a million jobs (measured), hence every 15 s."""
 
@@ -18,8 +18,8 @@ Place = tuple[int, int, int]
 """A job's priority, turn and number: jobs are claimed in ascending order."""
 
 
-class Depth:
-    """Depths in one endpoint's queue. find_marks: reads the places of the jobs with 0, 200, 400, ... ahead of them."""
+class QueuePositions:
+    """Positions in one endpoint's queue. find_marks: reads the places of the jobs with 0, 200, 400, ... ahead of them."""
 
     def __init__(self, find_marks: Callable[[], Awaitable[list[Place]]]) -> None:
         self._find_marks = find_marks

@@ -7,7 +7,7 @@ a chunk of frames, gigabytes at real sizes, and two on one device end no sooner 
 import asyncio
 from typing import Any
 
-from deployments.stages.protocol import TURN, Done, Stream
+from deployments.stages.protocol import STARTED, Done, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
@@ -30,7 +30,7 @@ class Decode:
             return self.stage.decode(latents, on_progress=tell, should_stop=should_stop)
 
         async with self.turn:
-            yield TURN
+            yield STARTED
             async with InThread("decode", decode) as work:
                 async for note in work:
                     yield note

@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints, Saving
-from deployments.stages.protocol import TURN, Done, Note, Slot, Stream
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
@@ -23,19 +23,19 @@ class Denoise:
         self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
 
-    async def run(self, conditioning: Conditioning, slot: Slot) -> Stream:
-        """Notes of its progress, then the latents, which are in the job's slot by then.
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
+        """Notes of its progress, then the latents, which are in the file store as the job's checkpoint by then.
 
-        Cancelled, it gives up its turn once the running UNet call has ended, and returns when the last step is in the slot.
+        Cancelled, it gives up its turn once the running UNet call has ended, and returns when the last step is stored.
         """
-        resume = await self.checkpoints.step(slot.name, conditioning) if slot.used else None
+        resume = await self.checkpoints.step(checkpoint.name, conditioning) if checkpoint.used else None
 
         def sample(tell: OnProgress, should_stop: ShouldStop) -> Latents:
             return self.stage.sample(conditioning, resume=resume, on_step=saving.offer, on_progress=tell, should_stop=should_stop)
 
-        async with Saving(self.checkpoints, slot.name, conditioning, self.checkpoint_s) as saving:
+        async with Saving(self.checkpoints, checkpoint.name, conditioning, self.checkpoint_s) as saving:
             async with self.turn:
-                yield TURN
+                yield STARTED
                 if resume is not None:
                     yield Note(f"resumed at step {resume.step}/{resume.steps}")
                 saving.begin()

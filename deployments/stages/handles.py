@@ -7,7 +7,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.stages.protocol import Done, OnNote, Slot
+from deployments.stages.protocol import CheckpointRef, Done, OnNote
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
 
@@ -24,13 +24,13 @@ class ServeStages:
         """See `Stages`."""
         return await _product(self._preprocess.run.remote(job_input), on_note)
 
-    async def denoise(self, conditioning: ObjectRef, slot: Slot, on_note: OnNote) -> tuple[ObjectRef, float]:
+    async def denoise(self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[ObjectRef, float]:
         """See `Stages`."""
-        return await _product(self._denoise.run.remote(conditioning, slot), on_note)
+        return await _product(self._denoise.run.remote(conditioning, checkpoint), on_note)
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> ObjectRef | None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> ObjectRef | None:
         """See `Stages`."""
-        product, _ = await _outcome(self._preprocess.saved.remote(slot), on_note)
+        product, _ = await _outcome(self._preprocess.saved.remote(checkpoint), on_note)
         return product
 
     async def decode(self, latents: ObjectRef, on_note: OnNote) -> tuple[Clip, float]:

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints
-from deployments.files.download import download_folder, fetch_all
+from deployments.files.download import download_all, download_folder
 from deployments.schemas.endpoint import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages.protocol import TURN, Done, Note, Slot, Stream
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, OnProgress, ShouldStop
@@ -32,10 +32,10 @@ class Preprocess:
         returns once the stage has stopped and the files are gone.
         """
         started = time.monotonic()
-        yield TURN
+        yield STARTED
         parsed = self.endpoint.input.model_validate(job_input)
         with download_folder() as folder:
-            media = await fetch_all(parsed.media(), self.fetch_settings, folder)
+            media = await download_all(parsed.media(), self.fetch_settings, folder)
 
             def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
                 spec = parsed.spec(media)  # here, because it may read the files
@@ -49,10 +49,10 @@ class Preprocess:
         yield Done(time.monotonic() - started)
         yield work.product
 
-    async def saved(self, slot: Slot) -> Stream:
-        """The finished latents in a slot, and a note that they were there. If they are not, the stream ends without a product."""
-        yield TURN
-        latents = await self.checkpoints.latents(slot.name)
+    async def saved(self, checkpoint: CheckpointRef) -> Stream:
+        """The finished latents in a checkpoint, and a note that they were found. Without them there is no product."""
+        yield STARTED
+        latents = await self.checkpoints.latents(checkpoint.name)
         if latents is not None:
             yield Note("resumed after the last step")
         yield Done(0.0)

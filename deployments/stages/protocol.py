@@ -1,6 +1,6 @@
 """How a dispatcher reaches the three stages of an endpoint.
 
-Each answers with a stream: `TURN`, notes for the caller's log, then `Done`, then its product. Conditioning and latents stay
+Each answers with a stream: `STARTED`, notes for the caller's log, then `Done`, then its product. Conditioning and latents stay
 where they were made and go on as references: their bytes never visit the dispatcher. The clip does, to be stored.
 """
 
@@ -21,7 +21,7 @@ class Note:
     progress: StageProgress | None = None
 
 
-TURN = Note("")
+STARTED = Note("")
 """The first note of every stage: its turn has come. It has no line in the log."""
 
 
@@ -33,8 +33,8 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where the attempts at one job keep how far they came. name: in the file store. used: there was an earlier attempt."""
+class CheckpointRef:
+    """Where the attempts at one job store their progress. name: in the file store. used: there was an earlier attempt."""
 
     name: str
     used: bool
@@ -42,7 +42,7 @@ class Slot:
 
 OnNote = Callable[[Note], Awaitable[None]]
 Stream = AsyncIterator[Any]
-"""`TURN`, notes, then `Done`, then the product."""
+"""`STARTED`, notes, then `Done`, then the product."""
 
 
 class Stages(Protocol):
@@ -55,11 +55,11 @@ class Stages(Protocol):
         """The conditioning for a validated input, and the seconds of work in it."""
         ...
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
         """The latents, and the seconds. It goes on where an earlier attempt has stopped."""
         ...
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
         """The latents, where an earlier attempt has finished them."""
         ...
 

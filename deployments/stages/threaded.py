@@ -15,7 +15,7 @@ from typing import Generic, Self, TypeVar
 
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import Note
-from deployments.stages.throttle import Pace
+from deployments.stages.throttle import Throttle
 from engines.spec import OnProgress, ShouldStop
 
 T = TypeVar("T")
@@ -42,8 +42,8 @@ class InThread(Generic[T]):
             loop.call_soon_threadsafe(self._told.put_nowait, note)
 
         def call() -> T:
-            with Pace(self._stage, tell) as pace:
-                return self._call(pace, self._stop.is_set)
+            with Throttle(self._stage, tell) as throttle:
+                return self._call(throttle, self._stop.is_set)
 
         self._started = time.monotonic()
         # A thread of its own: a few calls of minutes would fill asyncio's pool, and downloads could not be written meanwhile

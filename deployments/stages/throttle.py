@@ -1,4 +1,4 @@
-"""A stage's progress as notes, thinned out where the work is done: 100,000 of them need not travel to be thrown away.
+"""A stage's progress as notes, their rate limited where the work is done: 100,000 of them need not travel to be dropped.
 
 Units of work come in a burst, then one a second: a job of four steps shows each. What goes on within a unit is told once a
 second at most, if nothing else was told. What was held back last is told at the end.
@@ -10,21 +10,21 @@ from typing import Self
 
 from deployments.stages.progress import Estimate, Stage, StageProgress
 from deployments.stages.protocol import Note
-from deployments.stages.token_bucket import Bucket
+from deployments.stages.token_bucket import TokenBucket
 from engines.spec import Progress
 
 BURST = 10
 INTERVAL_S = 1.0
 
 
-class Pace:
+class Throttle:
     """`with` gives what a stage tells its progress to. tell: is given the notes. clock: seconds."""
 
     def __init__(self, stage: Stage, tell: Callable[[Note], None], clock: Callable[[], float] = time.monotonic):
         self._stage = stage
         self._tell = tell
         self._clock = clock
-        self._bucket = Bucket(BURST, clock)
+        self._bucket = TokenBucket(BURST, clock)
         self._estimate = Estimate(clock)
         self._told_at = float("-inf")
         self._held: StageProgress | None = None

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-class Bucket:
+class TokenBucket:
     """Full at first. burst: the most that it holds. clock: seconds."""
 
     def __init__(self, burst: int, clock: Callable[[], float] = time.monotonic):

@@ -29,7 +29,7 @@ from deployments.hosting.logs import configure_logging
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.settings import Settings, load_settings
-from deployments.stages.protocol import Note, OnNote, Slot
+from deployments.stages.protocol import CheckpointRef, Note, OnNote
 from deployments.webhooks import courier
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
@@ -63,10 +63,10 @@ class SocketStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await self._call("preprocess", job_input, on_note)
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
         return await self._call("denoise", conditioning, on_note)
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
         """These stages keep nothing."""
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:

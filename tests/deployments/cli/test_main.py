@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from deployments.cli.main import app, read_input
-from deployments.hosting.embedded_postgres import visited
+from deployments.hosting.embedded_postgres import database_for_command
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
@@ -171,7 +171,7 @@ def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path)
 
     with embedded() as settings:
         options = ("--config", config(tmp_path, home=str(settings.home)))
-        with visited(settings) as url:
+        with database_for_command(settings) as url:
             job_id = asyncio.run(ended(url))
         shown = run("webhooks", "show", job_id, *options).stdout
         assert "failed: http://h.example/hook" in shown

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from deployments.cli.terminal import Display
+from deployments.cli.terminal import Terminal
 from deployments.stages.progress import StageProgress
 from engines.spec import Progress
 
@@ -11,12 +11,12 @@ STEPS = [StageProgress("denoise", Progress("step", done, 4), 8.0) for done in ra
 
 def shown(*, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
-    with Display(console) as display:
+    with Terminal(console) as terminal:
         for _ in range(3):
-            display.wait("queued, 2 ahead")
+            terminal.wait("queued, 2 ahead")
         for step in STEPS:
-            display.line(step.message, step.fields())
-        display.line("[a] warning", None)
+            terminal.line(step.message, step.fields())
+        terminal.line("[a] warning", None)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.dispatch.job_log import BURST, MOST_WAITING, Reporter
+from deployments.dispatch.job_log import BURST, MOST_WAITING, JobLog
 from deployments.jobs.job import Claim, LeaseLost, LogLine, NewJob
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.stages.progress import Stage, StageProgress
@@ -42,16 +42,16 @@ async def messages(store: JobStore, claim: Claim) -> list[str]:
 
 async def test_lines_are_there_in_their_order_when_it_ends(store: JobStore, claim: Claim):
     said = [f"warning {k}" for k in range(50)]
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for message in said:
-            reporter.note(Note(message, "WARN"))
+            job_log.note(Note(message, "WARN"))
     assert await messages(store, claim) == said
 
 
 async def test_a_short_job_shows_each_of_its_steps(store: JobStore, claim: Claim):
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for done in range(5):
-            reporter.note(step(done, 4))
+            job_log.note(step(done, 4))
     told = await lines(store, claim)
     assert [line.seq for line in told] == [1, 2, 3, 4, 5]
     assert [line.progress for line in told][3] == {
@@ -65,12 +65,12 @@ async def test_a_short_job_shows_each_of_its_steps(store: JobStore, claim: Claim
 async def test_of_too_much_progress_the_first_and_the_last_of_each_stage_are_told(store: JobStore, claim: Claim):
     stages: tuple[Stage, ...] = ("preprocess", "denoise", "decode")
     began = time.monotonic()
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for stage in stages:
             for done in range(1000):
-                reporter.note(step(done, stage=stage))
+                job_log.note(step(done, stage=stage))
                 await asyncio.sleep(0)
-            reporter.stage_ended()
+            job_log.stage_ended()
     told = await messages(store, claim)
     for stage in stages:
         of_stage = [message for message in told if message.startswith(stage)]
@@ -81,9 +81,9 @@ async def test_of_too_much_progress_the_first_and_the_last_of_each_stage_are_tol
 async def test_the_latest_progress_is_told_as_soon_as_it_may(store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deployments.dispatch.job_log.BURST", 1)
     began = time.monotonic()
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for done in range(100):
-            reporter.note(step(done))
+            job_log.note(step(done))
             await asyncio.sleep(0.001)
         told = await lines(store, claim, lambda lines: lines[-1:] != [] and lines[-1].message.endswith("99/100000"))
     assert len(told) <= 2 + time.monotonic() - began
@@ -98,11 +98,11 @@ async def test_progress_is_told_less_often_the_older_the_attempt_is(store: JobSt
             written.append(now)
             return True
 
-    reporter = Reporter(Store(), claim, lambda: now)  # type: ignore[arg-type]
-    async with reporter:
+    job_log = JobLog(Store(), claim, lambda: now)  # type: ignore[arg-type]
+    async with job_log:
         for second in range(7200):
             now = float(second)
-            reporter.note(step(second))
+            job_log.note(step(second))
             for _ in range(3):
                 await asyncio.sleep(0)
     assert 550 < len(written) < 650
@@ -119,11 +119,11 @@ async def test_a_slow_database_does_not_slow_the_stage(store: JobStore, claim: C
         return await log(*given)
 
     monkeypatch.setattr(store, "log", slow)
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for done in range(1000):
-            reporter.note(step(done))
+            job_log.note(step(done))
             await asyncio.sleep(0)
-        reporter.note(Note("the prompt was cut", "WARN"))
+        job_log.note(Note("the prompt was cut", "WARN"))
         assert await messages(store, claim) == []
         answered.set()
     first, *others, warning, last = await messages(store, claim)
@@ -140,15 +140,15 @@ async def test_a_database_that_does_not_answer_holds_up_the_end_for_a_while_only
 
     monkeypatch.setattr(store, "log", never)
     monkeypatch.setattr("deployments.dispatch.job_log.FLUSH_S", 0.05)
-    async with asyncio.timeout(5), Reporter(store, claim) as reporter:
-        reporter.note(step(1))
+    async with asyncio.timeout(5), JobLog(store, claim) as job_log:
+        job_log.note(step(1))
     assert "last lines not written" in caplog.text
 
 
 async def test_lines_that_come_faster_than_they_can_be_written_are_counted(store: JobStore, claim: Claim):
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for k in range(100_000):
-            reporter.note(Note(f"warning {k}", "WARN"))
+            job_log.note(Note(f"warning {k}", "WARN"))
     told = await messages(store, claim)
     assert len(told) == MOST_WAITING + 1
     assert told[-1] == f"{100_000 - MOST_WAITING} lines are left out here: they came faster than they could be written"
@@ -162,9 +162,9 @@ async def test_a_full_log_is_written_to_no_more(store: JobStore, claim: Claim, m
         return False
 
     monkeypatch.setattr(store, "log", full)
-    async with Reporter(store, claim) as reporter:
+    async with JobLog(store, claim) as job_log:
         for k in range(100):
-            reporter.note(Note(f"warning {k}"))
+            job_log.note(Note(f"warning {k}"))
             await asyncio.sleep(0)
     assert tried == ["warning 0"]
 
@@ -177,9 +177,9 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
         raise trouble
 
     async def work(*, notes: int, error: Exception | None = None) -> None:
-        async with Reporter(store, claim) as reporter:
+        async with JobLog(store, claim) as job_log:
             for done in range(notes):
-                reporter.note(step(done))
+                job_log.note(step(done))
                 await asyncio.sleep(0.01)
                 assert done < 1, "the stage was not told"
             if error is not None:
@@ -196,9 +196,9 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
 
 async def test_what_a_failed_stage_had_told_is_written(store: JobStore, claim: Claim, caplog: pytest.LogCaptureFixture):
     async def fail() -> None:
-        async with Reporter(store, claim) as reporter:
-            reporter.note(step(1))
-            reporter.note(step(2))
+        async with JobLog(store, claim) as job_log:
+            job_log.note(step(1))
+            job_log.note(step(2))
             raise RunnerFailed
 
     caplog.set_level(logging.WARNING)

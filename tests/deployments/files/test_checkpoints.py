@@ -15,14 +15,14 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings
 from deployments.stages.denoise import Denoise
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import TURN, Done, Note, Slot
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Conditioning, Latents, Progress
 from tests.fakes import ENDPOINT
 
 NAME = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
-FIRST, AGAIN = Slot(NAME, used=False), Slot(NAME, used=True)
+FIRST, AGAIN = CheckpointRef(NAME, used=False), CheckpointRef(NAME, used=True)
 STATE = torch.Generator().get_state()
 STEPS = 6
 CONFIG = AnimateDiffConfig()
@@ -91,8 +91,8 @@ def plain(item: Any) -> Any:
     return item if at is None else Note(f"{at.unit} {at.done}/{at.total}")
 
 
-async def listen(replica: Denoise, slot: Slot, seed: int = 1) -> list[Any]:
-    return [plain(item) async for item in replica.run(asked(seed), slot)]
+async def listen(replica: Denoise, checkpoint: CheckpointRef, seed: int = 1) -> list[Any]:
+    return [plain(item) async for item in replica.run(asked(seed), checkpoint)]
 
 
 async def interrupt(replica: Denoise, after: str, seed: int = 1) -> None:
@@ -175,7 +175,7 @@ async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Call
     assert len(written) == 1
     assert written[0] in (3, 4), "one may have begun while the word travelled"
     items = await listen(one, AGAIN)
-    assert items[:3] == [TURN, Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
+    assert items[:3] == [STARTED, Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
     assert stage.began_at == [0, written[0]]
 
 
@@ -310,19 +310,19 @@ async def test_finished_latents_are_found_without_the_conditioning(
         return Preprocess(ENDPOINTS[ENDPOINT], config, FetchSettings(), url)
 
     async def saved(config: Any = CONFIG, name: str = NAME) -> list[Any]:
-        return [item async for item in preprocess(config).saved(Slot(name, used=True))]
+        return [item async for item in preprocess(config).saved(CheckpointRef(name, used=True))]
 
-    assert await saved() == [TURN, Done(0.0)]
+    assert await saved() == [STARTED, Done(0.0)]
     one = replica(Stage(slowly), checkpoint_s=60)
     await interrupt(one, f"step 3/{STEPS}")
-    assert await saved() == [TURN, Done(0.0)], "a step is not the end"
+    assert await saved() == [STARTED, Done(0.0)], "a step is not the end"
     *_, last = await listen(one, AGAIN)
     turn, note, done, latents = await saved()
-    assert (turn, note, done) == (TURN, Note("resumed after the last step"), Done(0.0))
+    assert (turn, note, done) == (STARTED, Note("resumed after the last step"), Done(0.0))
     assert torch.equal(latents.values, last.values)
-    assert await saved(AnimateDiffConfig(dtype="float64")) == [TURN, Done(0.0)], "these are of another model"
+    assert await saved(AnimateDiffConfig(dtype="float64")) == [STARTED, Done(0.0)], "these are of another model"
     data = await one.checkpoints._files.get_checkpoint(NAME)
     assert data is not None
     another = NAME.replace("01/", "02/")
     await one.checkpoints._files.put_checkpoint(another, data)
-    assert await saved(name=another) == [TURN, Done(0.0)], "these are another job's"
+    assert await saved(name=another) == [STARTED, Done(0.0)], "these are another job's"

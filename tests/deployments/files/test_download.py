@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from deployments.files import download as download_module
-from deployments.files.download import download_folder, fetch, fetch_all, is_public
+from deployments.files.download import download, download_all, download_folder, is_public
 from deployments.settings import FetchSettings
 from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
 
@@ -83,7 +83,7 @@ async def fetched(url: str, settings: FetchSettings) -> bytes:
     with download_folder() as folder:
         file = folder / "image"
         try:
-            await fetch(url, settings, "image_url", file)
+            await download(url, settings, "image_url", file)
         except BaseException:
             assert listing(folder) == []
             raise
@@ -371,11 +371,11 @@ async def test_nobody_listening_is_a_download_error() -> None:
 async def test_a_download_goes_to_its_file_as_it_comes(tmp_path: Path) -> None:
     async with serving({"/hangs": b"HTTP/1.1 200 OK\r\ncontent-length: 900000\r\n\r\n" + bytes(600_000)}) as server:
         settings = OPEN.model_copy(update={"max_bytes": 900_000})
-        download = asyncio.create_task(fetch(server.url("/hangs"), settings, "video_url", tmp_path / "video"))
+        running = asyncio.create_task(download(server.url("/hangs"), settings, "video_url", tmp_path / "video"))
         await asyncio.to_thread(wait_for_size, tmp_path / "video", 500_000)  # the rest may wait in the file's buffer
-        download.cancel()
+        running.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await download
+            await running
     assert listing(tmp_path) == [], "a cancelled download leaves nothing"
 
 
@@ -389,15 +389,15 @@ def wait_for_size(file: Path, size: int) -> None:
 async def test_files_are_fetched_at_once_and_known_by_their_fields(tmp_path: Path) -> None:
     async with serving({"/a": http("200 OK", b"hello")}) as server:
         urls = {"image_url": server.url("/a"), "mask_url": "data:;base64,aGk="}
-        files = await fetch_all(urls, OPEN, tmp_path)
-        assert await fetch_all({}, OPEN, tmp_path) == {}
+        files = await download_all(urls, OPEN, tmp_path)
+        assert await download_all({}, OPEN, tmp_path) == {}
     assert {field: read(file) for field, file in files.items()} == {"image_url": b"hello", "mask_url": b"hi"}
 
 
 async def test_one_bad_file_ends_the_other_downloads(tmp_path: Path) -> None:
     async with serving({"/hangs": http("200 OK", content_length="9"), "/none": http("404 Not Found")}) as server:
         with pytest.raises(FileDownloadError) as caught:
-            await fetch_all({"a_url": server.url("/hangs"), "b_url": server.url("/none")}, OPEN, tmp_path)
+            await download_all({"a_url": server.url("/hangs"), "b_url": server.url("/none")}, OPEN, tmp_path)
     assert caught.value.loc == ("body", "b_url")
     assert listing(tmp_path) == []
 
@@ -410,7 +410,7 @@ async def test_a_full_disk_is_not_the_callers_fault(length: int, tmp_path: Path)
         for url in (server.url("/"), "data:;base64," + base64.b64encode(bytes(length)).decode()):
             (tmp_path / "video").symlink_to("/dev/full")
             with pytest.raises(StorageFailed) as caught:
-                await fetch(url, settings, "video_url", tmp_path / "video")
+                await download(url, settings, "video_url", tmp_path / "video")
             assert caught.value.retryable
             assert listing(tmp_path) == []
 

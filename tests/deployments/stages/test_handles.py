@@ -7,12 +7,12 @@ import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from deployments.stages.handles import ServeStages, translated
-from deployments.stages.protocol import Done, Note, OnNote, Slot
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
 
 STAGES = ("preprocess", "denoise", "decode")
-SLOT = Slot("a name", used=True)
+CHECKPOINT = CheckpointRef("a name", used=True)
 
 
 class Response:
@@ -47,7 +47,7 @@ def stages_with(response: Response) -> ServeStages:
 
 
 async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
-    return await (stages.denoise(None, SLOT, on_note) if stage == "denoise" else getattr(stages, stage)(None, on_note))
+    return await (stages.denoise(None, CHECKPOINT, on_note) if stage == "denoise" else getattr(stages, stage)(None, on_note))
 
 
 async def nobody(_: Note) -> None:
@@ -116,7 +116,7 @@ async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
 
 
 async def test_finished_latents_come_unread_and_their_absence_is_no_error():
-    assert await stages_with(Response(Done(0.0))).saved(SLOT, nobody) is None
-    assert await (await stages_with(Response(Note("resumed"), Done(0.0), CLIP)).saved(SLOT, nobody)) is CLIP  # type: ignore[misc]
+    assert await stages_with(Response(Done(0.0))).saved(CHECKPOINT, nobody) is None
+    assert await (await stages_with(Response(Note("resumed"), Done(0.0), CLIP)).saved(CHECKPOINT, nobody)) is CLIP  # type: ignore[misc]
     with pytest.raises(RunnerDisconnected):
-        await stages_with(Response(ActorDiedError())).saved(SLOT, nobody)
+        await stages_with(Response(ActorDiedError())).saved(CHECKPOINT, nobody)

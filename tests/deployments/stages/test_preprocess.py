@@ -12,7 +12,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings, Settings
 from deployments.stages.preprocess import Preprocess
 from deployments.stages.progress import StageProgress
-from deployments.stages.protocol import TURN, Done, Note, Stream
+from deployments.stages.protocol import STARTED, Done, Note, Stream
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError
 from engines.spec import Progress
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
@@ -63,8 +63,8 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
             seen.extend(downloads(temporary))
             return Conditioned()
 
-    turn, *notes, done, product = await listen(replica(Stage()).run(INPUT))
-    assert turn == TURN
+    begun, *notes, done, product = await listen(replica(Stage()).run(INPUT))
+    assert begun == STARTED
     progress = StageProgress("preprocess", Progress("pose", 1, 1))
     assert notes == [Note("preprocess: pose 1/1", progress=progress), Note("the prompt was cut", "WARN")]
     assert isinstance(done, Done)
@@ -79,7 +79,7 @@ async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
 ):
     stage = EndlessStage()
     stream = replica(stage).run(INPUT)
-    assert await anext(stream) == TURN
+    assert await anext(stream) == STARTED
     assert (await anext(stream)).message == "preprocess: frame 1/1000000"
     assert stage.running
     assert downloads(temporary) == [b"hi"]
@@ -113,7 +113,7 @@ async def test_several_calls_are_worked_on_at_once(replica: Callable[[Any], Prep
     wrapper = replica(stage)
     async with aclosing(wrapper.run(INPUT)) as one, aclosing(wrapper.run(INPUT)) as other:  # type: ignore[type-var]
         for stream in (one, other):
-            assert await anext(stream) == TURN
+            assert await anext(stream) == STARTED
             await anext(stream)
         assert stage.running == 2
 

@@ -2,7 +2,7 @@ import pytest
 
 from deployments.stages.progress import Estimate, StageProgress
 from deployments.stages.protocol import Note
-from deployments.stages.throttle import BURST, Pace
+from deployments.stages.throttle import BURST, Throttle
 from engines.errors import GenerationFailed
 from engines.spec import Progress
 
@@ -17,9 +17,9 @@ class Clock:
 def test_a_job_of_four_steps_shows_each_however_fast_it_is():
     told: list[Note] = []
     clock = Clock()
-    with Pace("denoise", told.append, clock) as pace:
+    with Throttle("denoise", told.append, clock) as throttle:
         for done in range(5):
-            pace(Progress("step", done, 4))
+            throttle(Progress("step", done, 4))
             clock.now += 0.01
     assert [note.message.split(",")[0] for note in told] == [f"denoise: step {done}/4" for done in range(5)]
 
@@ -27,9 +27,9 @@ def test_a_job_of_four_steps_shows_each_however_fast_it_is():
 def test_of_much_progress_a_burst_one_a_second_and_the_last_are_told():
     told: list[Note] = []
     clock = Clock()
-    with Pace("preprocess", told.append, clock) as pace:
+    with Throttle("preprocess", told.append, clock) as throttle:
         for done in range(1, 241):  # 80 a second
-            pace(Progress("pose", done, 240))
+            throttle(Progress("pose", done, 240))
             clock.now += 1 / 80
     done = [note.progress.at.done for note in told if note.progress]
     assert done[:BURST] == list(range(1, BURST + 1))
@@ -40,12 +40,12 @@ def test_of_much_progress_a_burst_one_a_second_and_the_last_are_told():
 def test_what_goes_on_within_a_step_does_not_crowd_out_the_steps():
     told: list[Note] = []
     clock = Clock()
-    with Pace("denoise", told.append, clock) as pace:
+    with Throttle("denoise", told.append, clock) as throttle:
         for step in range(4):
             for window in range(1, 13):  # 4 a second
                 clock.now += 0.25
-                pace(Progress("step", step, 4, Progress("window", window, 13)))
-            pace(Progress("step", step + 1, 4))
+                throttle(Progress("step", step, 4, Progress("window", window, 13)))
+            throttle(Progress("step", step + 1, 4))
     levels = [note.progress.at for note in told if note.progress]
     assert [level.done for level in levels if level.within is None] == [1, 2, 3, 4]
     assert len([level for level in levels if level.within]) in range(8, 13), "once a second, in 12"
@@ -55,9 +55,9 @@ def test_what_was_told_last_is_told_of_a_stage_that_fails():
     told: list[Note] = []
 
     def fail() -> None:
-        with Pace("decode", told.append, Clock()) as pace:
+        with Throttle("decode", told.append, Clock()) as throttle:
             for done in range(1, 100):
-                pace(Progress("frame", done, 240))
+                throttle(Progress("frame", done, 240))
             raise GenerationFailed
 
     with pytest.raises(GenerationFailed):
@@ -68,9 +68,9 @@ def test_what_was_told_last_is_told_of_a_stage_that_fails():
 def test_a_hundred_thousand_calls_become_a_dozen_notes():
     told: list[Note] = []
     clock = Clock()
-    with Pace("denoise", told.append, clock) as pace:
+    with Throttle("denoise", told.append, clock) as throttle:
         for _ in range(100_000):
-            pace(Progress("step", 4, 4))  # the last step over and over
+            throttle(Progress("step", 4, 4))  # the last step over and over
     assert len(told) == BURST + 1
 
 
