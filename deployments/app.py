@@ -49,9 +49,12 @@ class DispatcherReplica:
         try:
             settings, files = self.settings, FileStore(self.settings.files_url)
             dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)
+            courier = Courier(
+                Outbox(store), settings.webhooks, allow_private=settings.fetch.allow_private, public_url=settings.public_url
+            )
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())
-                group.create_task(Courier(Outbox(store), settings).run())
+                group.create_task(courier.run())
         finally:
             await store.close()
 

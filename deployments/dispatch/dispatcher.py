@@ -10,10 +10,10 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from deployments.dispatch.job_log import JobLog
-from deployments.dispatch.watchdog import Watchdog
+from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
@@ -21,7 +21,6 @@ from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
-from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages.protocol import STARTED, CheckpointRef, Note, Stages
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
@@ -42,6 +41,42 @@ There is nobody to ask when it has: Serve ends the stream of a cancelled call at
 stage's own code ran on for 3 s), and a deployment that shuts down takes no more calls. Should it take longer, the steps since the
 checkpoint before are done again.
 """
+
+
+class QueueLimits(Protocol):
+    """What the dispatcher must know of the operator's settings for the queue; see `QueueSettings`."""
+
+    @property
+    def lease_s(self) -> float:
+        """How long a job stays its worker's after the last heartbeat, in seconds."""
+        ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """Jobs of one endpoint in its stages at once."""
+        ...
+
+    @property
+    def low_after_s(self) -> float:
+        """How long a job of low priority waits behind all others, in seconds."""
+        ...
+
+    def deadlines_of(self, endpoint: str) -> Deadlines:
+        """The deadlines of one attempt at a job of the endpoint."""
+        ...
+
+
+class Retention(Protocol):
+    """How long things are kept; see `RetentionSettings`."""
+
+    @property
+    def jobs_s(self) -> float | None:
+        """A job after its end, in seconds; None: for ever."""
+        ...
+
+    def keep_file_s(self, wish_s: float | None) -> float | None:
+        """How long a file is kept whose caller wished for `wish_s`, in seconds; None: for ever."""
+        ...
 
 
 @dataclass
@@ -68,14 +103,14 @@ class Dispatcher:
         store: JobStore,
         files: FileStore,
         stages: Mapping[str, Stages],
-        queue: QueueSettings,
-        retention: RetentionSettings | None = None,
+        queue: QueueLimits,
+        retention: Retention,
     ):
         self.store = store
         self.files = files
         self.stages = stages
         self.queue = queue
-        self.retention = retention or RetentionSettings()
+        self.retention = retention
 
     async def run(self) -> None:
         """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts, and are resumed."""

@@ -6,9 +6,23 @@ may take as long as the job.
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-from deployments.settings import Deadlines
 from engines.errors import GenerationTimeout, ReelrayError, RunnerStalled
+
+
+class Deadlines(Protocol):
+    """For one attempt; see `deployments.settings.Deadlines`."""
+
+    @property
+    def run_s(self) -> float:
+        """How long it may run, in seconds."""
+        ...
+
+    @property
+    def idle_s(self) -> float:
+        """How long it may stand still, in seconds."""
+        ...
 
 
 class Watchdog:

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
 from deployments.files.download import CONNECTION_ERRORS, Refused, new_client, send
 from deployments.jobs.store import StoreAway
-from deployments.settings import Settings
 from deployments.webhooks.outbox import Delivery, Outbox
 from deployments.webhooks.signing import signed_headers, webhook_body
 
@@ -37,6 +36,25 @@ GRACE_S = 5.0
 OUTAGE_PAUSE_S = 1.0
 
 
+class DeliveryLimits(Protocol):
+    """What an operator allows deliveries; see `WebhookSettings`."""
+
+    @property
+    def timeout_s(self) -> float:
+        """From looking up the receiver's name to the head of its answer, in seconds."""
+        ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """Deliveries at once of one courier."""
+        ...
+
+    @property
+    def max_per_receiver(self) -> int:
+        """Deliveries at once to one host and port, of all couriers."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of an attempt, for its receiver's owner to read. error: None if it was acknowledged."""
@@ -51,11 +69,25 @@ def retry_delay_s(tries: int, jitter: float) -> float | None:
 
 
 class Courier:
-    """clock: seconds since 1970, for the signature."""
+    """Delivers what is due in `outbox`.
 
-    def __init__(self, outbox: Outbox, settings: Settings, clock: Callable[[], float] = time.time):
+    allow_private: also to the operator's own network. public_url: goes before the URLs of files where the job does not know the
+    address that its caller used. clock: seconds since 1970, for the signature.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        limits: DeliveryLimits,
+        *,
+        allow_private: bool,
+        public_url: str | None,
+        clock: Callable[[], float] = time.time,
+    ):
         self.outbox = outbox
-        self.settings = settings
+        self.limits = limits
+        self.allow_private = allow_private
+        self.public_url = public_url
         self.clock = clock
         self._in_hand: set[asyncio.Task[None]] = set()
 
@@ -76,10 +108,9 @@ class Courier:
                 raise
 
     async def _claim(self) -> list[Delivery]:
-        limits = self.settings.webhooks
-        room = limits.max_in_flight - len(self._in_hand)
+        room = self.limits.max_in_flight - len(self._in_hand)
         try:
-            return await self.outbox.claim(room, limits.max_per_receiver, LEASE_S) if room else []
+            return await self.outbox.claim(room, self.limits.max_per_receiver, LEASE_S) if room else []
         except StoreAway:
             logger.exception("no webhooks claimed", extra={"action": "webhook_claim_failed"})
             await asyncio.sleep(OUTAGE_PAUSE_S)
@@ -111,7 +142,7 @@ class Courier:
         """What to send; None: the webhook is no longer ours."""
         if delivery.body is not None:
             return delivery.body
-        service_url = delivery.service_url or self.settings.public_url or ""
+        service_url = delivery.service_url or self.public_url or ""
         body = webhook_body(delivery.job_id, delivery.result, delivery.failure, service_url.rstrip("/"))
         return await self.outbox.keep_body(delivery, body)
 
@@ -119,10 +150,10 @@ class Courier:
         key = await self.outbox.signing_key()
         headers = signed_headers(key, delivery.job_id, delivery.owner, body, int(self.clock()))
         try:
-            async with asyncio.timeout(self.settings.webhooks.timeout_s):
+            async with asyncio.timeout(self.limits.timeout_s):
                 status = await self._post(delivery.url, headers, body)
         except TimeoutError:
-            return Outcome(None, f"No answer within {self.settings.webhooks.timeout_s:g} s.")
+            return Outcome(None, f"No answer within {self.limits.timeout_s:g} s.")
         except Refused as exc:
             return Outcome(None, str(exc))
         except CONNECTION_ERRORS:  # whose texts may name addresses
@@ -133,8 +164,7 @@ class Courier:
 
     async def _post(self, url: str, headers: dict[str, str], body: bytes) -> int:
         async with new_client() as client:
-            allow_private = self.settings.fetch.allow_private
-            response = await send(client, "POST", httpx.URL(url), headers, body, allow_private=allow_private)
+            response = await send(client, "POST", httpx.URL(url), headers, body, allow_private=self.allow_private)
             await response.aclose()
             return response.status_code
 

@@ -31,11 +31,11 @@ from deployments.jobs.store import JobStore, StoreAway
 from deployments.settings import Settings, load_settings
 from deployments.stages.protocol import CheckpointRef, Note, OnNote
 from deployments.webhooks import courier
-from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
 from engines.errors import RunnerDisconnected
 from engines.spec import Clip
 from tests.chaos.system import ENDPOINT, NO_DATABASE
+from tests.deployments.webhooks.receiver import courier_of
 
 _claim: ContextVar[Claim] = ContextVar("claim")
 
@@ -127,7 +127,7 @@ async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
         dispatcher = TracedDispatcher(trace, store, files, stages, settings.queue, settings.retention)
         async with asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run())
-            group.create_task(Courier(Outbox(store), settings).run())
+            group.create_task(courier_of(Outbox(store), settings).run())
     finally:
         await store.close()
 

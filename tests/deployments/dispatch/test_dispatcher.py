@@ -11,7 +11,7 @@ from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.settings import QueueSettings, Settings
+from deployments.settings import QueueSettings, RetentionSettings, Settings
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Note, OnNote, Stages
 from engines.errors import FileDownloadError, RunnerDisconnected
@@ -31,7 +31,7 @@ async def nothing(_: dict[str, Any]) -> None:
 async def dispatching(
     store: JobStore, files: FileStore, stages: Stages, queue: QueueSettings = QUICK, endpoint: str = ENDPOINT
 ) -> AsyncIterator[None]:
-    task = asyncio.create_task(Dispatcher(store, files, {endpoint: stages}, queue).run())
+    task = asyncio.create_task(Dispatcher(store, files, {endpoint: stages}, queue, RetentionSettings()).run())
     try:
         yield
         assert not task.done(), task.exception()
@@ -315,7 +315,7 @@ async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore
 async def test_one_endpoints_long_jobs_do_not_hold_up_anothers(store: JobStore, files: FileStore):
     other = "fal-ai/controlnext"
     long, short = ScriptedStages(for_ever), ScriptedStages(nothing)
-    task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK).run())
+    task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK, RetentionSettings()).run())
     waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(QUICK.max_in_flight + 1)]
     assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
     for job in waiting[: QUICK.max_in_flight]:
@@ -407,7 +407,7 @@ class ChattyStages(ScriptedStages):
 async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: JobStore, files: FileStore):
     chatty, calm = "fal-ai/controlnext", ENDPOINT
     stages: dict[str, Stages] = {chatty: ChattyStages(nothing), calm: ScriptedStages(nothing)}
-    dispatcher = asyncio.create_task(Dispatcher(store, files, stages, QUICK).run())
+    dispatcher = asyncio.create_task(Dispatcher(store, files, stages, QUICK, RetentionSettings()).run())
     loud = (await store.submit(NewJob(endpoint=chatty, input=INPUT, max_attempts=1))).id
     await until(store, loud, lambda job: job.attempt == 1)
     for _ in range(3):

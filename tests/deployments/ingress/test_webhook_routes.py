@@ -20,11 +20,10 @@ from deployments.ingress.app import create_app
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import _RESOURCES, JobStore
 from deployments.settings import FetchSettings, Settings
-from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import SETTLE_S, Outbox
 from engines.errors import ImageLoadError
 from tests.conftest import execute, of_database
-from tests.deployments.webhooks.receiver import Receiver, answering, is_signed, receiving
+from tests.deployments.webhooks.receiver import Receiver, answering, courier_of, is_signed, receiving
 from tests.fakes import ScriptedStages, for_ever
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -66,8 +65,10 @@ async def working(store: JobStore, files: FileStore, settings: Settings) -> Asyn
     """Dispatcher and courier, as one replica has them."""
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(Dispatcher(store, files, {ENDPOINT: ScriptedStages(act)}, settings.queue).run()),
-            group.create_task(Courier(Outbox(store), settings).run()),
+            group.create_task(
+                Dispatcher(store, files, {ENDPOINT: ScriptedStages(act)}, settings.queue, settings.retention).run()
+            ),
+            group.create_task(courier_of(Outbox(store), settings).run()),
         ]
         yield
         for task in tasks:
@@ -282,7 +283,7 @@ async def test_another_keys_webhooks_are_unknown(store: JobStore, settings: Sett
         assert (await nobody.get("/.well-known/jwks.json")).status_code == 200
 
         async with receiving(answering(200)), asyncio.TaskGroup() as group:
-            task = group.create_task(Courier(Outbox(store), closed).run())
+            task = group.create_task(courier_of(Outbox(store), closed).run())
             await receiver.arrival()
             task.cancel()
     assert receiver.received[0].headers["x-fal-webhook-user-id"] == mine.partition(":")[0]
@@ -304,7 +305,7 @@ async def test_jobs_that_ended_before_the_courier_existed_are_told(postgres: str
     await connection.close()
     store = await JobStore.open(url)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(Courier(Outbox(store), settings).run())
+        task = group.create_task(courier_of(Outbox(store), settings).run())
         await receiver.arrival()
         task.cancel()
     await store.close()

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from deployments.settings import Settings
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import Outbox
 
 
 @dataclass(frozen=True)
@@ -137,3 +142,9 @@ def is_signed(request: Received, jwks: dict[str, Any], now: float) -> bool:
             public.verify(signature, message.encode())
             return True
     return False
+
+
+def courier_of(outbox: Outbox, settings: Settings, clock: Callable[[], float] = time.time) -> Courier:
+    """A courier as `deployments.app` makes one."""
+    private, url = settings.fetch.allow_private, settings.public_url
+    return Courier(outbox, settings.webhooks, allow_private=private, public_url=url, clock=clock)

@@ -14,12 +14,12 @@ from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import FetchSettings, Settings, WebhookSettings
 from deployments.webhooks import courier as courier_module
-from deployments.webhooks.courier import RETRIES, Courier, retry_delay_s
+from deployments.webhooks.courier import RETRIES, retry_delay_s
 from deployments.webhooks.outbox import Outbox, Webhook
 from deployments.webhooks.signing import jwks
 from engines.errors import ImageLoadError, StartTimeout
 from tests.conftest import execute
-from tests.deployments.webhooks.receiver import Received, answering, is_signed, receiving
+from tests.deployments.webhooks.receiver import Received, answering, courier_of, is_signed, receiving
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 LIMITS = WebhookSettings(timeout_s=5, max_per_receiver=4)
@@ -35,7 +35,7 @@ def outbox(store: JobStore) -> Outbox:
 @asynccontextmanager
 async def couriers(*outboxes: Outbox, settings: Settings = OPEN, clock: Callable[[], float] = time.time) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(Courier(outbox, settings, clock).run()) for outbox in outboxes]
+        tasks = [group.create_task(courier_of(outbox, settings, clock).run()) for outbox in outboxes]
         yield
         for task in tasks:
             task.cancel()
@@ -425,7 +425,7 @@ async def test_a_courier_that_stops_lets_an_attempt_end(store: JobStore, outbox:
 
     async with receiving(slow) as receiver:
         job_id = await ended(store, receiver.url())
-        task = asyncio.create_task(Courier(outbox, OPEN).run())
+        task = asyncio.create_task(courier_of(outbox, OPEN).run())
         await begun.wait()
         task.cancel()
         await asyncio.sleep(0.05)
