@@ -1,4 +1,4 @@
-"""GET /files: how stored files leave the house.
+"""GET /files: serves stored files, with ranges and safe headers.
 
 They are what callers' models made, perhaps of callers' own bytes, so a browser may show the few types on an allow-list and
 must download the rest; nothing it is sent can run as a page of this origin. Ranges: RFC 9110 section 14, one range at a time.

@@ -1,7 +1,7 @@
 -- Every job may have a checkpoint, one file under a name that follows from its id. It is noted when the job is first claimed, lives
 -- as long as the job, and is then deleted like any other file whose time is over.
 
--- Within the file store, see deployments/storage.py.
+-- Within the file store, see deployments/files/file_store.py.
 CREATE FUNCTION checkpoint_name(job_id uuid) RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT 'checkpoints/' || job_id || '/latents.safetensors'
 $$;
