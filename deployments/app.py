@@ -13,22 +13,22 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from deployments.courier import Courier
-from deployments.decode import Decode
-from deployments.demo import write_missing_weights
-from deployments.denoise import Denoise
-from deployments.dispatcher import Dispatcher
-from deployments.ingress import create_app
-from deployments.jobs.outbox import Outbox
-from deployments.jobs.postgres import database_url
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.demo_weights import write_missing_weights
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.logs import configure_logging
+from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
-from deployments.logs import configure_logging
-from deployments.preprocess import Preprocess
-from deployments.schemas import ENDPOINTS
-from deployments.serve_stages import ServeStages
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Slot, Stream
-from deployments.storage import FileStore
+from deployments.stages.decode import Decode
+from deployments.stages.denoise import Denoise
+from deployments.stages.handles import ServeStages
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import CheckpointRef, Stream
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import Outbox
 from engines.spec import Conditioning
 
 
@@ -49,9 +49,12 @@ class DispatcherReplica:
         try:
             settings, files = self.settings, FileStore(self.settings.files_url)
             dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)
+            courier = Courier(
+                Outbox(store), settings.webhooks, allow_private=settings.fetch.allow_private, public_url=settings.public_url
+            )
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())
-                group.create_task(Courier(Outbox(store), settings).run())
+                group.create_task(courier.run())
         finally:
             await store.close()
 
@@ -76,13 +79,13 @@ class DenoiseReplica(Denoise):
         super().__init__(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
-    async def run(self, conditioning: Conditioning, slot: Slot) -> Stream:
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
         """See `Denoise`."""
         call = asyncio.current_task()
         assert call is not None  # Serve's, one a call
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
-        stream: Any = super().run(conditioning, slot)
+        stream: Any = super().run(conditioning, checkpoint)
         async with aclosing(stream):
             async for item in stream:
                 yield item
@@ -119,7 +122,7 @@ def build(args: Settings) -> serve.Application:
     # Serve calls off nothing, but waits this long before it first looks whether a replica has nothing to do. The stages are being
     # shut down meanwhile, and calls to them fail: the dispatcher is to give its jobs back before that.
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
-    ingress = serve.ingress(lambda: create_app(settings))(IngressReplica)
+    ingress = serve.ingress(lambda: create_app(settings, database_url(settings)))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.engine_config import EngineConfig

@@ -15,8 +15,8 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from deployments.demo import write_missing_weights
-from deployments.jobs.postgres import database_url, stop_embedded
+from deployments.hosting.demo_weights import write_missing_weights
+from deployments.hosting.embedded_postgres import database_url, stop_embedded
 from deployments.jobs.store import JobStore, migrate
 from deployments.settings import Settings
 

@@ -5,12 +5,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
-from deployments.decode import Decode
-from deployments.denoise import Denoise
-from deployments.preprocess import Preprocess
-from deployments.schemas import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages import Done, Note, OnNote, Slot, Stream
+from deployments.stages.decode import Decode
+from deployments.stages.denoise import Denoise
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stream
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 
@@ -31,11 +31,11 @@ class LocalStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await product(self.preprocess_replica.run(job_input), on_note)
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
-        return await product(self.denoise_replica.run(conditioning, slot), on_note)
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+        return await product(self.denoise_replica.run(conditioning, checkpoint), on_note)
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
-        latents, _ = await product(self.preprocess_replica.saved(slot), on_note)
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
+        latents, _ = await product(self.preprocess_replica.saved(checkpoint), on_note)
         return latents
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
@@ -63,10 +63,10 @@ class ScriptedStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return job_input, 0.25
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> Any | None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
         return None
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
         self.calls += 1
         self.running += 1
         self.peak = max(self.peak, self.running)

@@ -7,7 +7,7 @@
                   │ └──────────> FAILED <────────┘   │
                   └────────────> CANCELLED <─────────┘
 
-The database refuses every other way (`migrations/`). fal's wire knows three words for these five: IN_QUEUE, IN_PROGRESS, and
+The database refuses every other way (`sql/migrations/`). fal's wire knows three words for these five: IN_QUEUE, IN_PROGRESS, and
 COMPLETED for every end.
 """
 
@@ -16,6 +16,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
+
+from deployments.schemas.failures import Failure
 
 
 class JobState(StrEnum):
@@ -44,20 +46,6 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 class LeaseLost(Exception):
     """The attempt is no longer this worker's: its lease ran out and the job went on without it."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a job ended without a result: exactly what the result request will answer.
-
-    status: HTTP status. body: fal's error JSON. error, error_type: the text and type shown in the job's status.
-    """
-
-    status: int
-    body: dict[str, Any]
-    error: str
-    error_type: str
-    headers: dict[str, str]
 
 
 @dataclass(frozen=True)

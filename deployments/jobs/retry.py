@@ -9,7 +9,7 @@
 
 `max_attempts` is the job's own (`queue.max_attempts`), and 1 where its caller sent `X-Fal-No-Retry`: then nothing is tried
 again, a lost lease neither. An attempt that we gave up ourselves, at a shutdown, does not count. Lost leases are decided where
-they are found, by `sweep_leases` in `queries.sql`.
+they are found, by `sweep_leases` in `sql/queries.sql`.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""The jobs, durable: every promise the queue makes is kept by one statement or one transaction of `queries.sql`.
+"""The jobs, durable: every promise the queue makes is kept by one statement or one transaction of `sql/queries.sql`.
 
 A submission is answered after its commit. A worker writes with its attempt's token, so one that comes late changes nothing.
-State change, event and webhook are one transaction by the database's own triggers (`migrations/`), whoever writes. Every
+State change, event and webhook are one transaction by the database's own triggers (`sql/migrations/`), whoever writes. Every
 call may be repeated after a lost connection, and is, for a few seconds: a database that restarts delays callers, no more.
 """
 
@@ -24,12 +24,12 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from deployments.jobs.depth import STEP, Depth, Place
-from deployments.jobs.job import Claim, Failure, Job, JobState, LeaseLost, LogLine, NewJob
+from deployments.jobs.coalescing import Coalescer
+from deployments.jobs.job import Claim, Job, JobState, LeaseLost, LogLine, NewJob
 from deployments.jobs.keys import DEFAULT_SCOPES, ApiKey, KeySecret, Scope
 from deployments.jobs.listener import Changes, Listener
-from deployments.jobs.together import Together
-from deployments.schemas import error_failure
+from deployments.jobs.queue_position import STEP, Place, QueuePositions
+from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, GenerationTimeout, IdempotencyKeyReused, ReelrayError, RunnerDisconnected, StartTimeout
 
 RIDE_OUT_S = 10.0
@@ -43,7 +43,7 @@ LOW_AFTER_S = 600.0
 LOW_SHARE = 4
 EXPIRY_BATCH = 100
 """What is deleted in one transaction: an input may be megabytes, and a file a round trip to an object store."""
-TOGETHER_BYTES = 65_536
+COALESCED_BYTES = 65_536
 """An input above this is submitted by itself: it takes its time, and nobody else should wait for it."""
 MAX_MESSAGE = 2000
 """Characters of a log line; longer ones are cut."""
@@ -69,7 +69,7 @@ _SESSION = {
     "random_page_cost": "1.1",
     "jit": "off",
 }
-_RESOURCES = files("deployments.jobs")
+_RESOURCES = files("deployments.jobs").joinpath("sql")
 
 
 def load_queries(text: str) -> dict[str, str]:
@@ -129,11 +129,11 @@ class JobStore:
     def __init__(self, pool: asyncpg.Pool, listener: Listener) -> None:
         self._pool = pool
         self._listener = listener
-        self._depths: dict[str, Depth] = {}
+        self._positions: dict[str, QueuePositions] = {}
         self._secrets: dict[bytes | UUID, tuple[KeySecret, float]] = {}
         self._claimed: Counter[tuple[str, ...]] = Counter()
-        self._reads = Together(self._read)
-        self._submissions = Together(self._insert)
+        self._reads = Coalescer(self._read)
+        self._submissions = Coalescer(self._insert)
 
     @classmethod
     async def open(cls, url: str, *, max_connections: int = 8) -> Self:
@@ -193,7 +193,7 @@ class JobStore:
 
     async def _submit(self, submission: _Submission) -> asyncpg.Record | None:
         """The new job's row, if it is new."""
-        if len(submission.input) <= TOGETHER_BYTES:
+        if len(submission.input) <= COALESCED_BYTES:
             return await self._submissions.ask(submission)
         rows = await self._fetch("submit", *submission)
         return rows[0] if rows else None
@@ -510,8 +510,8 @@ class JobStore:
         place, position = (row["priority"], row["turn"], row["number"]), row["ahead"]
         if position == STEP:
             endpoint = row["endpoint"]
-            depth = self._depths.setdefault(endpoint, Depth(partial(self._marks, endpoint)))
-            position = await depth.ahead(place)
+            positions = self._positions.setdefault(endpoint, QueuePositions(partial(self._marks, endpoint)))
+            position = await positions.ahead(place)
         return Job(
             id=row["id"],
             endpoint=row["endpoint"],

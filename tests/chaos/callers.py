@@ -13,7 +13,7 @@ import httpx
 
 from tests.chaos.stage import clip_of
 from tests.chaos.system import ENDPOINT, Plan, System
-from tests.deployments.receiver import Answer, Received, Receiver, receiving
+from tests.deployments.webhooks.receiver import Answer, Received, Receiver, receiving
 
 RECEIVERS = 8
 TROUBLES = 2

@@ -21,12 +21,12 @@ import asyncpg
 import httpx
 from rich.table import Table
 
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, migrate
-from deployments.settings import QueueSettings
-from deployments.storage import FileStore
+from deployments.settings import QueueSettings, RetentionSettings
 from tests.chaos.units import UNITS, Unit, UnitStages
 from tests.conftest import embedded
 from tests.load.report import Report, percentile, table
@@ -171,7 +171,7 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
     with hosted("gateway", database) as door:
         cancels = Cancels(door.url, callers_store, random.Random(seed))
         queue = QueueSettings(max_in_flight=ROOM)
-        dispatching = loop.create_task(Dispatcher(store, files, {ENDPOINT: cancels.stages}, queue).run())
+        dispatching = loop.create_task(Dispatcher(store, files, {ENDPOINT: cancels.stages}, queue, RetentionSettings()).run())
         began = time.monotonic()
         await cancels.run(jobs)
         took_s = time.monotonic() - began

@@ -22,20 +22,20 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from deployments import courier
-from deployments.courier import Courier
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.logs import configure_logging
 from deployments.jobs.job import Claim
-from deployments.jobs.outbox import Outbox
-from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore, StoreAway
-from deployments.logs import configure_logging
 from deployments.settings import Settings, load_settings
-from deployments.stages import Note, OnNote, Slot
-from deployments.storage import FileStore
+from deployments.stages.protocol import CheckpointRef, Note, OnNote
+from deployments.webhooks import courier
+from deployments.webhooks.outbox import Outbox
 from engines.errors import RunnerDisconnected
 from engines.spec import Clip
 from tests.chaos.system import ENDPOINT, NO_DATABASE
+from tests.deployments.webhooks.receiver import courier_of
 
 _claim: ContextVar[Claim] = ContextVar("claim")
 
@@ -63,10 +63,10 @@ class SocketStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await self._call("preprocess", job_input, on_note)
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
         return await self._call("denoise", conditioning, on_note)
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
         """These stages keep nothing."""
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
@@ -127,7 +127,7 @@ async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
         dispatcher = TracedDispatcher(trace, store, files, stages, settings.queue, settings.retention)
         async with asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run())
-            group.create_task(Courier(Outbox(store), settings).run())
+            group.create_task(courier_of(Outbox(store), settings).run())
     finally:
         await store.close()
 

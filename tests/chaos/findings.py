@@ -17,7 +17,7 @@ from deployments.jobs.job import TRANSITIONS, JobState
 from tests.chaos.callers import Outcome
 from tests.chaos.stage import clip_of
 from tests.chaos.system import Blow, System
-from tests.deployments.receiver import Received, is_signed
+from tests.deployments.webhooks.receiver import Received, is_signed
 
 RESTART_S = 20.0
 """Within which 99 of 100 dead attempts are to be followed by another."""

@@ -7,7 +7,7 @@ from collections import Counter
 import httpx
 from rich.table import Table
 
-from deployments.jobs.postgres import database_url
+from deployments.hosting.embedded_postgres import database_url
 from deployments.settings import Settings
 from tests.chaos import callers
 from tests.chaos.findings import Findings, examine, webhooks_pending

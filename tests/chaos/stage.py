@@ -2,7 +2,7 @@
 
     python -m tests.chaos.stage SOCKET
 
-A call is a connection: a line of JSON in, lines of JSON out, as in `deployments/stages.py`. Who hangs up has cancelled.
+A call is a connection: a line of JSON in, lines of JSON out, as in `deployments/stages/protocol.py`. Who hangs up has cancelled.
 """
 
 import asyncio

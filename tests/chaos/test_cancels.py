@@ -2,7 +2,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deployments.storage import FileStore
+from deployments.files.file_store import FileStore
 from tests.chaos.cancels import unleash
 
 

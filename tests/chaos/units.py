@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from deployments.progress import Stage
-from deployments.stages import TURN, Done, OnNote, Slot, Stream
-from deployments.threaded import InThread
+from deployments.stages.progress import Stage
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, OnNote, Stream
+from deployments.stages.threaded import InThread
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 from tests.fakes import product
@@ -50,10 +50,10 @@ class UnitStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
         return await product(self._run("preprocess", job_input), on_note)
 
-    async def denoise(self, conditioning: Any, slot: Slot, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
         return await product(self._run("denoise", conditioning), on_note)
 
-    async def saved(self, slot: Slot, on_note: OnNote) -> None:
+    async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
         """These stages keep nothing."""
 
     async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
@@ -78,7 +78,7 @@ class UnitStages:
 
         turns = self._turns[stage]
         async with turns[next(self._next) % len(turns)]:
-            yield TURN
+            yield STARTED
             async with InThread(stage, work) as working:
                 async for note in working:
                     yield note

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.storage import FileStore
+from deployments.files.file_store import FileStore
 
 
 @pytest.fixture

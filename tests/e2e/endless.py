@@ -5,8 +5,8 @@ from typing import Any
 from ray import serve
 
 from deployments import app
-from deployments.decode import Decode
 from deployments.settings import Settings
+from deployments.stages.decode import Decode
 from engines.spec import Clip, Latents
 from tests.fakes import EndlessStage
 

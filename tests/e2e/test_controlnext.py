@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deployments.client import CallFailed, QueueClient
-from deployments.schemas import ENDPOINTS
+from deployments.cli.client import CallFailed, QueueClient
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
 from engines.media.video import encode_h264

@@ -6,8 +6,8 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from deployments.client import QueueClient
-from deployments.jobs.postgres import database_url
+from deployments.cli.client import QueueClient
+from deployments.hosting.embedded_postgres import database_url
 from deployments.settings import Settings
 from tests.e2e.endless import ENDLESS_SEED
 from tests.e2e.service import Service, gateway

@@ -14,12 +14,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from deployments.client import CallFailed, QueueClient
-from deployments.demo import demo_inputs
+from deployments.cli.client import CallFailed, QueueClient
+from deployments.hosting.demo_weights import demo_inputs
 from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
-from tests.deployments.receiver import answering, is_signed, receiving
+from tests.deployments.webhooks.receiver import answering, is_signed, receiving
 from tests.e2e.files import serving
 from tests.e2e.service import REELRAY, Service
 from tests.wire.page import PageClient

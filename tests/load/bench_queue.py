@@ -25,8 +25,8 @@ import asyncpg
 import httpx
 import yaml
 
-from deployments.haproxy import SWITCH
-from deployments.jobs.postgres import database_url
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.haproxy import SWITCH
 from deployments.jobs.store import JobStore
 from deployments.settings import CONFIG_VARIABLE, Settings
 from tests.conftest import embedded

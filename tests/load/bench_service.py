@@ -22,13 +22,13 @@ from uuid import UUID
 import httpx
 import yaml
 
-from deployments.demo import demo_inputs
-from deployments.fetch import download_folder, fetch_all
+from deployments.files.download import download_all, download_folder
+from deployments.hosting.demo_weights import demo_inputs
+from deployments.hosting.embedded_postgres import database_url
+from deployments.hosting.local_cluster import running
 from deployments.jobs.job import Job
-from deployments.jobs.postgres import database_url
 from deployments.jobs.store import JobStore
-from deployments.schemas import ENDPOINTS
-from deployments.service import running
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings, load_settings
 from engines.pipeline import Pipeline
 from engines.spec import RenderSpec
@@ -63,7 +63,7 @@ def spec_of(given: dict[str, Any], settings: Settings) -> RenderSpec:
     """What the preprocess stage would make of an input."""
     job = ENDPOINT.input.parse(json.dumps(given).encode()).resolved()
     with download_folder() as folder:
-        return job.spec(run(fetch_all(job.media(), settings.fetch, folder)))
+        return job.spec(run(download_all(job.media(), settings.fetch, folder)))
 
 
 def submit(client: httpx.Client, given: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from ray import serve
 
-from deployments.ingress import create_app
+from deployments.hosting.embedded_postgres import database_url
+from deployments.ingress.app import create_app
 from deployments.settings import Settings, configured_settings
 
 ANSWER = {"status": "IN_QUEUE", "request_id": "00000000-0000-0000-0000-000000000000", "queue_position": 0, "logs": None}
@@ -13,7 +14,7 @@ ANSWER = {"status": "IN_QUEUE", "request_id": "00000000-0000-0000-0000-000000000
 
 def with_constant(settings: Settings) -> FastAPI:
     """The same app, middleware and all."""
-    app = create_app(settings)
+    app = create_app(settings, database_url(settings))
 
     @app.get("/constant")
     async def constant() -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 from ray import serve
 
 from deployments import app
-from deployments.dispatcher import Dispatcher
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
-from deployments.stages import Stages
-from deployments.storage import FileStore
+from deployments.stages.protocol import Stages
 
 CALLS = {"preprocess": "preprocess", "denoise": "denoise", "decode": "decode", "put": "file"}
 """Method -> its name in the metrics."""

@@ -11,10 +11,10 @@ from uuid import uuid4
 
 import pytest
 
-from deployments.ingress import create_app
+from deployments.files.file_store import FileStore
+from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
-from deployments.storage import FileStore
 from tests.conftest import TEMPLATE, execute, of_database
 from tests.wire.hosting import Hosted, hosted
 from tests.wire.page import PageClient, install_client

@@ -21,8 +21,8 @@ import fal_client
 import fal_client.client
 import httpx
 
-from deployments.ingress import create_app
-from deployments.jobs.postgres import database_url
+from deployments.hosting.embedded_postgres import database_url
+from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from tests.conftest import embedded

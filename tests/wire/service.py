@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.files.file_store import FileStore
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
-from deployments.progress import StageProgress
-from deployments.schemas import error_failure
-from deployments.storage import FileStore
+from deployments.schemas.failures import error_failure
+from deployments.stages.progress import StageProgress
 from engines.errors import ImageLoadError
 from engines.spec import Progress
 

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 import httpx
 
+from deployments.files.file_store import FileStore
 from deployments.jobs.store import JobStore
-from deployments.storage import FileStore
 from tests.wire.service import ENDPOINT, LEASE_S, VIDEO
 
 HANG_UP_S = 0.2

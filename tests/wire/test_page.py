@@ -7,11 +7,11 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from deployments.ingress import create_app
+from deployments.files.file_store import FileStore
+from deployments.ingress.app import create_app
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
-from deployments.storage import FileStore
 from tests.wire.page import PageClient
 from tests.wire.service import ENDPOINT, VIDEO, Wire, listening, working
 

@@ -7,10 +7,10 @@ import fal_client.client
 import httpx
 import pytest
 
-from deployments.ingress import create_app
+from deployments.files.file_store import FileStore
+from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
-from deployments.storage import FileStore
 from tests.wire.service import ENDPOINT, Wire, listening, working
 
 INPUT = {"prompt": "Drone footage, futuristic city at night", "seed": 42}

@@ -122,7 +122,7 @@ async def test_a_job_that_logs_fast_wakes_a_stream_a_few_times_a_second(base_url
 
 
 async def test_the_end_is_told_at_once(base_url: str, store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.ingress.STREAM_PAUSE_S", 60.0)
+    monkeypatch.setattr("deployments.ingress.status_stream.STREAM_PAUSE_S", 60.0)
     async with streaming(base_url, claim.job_id) as stream:
         await anext(stream)
         await store.log(claim, "one")

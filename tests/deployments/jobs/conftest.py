@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import asyncpg
 import pytest
 
-from deployments.jobs.postgres import SERVICE_USER
+from deployments.hosting.embedded_postgres import SERVICE_USER
 from deployments.jobs.store import OLDEST_SERVER
 from tests.conftest import template
 

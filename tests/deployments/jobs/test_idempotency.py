@@ -4,8 +4,9 @@ from dataclasses import replace
 import asyncpg
 import pytest
 
-from deployments.jobs.job import Failure, Idempotency, JobState, NewJob
+from deployments.jobs.job import Idempotency, JobState, NewJob
 from deployments.jobs.store import JobStore
+from deployments.schemas.failures import Failure
 from engines.errors import IdempotencyKeyReused
 
 ENDPOINT = "fal-ai/fake"

@@ -6,7 +6,7 @@ and triggers, whose names are resolved where they are made, have them too. Other
 column, tests deadlines to the second, and lets the model know every timestamp. Two differences are left: within a transaction
 the fake time is read by every statement, where the real `now()` is the transaction's start (the clock never moves inside a
 call, so they agree); and the real clock moves, where this one stands still between rules. The store is not touched, only its
-URL. Python's clocks in it (`Depth`, the cache of keys, how long a call outlasts an outage) have no part in these stories.
+URL. Python's clocks in it (`QueuePositions`, the cache of keys, how long a call outlasts an outage) play no part here.
 
 In CI the stories are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest --timeout=0 tests/deployments/jobs/test_model.py`
 tells that many new ones.
@@ -31,8 +31,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from deployments.jobs.job import TRANSITIONS, Claim, Failure, Idempotency, JobState, LeaseLost, NewJob
+from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, JobState, LeaseLost, NewJob
 from deployments.jobs.store import _RESOURCES, JobStore, migrate
+from deployments.schemas.failures import Failure
 from engines.errors import IdempotencyKeyReused
 from tests.conftest import execute, of_database
 from tests.deployments.jobs.model import Model, ModelJob

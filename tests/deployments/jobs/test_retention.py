@@ -9,7 +9,7 @@ import pytest
 
 from deployments.jobs.job import Claim, Idempotency, NewJob
 from deployments.jobs.store import EXPIRY_BATCH, UNSTORED_S, JobStore
-from deployments.schemas import error_failure
+from deployments.schemas.failures import error_failure
 from engines.errors import GenerationFailed
 
 ENDPOINT = "fal-ai/fake"

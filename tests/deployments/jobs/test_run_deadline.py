@@ -4,7 +4,7 @@ import asyncpg
 
 from deployments.jobs.job import JobState, NewJob
 from deployments.jobs.store import JobStore
-from deployments.schemas import error_failure
+from deployments.schemas.failures import error_failure
 from engines.errors import GenerationTimeout
 
 ENDPOINT = "fal-ai/fake"

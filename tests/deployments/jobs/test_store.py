@@ -7,9 +7,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from deployments.jobs.job import TRANSITIONS, Claim, Failure, Idempotency, Job, JobState, LeaseLost, NewJob
+from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, Job, JobState, LeaseLost, NewJob
 from deployments.jobs.store import _RESOURCES, JobStore, ServerTooOld, load_queries, migrate
-from deployments.schemas import error_failure
+from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
 from tests.conftest import execute, of_database
 

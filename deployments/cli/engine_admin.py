@@ -1,0 +1,107 @@
+"""What `reelray engines` does: the engines of the configured endpoints, and the plans on this machine's disk."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from deployments.hosting.demo_weights import write_missing_weights
+from deployments.settings import Settings
+from engines.errors import EngineError
+
+if TYPE_CHECKING:
+    from engines.trt.cache import Entry, PlanCache
+
+TOLERANCE: Mapping[str, float] = {"float64": 1e-4, "float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
+"""Of an engine's largest difference from the modules, as a share of the largest value: it adds in another order."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One call of one model. engine: what runs it. fault: why that is not what the settings ask for; "" if it is."""
+
+    model: str
+    call: str
+    engine: str
+    fault: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An engine against the modules. difference: see `PreparedEngines.differences`."""
+
+    model: str
+    call: str
+    shape: str
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is rounding. NaN is not."""
+        return self.difference <= self.tolerance
+
+
+def build(settings: Settings) -> Iterator[Made]:
+    """Makes every configured engine ready, as a replica does, so that replicas find what can be kept."""
+    for model, stage in _stages(settings):
+        for name in stage.engines:
+            call, _, engine = name.partition(": ")
+            yield Made(model, call, engine, "")
+        for call, fault in stage.prepared.faults.items():
+            yield Made(model, call, "eager", fault)
+
+
+def verify(settings: Settings) -> Iterator[Verified | Made]:
+    """Every configured engine against the modules on noise, or why there is none. Raises `EngineError` for one that fails."""
+    configs = settings.model_configs()
+    for model, stage in _stages(settings):
+        for call, fault in stage.prepared.faults.items():
+            yield Made(model, call, "eager", fault)
+        for call, shape, difference in stage.prepared.differences():
+            text = f"{shape.frames} x {shape.height} x {shape.width}"
+            yield Verified(model, call, text, difference, TOLERANCE[configs[model].dtype])
+
+
+def plans(settings: Settings) -> list["Entry"]:
+    """What lies in the folders of the configured endpoints, damaged files too."""
+    return [entry for cache in _caches(settings) for entry in cache.entries()]
+
+
+def inspect(settings: Settings, digest: str) -> dict[str, Any]:
+    """A plan's key and, with TensorRT and a GPU, what is in it; without, why not. digest: its first digits will do.
+
+    Raises `EngineError` where there is no such plan, more than one, or a damaged one.
+    """
+    found = {entry.digest: (cache, entry) for cache in _caches(settings) for entry in cache.entries()}
+    matching = [digest_ for digest_ in found if digest_.startswith(digest)]
+    if len(matching) != 1:
+        raise EngineError(f"{len(matching)} plans begin with {digest}")
+    cache, entry = found[matching[0]]
+    plan = None if entry.key is None else cache.load(entry.key)
+    if entry.key is None or plan is None:
+        raise EngineError(f"{entry.path} is damaged: it will be built anew when it is needed")
+    about: dict[str, Any] = {"key": asdict(entry.key), "size_bytes": entry.size_bytes}
+    try:
+        from engines.trt.inspection import report_of
+        from engines.trt.library import load_library
+
+        return about | {"report": asdict(report_of(load_library("tensorrt"), plan))}
+    except EngineError as exc:
+        return about | {"report": None, "why": exc.message}
+
+
+def _stages(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """The denoising stage of every model that has an engine configured."""
+    from engines.registry import build_stage
+
+    write_missing_weights(settings)
+    for model, config in settings.model_configs().items():
+        if config.engine.back_end != "eager":
+            yield model, build_stage(model, "denoise", config)
+
+
+def _caches(settings: Settings) -> "list[PlanCache]":
+    from engines.trt.cache import PlanCache
+
+    folders = {config.engine.folder for config in settings.model_configs().values()}
+    return [PlanCache(folder) for folder in sorted(folder for folder in folders if folder is not None and folder.is_dir())]

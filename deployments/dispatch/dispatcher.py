@@ -1,0 +1,279 @@
+"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here, by the
+table in `jobs/retry.py`.
+
+A claimed job is held by a lease that `_renew_lease` renews. Whatever happens to this process, the lease runs out and the job is
+swept back into the queue; whatever this process does late, the attempt's token refuses.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from deployments.dispatch.job_log import JobLog
+from deployments.dispatch.watchdog import Deadlines, Watchdog
+from deployments.files.file_store import FileStore, StoredFile
+from deployments.jobs.job import Claim, LeaseLost
+from deployments.jobs.listener import Changes
+from deployments.jobs.retry import next_attempt_in
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.failures import error_failure
+from deployments.stages.protocol import STARTED, CheckpointRef, Note, Stages
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
+from engines.spec import Clip
+
+logger = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 1.0
+EXPIRY_INTERVAL_S = 60.0
+IDLE_WAIT_S = 5.0
+"""How long to wait for the store's word of new work before looking anyway."""
+
+OUTAGE_PAUSE_S = 1.0
+
+RELEASE_S = 2.0
+"""How long a job that we give back waits for its next attempt: so long its stage may take to stop and to keep the last step.
+
+There is nobody to ask when it has: Serve ends the stream of a cancelled call at once (tried on Ray 2.60: 6 ms after `cancel`, the
+stage's own code ran on for 3 s), and a deployment that shuts down takes no more calls. Should it take longer, the steps since the
+checkpoint before are done again.
+"""
+
+
+class QueueLimits(Protocol):
+    """What the dispatcher must know of the operator's settings for the queue; see `QueueSettings`."""
+
+    @property
+    def lease_s(self) -> float:
+        """How long a job stays its worker's after the last heartbeat, in seconds."""
+        ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """Jobs of one endpoint in its stages at once."""
+        ...
+
+    @property
+    def low_after_s(self) -> float:
+        """How long a job of low priority waits behind all others, in seconds."""
+        ...
+
+    def deadlines_of(self, endpoint: str) -> Deadlines:
+        """The deadlines of one attempt at a job of the endpoint."""
+        ...
+
+
+class Retention(Protocol):
+    """How long things are kept; see `RetentionSettings`."""
+
+    @property
+    def jobs_s(self) -> float | None:
+        """A job after its end, in seconds; None: for ever."""
+        ...
+
+    def keep_file_s(self, wish_s: float | None) -> float | None:
+        """How long a file is kept whose caller wished for `wish_s`, in seconds; None: for ever."""
+        ...
+
+
+@dataclass
+class AttemptMetrics:
+    """What one attempt took. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    engine: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As a status shows them: fal's `inference_time`, and of a job that succeeded our own receipt."""
+        fields: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
+        if self.engine is not None:
+            fields["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
+        return fields
+
+
+class Dispatcher:
+    """stages: endpoint id -> its stages. Any number of dispatchers may share a store."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        files: FileStore,
+        stages: Mapping[str, Stages],
+        queue: QueueLimits,
+        retention: Retention,
+    ):
+        self.store = store
+        self.files = files
+        self.stages = stages
+        self.queue = queue
+        self.retention = retention
+
+    async def run(self) -> None:
+        """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts, and are resumed."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep_forever())
+            group.create_task(self._expire_forever())
+            for endpoint in self.stages:
+                group.create_task(self._claim_forever(endpoint, group))
+
+    async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
+        """One endpoint's jobs, as many at once as its stages have room for: minutes of one do not hold up seconds of another."""
+        room = asyncio.Semaphore(self.queue.max_in_flight)
+        async with self.store.watch_work() as work:
+            while True:
+                await room.acquire()
+                claim = await self._next_claim(endpoint, work)
+                group.create_task(self._work(claim)).add_done_callback(lambda _: room.release())
+
+    async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
+        while True:
+            try:
+                run_s = self.queue.deadlines_of(endpoint).run_s
+                if claim := await self.store.claim([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
+                    return claim
+                await work.changed(IDLE_WAIT_S)
+            except StoreAway:
+                logger.exception("no claim", extra={"action": "claim_failed"})
+                await asyncio.sleep(OUTAGE_PAUSE_S)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                if swept := await self.store.sweep():
+                    logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
+            except StoreAway:
+                logger.exception("no sweep", extra={"action": "sweep_failed"})
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _expire_forever(self) -> None:
+        """Deletes what is past its time, batch by batch: between two of them, other work has its turn."""
+        while True:
+            try:
+                files = await self.store.expire_files(self.files.delete)
+                jobs = await self.store.expire_jobs(self.retention.jobs_s)
+                await self.store.expire_secrets()
+            except StoreAway:
+                logger.exception("nothing expired", extra={"action": "expiry_failed"})
+                files = jobs = 0
+            await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
+
+    async def _work(self, claim: Claim) -> None:
+        """One attempt at a job, from claim to close."""
+        metrics = AttemptMetrics()
+        watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
+        render = asyncio.create_task(self._reported(claim, metrics, watchdog))
+        renewing = asyncio.create_task(self._renew_lease(claim, render, watchdog))
+        store = self.store
+        try:
+            result = await render
+        except asyncio.CancelledError:
+            if not renewing.done():
+                await self._close(
+                    claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
+                )
+                raise
+            reason = renewing.result()
+            if reason == "cancelled":
+                await self._close(claim, lambda: store.cancel(claim))
+            elif reason != "lost":
+                logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
+                await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
+        except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
+            logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
+        except Exception as exc:
+            # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
+            error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
+            logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
+            await self._close(claim, lambda: self._end_attempt(claim, error, metrics))
+        else:
+            await self._close(claim, lambda: store.succeed(claim, result, metrics.fields))
+        finally:
+            renewing.cancel()
+
+    async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
+        """After an error: another attempt, or the end."""
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
+        if wait_s is None:
+            await self.store.fail(claim, error_failure(error), metrics.fields)
+        else:
+            await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
+
+    async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
+        """The job's output, with what the stages noted on the way in its log."""
+        async with JobLog(self.store, claim) as job_log:
+            return await self._render(claim, metrics, watchdog, job_log)
+
+    async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
+        """The job's output, its file kept, and in `metrics` what the stages did for it."""
+
+        async def on_note(note: Note) -> None:
+            watchdog.working()
+            if note != STARTED:
+                job_log.note(note)
+
+        def ended(stage: str, took: float) -> None:
+            watchdog.waiting()
+            job_log.stage_ended()
+            metrics.seconds[stage] = took
+
+        stages = self.stages[claim.endpoint]
+        checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
+        latents = await stages.saved(checkpoint, on_note) if checkpoint.used else None
+        watchdog.waiting()
+        if latents is None:
+            conditioning, took = await stages.preprocess(claim.input, on_note)
+            ended("preprocess", took)
+            latents, took = await stages.denoise(conditioning, checkpoint, on_note)
+            ended("denoise", took)
+        clip, took = await stages.decode(latents, on_note)
+        ended("decode", took)
+        metrics.engine = clip.engine
+        file = await self._keep_file(claim, clip)
+        video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
+        output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
+        return output.model_dump(mode="json")
+
+    async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
+        name = self.files.new_name("video", "video/mp4")
+        if (keep_s := self.retention.keep_file_s(claim.files_s)) is not None:
+            await self.store.add_file(name, keep_s)
+        try:
+            return await self.files.put("video", clip.mp4, "video/mp4", name)
+        except OSError as exc:  # a full disk, a bucket that is away: worth another try
+            raise StorageFailed from exc
+
+    async def _renew_lease(
+        self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog
+    ) -> Literal["cancelled", "lost"] | ReelrayError:
+        """Renews the lease until the caller cancels, a deadline passes or the lease is lost, then stops the work."""
+        reason: Literal["cancelled", "lost"] | ReelrayError | None = None
+        async with self.store.watch(claim.job_id) as changes:
+            while reason is None:
+                try:
+                    if await self.store.heartbeat(claim, self.queue.lease_s):
+                        reason = "cancelled"
+                    elif (reason := watchdog.overdue()) is None:
+                        await changes.changed(min(self.queue.lease_s / 3, watchdog.due_in_s()))
+                except LeaseLost:
+                    reason = "lost"
+                except StoreAway:
+                    logger.exception("no heartbeat", extra=_fields(claim, "heartbeat_failed"))
+        render.cancel()
+        return reason
+
+    async def _close(self, claim: Claim, write: Callable[[], Awaitable[None]]) -> None:
+        """The attempt's last word. If it cannot be said, the lease runs out and the job is done again."""
+        try:
+            await write()
+        except LeaseLost:
+            logger.warning("lease lost at the end", extra=_fields(claim, "lease_lost"))
+        except StoreAway:
+            logger.exception("job not closed", extra=_fields(claim, "close_failed"))
+
+
+def _fields(claim: Claim, action: str) -> dict[str, Any]:
+    return {"action": action, "job_id": str(claim.job_id), "attempt": claim.attempt}

@@ -1,0 +1,128 @@
+"""What the stages note, written to the job's log beside the work: neither a slow database nor a chatty stage holds up the other.
+
+Lines for the caller are written in their order, as many as can wait. Progress is let through less often the older the attempt is,
+of two hours 600 lines, and of what is held back only the latest waits. The first and the last of each stage are always written.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from deployments.jobs.job import Claim
+from deployments.jobs.store import JobStore
+from deployments.stages.protocol import Note
+from deployments.stages.token_bucket import TokenBucket
+
+BURST = 20
+MOST_WAITING = 200
+FLUSH_S = 5.0
+"""How long an attempt that has ended waits for its last lines to be written."""
+
+logger = logging.getLogger(__name__)
+
+
+class JobLog:
+    """One attempt's notes. What it was told is written when `async with` is left. clock: seconds."""
+
+    def __init__(self, store: JobStore, claim: Claim, clock: Callable[[], float] = time.monotonic):
+        self._store = store
+        self._claim = claim
+        self._clock = clock
+        self._began_at = clock()
+        self._bucket = TokenBucket(BURST, clock)
+        self._waiting: deque[Note] = deque()
+        self._latest: Note | None = None
+        self._left_out = 0
+        self._stage_begins = True
+        self._full = self._ending = False
+        self._told = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._writing = asyncio.create_task(self._write())
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Raises `LeaseLost` or `StoreAway` where a line could not be written, unless there is another error."""
+        self.stage_ended()
+        self._ending = True
+        try:
+            await asyncio.wait([self._writing], timeout=FLUSH_S)
+        finally:
+            unwritten = not self._writing.done()
+            self._writing.cancel()
+        if unwritten:
+            logger.warning("last lines not written", extra={"action": "lines_lost", "job_id": str(self._claim.job_id)})
+        elif (error := self._writing.exception()) is not None and exc is None:
+            raise error
+
+    def note(self, note: Note) -> None:
+        """Takes a note, at once. Raises `LeaseLost` or `StoreAway` if an earlier one could not be written."""
+        if self._writing.done():
+            self._writing.result()
+        if self._full:
+            return
+        if note.progress is None:
+            self._add(note)
+        else:
+            self._latest = note
+            room = len(self._waiting) < MOST_WAITING
+            if self._stage_begins or (room and self._bucket.take(self._interval_s())):
+                self._stage_begins = False
+                self._add_latest()
+        self._told.set()
+
+    def stage_ended(self) -> None:
+        """The stage has said its last."""
+        self._add_latest()
+        self._stage_begins = True
+        self._told.set()
+
+    def _add(self, note: Note) -> None:
+        if len(self._waiting) < MOST_WAITING:
+            self._waiting.append(note)
+        else:
+            self._left_out += 1
+
+    def _add_latest(self) -> None:
+        if self._latest is not None:
+            self._waiting.append(self._latest)
+            self._latest = None
+
+    async def _write(self) -> None:
+        while True:
+            if note := self._next():
+                progress = None if note.progress is None else note.progress.fields()
+                self._full = not await self._store.log(self._claim, note.message, note.level, progress)
+            elif self._ending:
+                return
+            else:
+                self._told.clear()
+                due_in_s = None if self._latest is None else self._bucket.due_in_s(self._interval_s())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(due_in_s):
+                        await self._told.wait()
+
+    def _next(self) -> Note | None:
+        """What may be written now."""
+        if self._full:
+            self._waiting.clear()
+            self._latest = None
+            return None
+        if self._waiting:
+            return self._waiting.popleft()
+        if self._left_out:
+            left_out, self._left_out = self._left_out, 0
+            return Note(f"{left_out} lines are left out here: they came faster than they could be written", "WARN")
+        if self._latest is not None and self._bucket.take(self._interval_s()):
+            note, self._latest = self._latest, None
+            return note
+        return None
+
+    def _interval_s(self) -> float:
+        """Seconds between two lines of progress."""
+        return min(30.0, max(1.0, (self._clock() - self._began_at) / 100))

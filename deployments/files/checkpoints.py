@@ -1,0 +1,127 @@
+"""How far a job has come, kept by the stage that works on it and found by the attempt after.
+
+Nothing here fails a job: a file that cannot be written or used is a warning for the operator, and its work is done again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import cache
+from math import inf
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from deployments.files.file_store import FileStore
+from engines.checkpoint_file import pack, unpack
+from engines.fingerprint import arithmetic_of, fingerprint_of
+from engines.spec import Checkpoint, Conditioning, Latents
+
+logger = logging.getLogger(__name__)
+
+WRITE_TIMEOUT_S = 30.0
+"""A bucket that does not answer holds up a finished job no longer than this."""
+
+T = TypeVar("T", bound=Checkpoint | Latents)
+
+
+class Checkpoints:
+    """The files of one model's jobs. config: the model's. What was made with another config or of other weights is not used.
+
+    engines: tells what runs the UNet here. Steps of another engine are not used: their bits would not be an undisturbed run's.
+    """
+
+    def __init__(self, files_url: str, config: Any, engines: Callable[[], tuple[str, ...]] = tuple):
+        self._files = FileStore(files_url)
+        self._engines = engines
+        self._config = config
+        self._model = fingerprint_of(config)
+
+    async def latents(self, name: str) -> Latents | None:
+        """What the job's denoising came to, if it did."""
+        return await self._read(name, Latents, lambda: self.of_latents(name))
+
+    async def step(self, name: str, conditioning: Conditioning) -> Checkpoint | None:
+        """The last step that was kept, if it was made of the same conditioning in the same arithmetic."""
+        return await self._read(name, Checkpoint, lambda: self.of_steps(name, conditioning))
+
+    async def write(self, name: str, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
+        """Keeps `value` in the place of what was there. fingerprint: called in a thread, as it may read a whole video."""
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                data = await asyncio.to_thread(lambda: pack(value, fingerprint()))
+                await self._files.put_checkpoint(name, data)
+        except Exception:  # each kind of file store has errors of its own
+            logger.warning("checkpoint not written", exc_info=True, extra={"action": "checkpoint_failed", "file": name})
+
+    def of_latents(self, name: str) -> str:
+        """The fingerprint of finished latents: they need no conditioning any more."""
+        return fingerprint_of(name, self._model)
+
+    def of_steps(self, name: str, conditioning: Conditioning) -> str:
+        """The fingerprint of a step. Hashes the conditioning, for which a long video takes some tenths of a second."""
+        return fingerprint_of(name, self._model, arithmetic_of(self._config.device), self._engines(), conditioning)
+
+    async def _read(self, name: str, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
+        try:
+            data = await self._files.get_checkpoint(name)
+            return None if data is None else await asyncio.to_thread(lambda: unpack(data, kind, fingerprint()))
+        except Exception:
+            logger.warning("checkpoint not used", exc_info=True, extra={"action": "checkpoint_unusable", "file": name})
+            return None
+
+
+class Saving:
+    """Keeps what one call has done, beside its work: a step at most every `every_s` seconds, and the finished latents.
+
+    `async with` waits at its end for what is being written. Left by a cancel, it writes the newest step too: whoever cancels
+    may be shutting down, and the job goes on elsewhere.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, name: str, conditioning: Conditioning, every_s: float):
+        self._checkpoints = checkpoints
+        self._name = name
+        self._of_steps = cache(lambda: checkpoints.of_steps(name, conditioning))
+        self._every_s = every_s
+        self._newest: Checkpoint | None = None  # not being written yet
+        self._writing: asyncio.Task[None] | None = None
+        self._due = inf
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    def begin(self) -> None:
+        """The work begins now, and with it the time until its first checkpoint."""
+        self._due = monotonic() + self._every_s
+
+    def offer(self, step: Checkpoint) -> None:
+        """Takes note of a step that is done, from the thread that did it."""
+        self._loop.call_soon_threadsafe(self._offered, step)
+
+    async def finish(self, latents: Latents) -> None:
+        """Keeps the latents in the place of all steps."""
+        await self._written()
+        self._newest = None
+        self._write(latents, lambda: self._checkpoints.of_latents(self._name))
+        await self._written()
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        await self._written()
+        if self._newest is not None and exc_type is not None and issubclass(exc_type, asyncio.CancelledError | GeneratorExit):
+            self._write(self._newest, self._of_steps)
+            await self._written()
+
+    def _offered(self, step: Checkpoint) -> None:
+        self._newest = step
+        if monotonic() >= self._due and (self._writing is None or self._writing.done()):
+            self._write(step, self._of_steps)
+            self._newest = None
+            self.begin()
+
+    def _write(self, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
+        self._writing = self._loop.create_task(self._checkpoints.write(self._name, value, fingerprint))
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await asyncio.wait([self._writing])  # and not the task itself, which a cancel of ours shall not end

@@ -1,0 +1,268 @@
+"""URL to file, when the URL is a stranger's: size, time and, above all, where it leads.
+
+A caller's URL is fetched from inside the operator's network. So every hop's host is resolved here, all its addresses must be
+public, and the connection goes to an address that was checked, not to the name: a name that is resolved again may by then point
+elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
+
+A download goes to disk as it comes: several large videos at once are more than a replica's memory is for.
+
+`send` makes the same checks for any other request to a stranger's URL (`webhooks/courier.py`).
+"""
+
+import asyncio
+import base64
+import binascii
+import functools
+import ipaddress
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
+
+import httpx
+
+from deployments.settings import FetchSettings
+from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+USER_AGENT = "reelray"
+CONNECT_TIMEOUT_S = 10.0
+"""Then the host's next address is tried."""
+CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
+"""At most 1 : 1032, so that one network chunk of 64 kB decodes to at most 66 MB before the cap is checked. Stacked ones, brotli
+and zstd have no such bound, and no image or video needs any."""
+
+CONNECTION_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup)
+"""What a stranger's URL or server can make `send` raise, beside `Refused`; their texts may name addresses. ValueError: a host
+that IDNA refuses; a port beyond 65535 overflows or fails in a group."""
+
+NOT_PUBLIC = "The host does not resolve to a public address."  # also where it does not resolve: which names exist inside is ours
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@contextmanager
+def download_folder() -> Iterator[Path]:
+    """A temporary folder, which goes at the end with all that is in it. Raises `StorageFailed`."""
+    with _storing():
+        folder = TemporaryDirectory(prefix="reelray-")
+    with folder as name:
+        yield Path(name)
+
+
+async def download(url: str, settings: FetchSettings, field: str, into: Path) -> None:
+    """Writes what is behind an http(s) URL or in a base64 data URI to the file `into`. After a failure there is no such file.
+
+    field: the input field that held `url`, for the error's loc. Raises `FileDownloadError`, and `FileTooLarge` as soon as
+    the size is known to be above `settings.max_bytes`: both are the caller's, as are their messages. Raises `StorageFailed`
+    where it is our disk that does not take it.
+    """
+    with _new_file(into) as file:
+        await _download(url, settings, ("body", field), file)
+
+
+async def download_all(urls: Mapping[str, str], settings: FetchSettings, folder: Path) -> dict[str, Path]:
+    """Field -> file in `folder` for field -> URL, all at once. Raises what `download` raises for the first that fails."""
+    files = {field: folder / field for field in urls}
+    try:
+        async with asyncio.TaskGroup() as group:
+            for field, url in urls.items():
+                group.create_task(download(url, settings, field, files[field]))
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return files
+
+
+class Refused(Exception):
+    """The file will not be had, or the request not be sent; the text is for the caller."""
+
+
+class _TooLarge(Exception):
+    """The file is larger than allowed."""
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """What the disk refuses within is told as what it is: our trouble, and worth another try."""
+    try:
+        yield
+    except OSError as exc:
+        raise StorageFailed from exc
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; gone again if what is done within fails."""
+    with _storing():
+        try:
+            with path.open("wb") as file:
+                yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+async def _write(file: BinaryIO, data: bytes) -> None:
+    with _storing():
+        await asyncio.to_thread(file.write, data)
+
+
+async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
+    """Raises errors with this `loc`."""
+    try:
+        if url[:5].lower() == "data:":
+            await _write(file, await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes))
+        else:
+            async with asyncio.timeout(settings.timeout_s):
+                await _request(url, settings, file)
+    except _TooLarge as exc:
+        message = f"The file is larger than {settings.max_bytes} bytes."
+        raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
+    except Refused as exc:
+        raise FileDownloadError(f"The file could not be downloaded: {exc}", loc) from exc
+    except TimeoutError as exc:
+        message = f"The file could not be downloaded: it took longer than {settings.timeout_s:g} s."
+        raise FileDownloadError(message, loc) from exc
+    except CONNECTION_ERRORS as exc:
+        raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
+
+
+def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
+    """RFC 2397, with the base64 that browsers accept (WHATWG "forgiving-base64"): line breaks inside, no padding.
+
+    An escaped "%2B" or "%3D" is what URL-encoding a whole data URI leaves behind.
+    """
+    head, comma, payload = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise Refused("a data URI must be of the form data:<type>;base64,<data>.")
+    encoded = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii", "replace")
+    encoded = encoded.translate(None, b" \t\n\f\r").rstrip(b"=")
+    if len(encoded) * 3 // 4 > max_bytes:
+        raise _TooLarge
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as exc:
+        raise Refused("the data URI is not valid base64.") from exc
+
+
+async def _request(url: str, settings: FetchSettings, file: BinaryIO) -> None:
+    """Follows redirects by hand, so that each hop is checked like the first."""
+    hop = httpx.URL(url)
+    async with new_client() as client:
+        for _ in range(settings.max_redirects + 1):
+            response = await send(client, "GET", hop, {"accept": "*/*"}, allow_private=settings.allow_private)
+            try:
+                if response.has_redirect_location:
+                    hop = hop.join(response.headers["location"])
+                    continue
+                if response.status_code != 200:
+                    raise Refused(f"the server answered with status {response.status_code}.")
+                return await _read(response, settings.max_bytes, file)
+            finally:
+                await response.aclose()
+    raise Refused(f"more than {settings.max_redirects} redirects.")
+
+
+def new_client() -> httpx.AsyncClient:
+    """A client for `send`. Not to be shared between hosts: a kept connection is found again by its address, whatever name the
+    certificate was verified for. The whole is timed by whoever sends."""
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+    # trust_env: a proxy from the environment would resolve the name again, and reach what we must not.
+    return httpx.AsyncClient(trust_env=False, verify=_tls(), timeout=timeout, follow_redirects=False)
+
+
+async def send(
+    client: httpx.AsyncClient,
+    method: str,
+    url: httpx.URL,
+    headers: Mapping[str, str],
+    content: bytes | None = None,
+    *,
+    allow_private: bool,
+) -> httpx.Response:
+    """The response's head, from the first address of the host that can be connected to; close it. Follows no redirect.
+
+    allow_private: also to the operator's own network. Raises `Refused` and `CONNECTION_ERRORS`.
+    """
+    if url.scheme not in ("http", "https") or not url.host:
+        raise Refused("only http and https URLs are fetched.")
+    host = url.raw_host.decode("ascii")
+    failure: httpx.TransportError | None = None
+    for address in await _resolve(host, url.port or {"http": 80, "https": 443}[url.scheme], allow_private):
+        request = client.build_request(
+            method,
+            url.copy_with(host=str(address)),
+            headers={
+                "host": url.netloc.decode("ascii"),
+                "user-agent": USER_AGENT,
+                "accept-encoding": "identity",
+                **headers,
+            },
+            content=content,
+            extensions={"sni_hostname": host},
+        )
+        try:
+            return await client.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
+            failure = exc
+    assert failure is not None
+    raise failure
+
+
+async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]:
+    """All addresses of `host`; odd spellings of addresses ("127.1", "0x7f000001") come out of the resolver as what they mean."""
+    try:
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_resolvers(), look_up)
+    except (OSError, UnicodeError) as exc:
+        raise Refused(NOT_PUBLIC) from exc
+    addresses = list(dict.fromkeys(ipaddress.ip_address(entry[4][0]) for entry in found))
+    if not allow_private and not all(is_public(address) for address in addresses):
+        raise Refused(NOT_PUBLIC)
+    return addresses
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address is one of the Internet's, an IPv4 address that rides in an IPv6 one included."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+        if inner is not None:
+            return is_public(inner)
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> None:
+    """Writes the decoded body."""
+    if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
+        raise Refused("its content encoding is not supported.")
+    declared = response.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _TooLarge
+    size = 0
+    async for chunk in response.aiter_bytes():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _TooLarge
+        await _write(file, chunk)
+
+
+@functools.cache
+def _resolvers() -> ThreadPoolExecutor:
+    """Threads for looking names up, in place of asyncio's few: a name server that is silent holds one for half a minute, longer
+    than anybody waits, and must not hold up whoever asks for another name."""
+    return ThreadPoolExecutor(256, "resolver")
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One context for all downloads: loading the certificates takes tens of milliseconds."""
+    return httpx.create_ssl_context()

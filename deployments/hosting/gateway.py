@@ -1,0 +1,51 @@
+"""The ingress under uvicorn, beside the cluster: it accepts and answers while Ray is down or being upgraded."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from deployments.hosting.embedded_postgres import database_url, keep_running
+from deployments.hosting.logs import configure_logging
+from deployments.ingress.app import create_app
+from deployments.settings import CONFIG_VARIABLE, configured_settings, load_settings
+
+GRACE_S = 5
+"""How long open status streams may hold a worker that was told to stop."""
+
+
+def run(config: Path, host: str, port: int, workers: int) -> None:
+    """Serves until interrupted. Workers are processes of their own and find `config` in the environment. Raises `Exposed`."""
+    settings = load_settings(config)
+    settings.refuse_exposure(host)
+    threading.Thread(target=keep_running, args=(settings,), daemon=True).start()
+    os.environ[CONFIG_VARIABLE] = str(config.absolute())
+    uvicorn.run(
+        "deployments.hosting.gateway:app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+def app() -> FastAPI:
+    """What every worker hosts."""
+    configure_logging()
+    settings = configured_settings()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    return create_app(settings, database_url(settings))
+
+
+def _end_after(parent: BaseProcess) -> None:
+    """A worker whose parent was killed would hold the port, and the next gateway could not start."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,27 @@
+"""How a log record looks: the event, then its fields as key=value, so that a job can be followed through every process."""
+
+import logging
+import sys
+
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+
+
+class FieldFormatter(logging.Formatter):
+    """Appends what was given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """E.g. "23:31:07,120 WARNING deployments.dispatch.dispatcher attempt failed action=attempt_failed attempt=1"."""
+        line, *traceback = super().format(record).split("\n")
+        fields = (f"{key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
+        return "\n".join([" ".join([line, *fields]), *traceback])
+
+
+def configure_logging() -> None:
+    """Our loggers to stderr, which Ray keeps in a file for each replica. Called once by whoever owns the process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FieldFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for name in ("deployments", "engines"):
+        ours = logging.getLogger(name)
+        ours.handlers = [handler]
+        ours.setLevel(logging.INFO)
+        ours.propagate = False

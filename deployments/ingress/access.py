@@ -1,0 +1,118 @@
+"""Who a request is from, and what it may do: an API key, a token that stands for one, or anybody where the service is open.
+
+The order of the refusals tells a stranger nothing: first who asks (401), then whether the job is within reach (404, whatever the
+scopes), then whether the key has the scope (403).
+"""
+
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+from starlette.requests import Request
+
+from deployments.ingress.request_context import UnknownRequest, outbox_of, settings_of, store_of
+from deployments.jobs.job import Job
+from deployments.jobs.keys import DEFAULT_SCOPES, KeySecret, Scope
+from deployments.jobs.store import JobStore
+from deployments.schemas import tokens
+from deployments.schemas.responses import app_id
+from deployments.schemas.tokens import TokenRequest
+from deployments.webhooks.outbox import Webhook
+from engines.errors import Forbidden, Unauthorized
+
+
+@dataclass(frozen=True)
+class Caller:
+    """owner: the id of the key; None where the service is open."""
+
+    owner: str | None
+    scopes: frozenset[Scope]
+
+    def require(self, scope: Scope) -> None:
+        """Raises `Forbidden` without it."""
+        if scope not in self.scopes:
+            raise Forbidden(f"The API key lacks the scope {scope}.")
+
+    def reaches(self, owner: str | None) -> bool:
+        """Whether this caller may know of the jobs of `owner`."""
+        return owner == self.owner or Scope.ADMIN in self.scopes
+
+
+ANYBODY = Caller(None, frozenset(DEFAULT_SCOPES))
+
+
+async def caller_of(request: Request, app: str | None = None) -> Caller:
+    """Who asks; app: of which app, if of one. Raises `Unauthorized`, `Forbidden`."""
+    if settings_of(request).auth == "open":
+        return ANYBODY
+    return await identify(request, store_of(request), app)
+
+
+async def job_of(request: Request, app: str, request_id: str, scope: Scope, lines_after: int | None = None) -> Job:
+    """The job that a path names, for a caller with `scope`; lines_after: see `JobStore.get`.
+
+    One that is out of its reach, or of another endpoint, is unknown.
+    """
+    caller = await caller_of(request, app)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise UnknownRequest from None
+    job = await store_of(request).get(job_id, lines_after)
+    if job is None or not caller.reaches(job.owner) or app_id(job.endpoint) != app_id(app):
+        raise UnknownRequest
+    caller.require(scope)
+    request.state.request_id = str(job.id)
+    return job
+
+
+async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook:
+    """The webhook of the job that a path names, for a caller with `scope`."""
+    caller = await caller_of(request)
+    try:
+        job_id = UUID(request_id)
+    except ValueError:
+        raise UnknownRequest from None
+    found = await outbox_of(request).get(job_id)
+    if found is None or not caller.reaches(found.owner):
+        raise UnknownRequest
+    caller.require(scope)
+    request.state.request_id = str(job_id)
+    return found
+
+
+async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
+    """Who asks of a service with keys, by the key in the header, or where there is none by the token in the query.
+
+    app: whose path this is; without one tokens are not taken. Raises `Unauthorized`, `Forbidden`.
+    """
+    if "authorization" in request.headers or app is None:
+        return _caller(await shown_secret(request, store))
+    token = tokens.read(request.query_params.get("fal_jwt_token", ""))
+    secret = await store.get_secret(token.secret_id) if token else None
+    if token is None or secret is None or not token.is_genuine(secret):
+        raise Unauthorized
+    if not token.allows(app):
+        raise Forbidden("The token is not for this app.")
+    caller = _caller(secret)
+    return replace(caller, scopes=caller.scopes - {Scope.ADMIN})  # a page is nobody's operator
+
+
+def issued_token(secret: KeySecret | None, asked: TokenRequest) -> str:
+    """A token for the key whose secret was shown; for anybody, None, where the service is open."""
+    if secret is None:
+        return tokens.issue_for_anybody(asked.allowed_apps, asked.token_expiration)
+    return tokens.issue(secret, asked.allowed_apps, asked.token_expiration)
+
+
+async def shown_secret(request: Request, store: JobStore) -> KeySecret:
+    """The API key in the request's header. Raises `Unauthorized`."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    found = await store.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None
+    if found is None:
+        raise Unauthorized
+    return found
+
+
+def _caller(secret: KeySecret) -> Caller:
+    scopes = frozenset(map(Scope, secret.scopes))
+    return Caller(secret.key_id, scopes | {Scope.READ} if Scope.ADMIN in scopes else scopes)

@@ -1,0 +1,106 @@
+"""The door: fal's queue API, the files and a health check, as reads and writes of the job store.
+
+It imports neither torch nor ray, so it starts in a second and runs anywhere: inside Ray Serve, or beside the cluster under
+uvicorn, in several processes if need be. This file puts the app together; the routes are in the files beside it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from deployments.files.file_store import FileStore
+from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
+from deployments.ingress.middleware import add_middleware, failure_response
+from deployments.ingress.request_context import OUTAGES, UnknownRequest
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.schemas.failures import error_failure, request_failure
+from deployments.settings import Settings
+from engines.errors import ReelrayError
+
+logger = logging.getLogger(__name__)
+
+START_S = 10.0
+"""How long the door stays shut while its database is away; then it opens and says so."""
+
+
+def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
+    """The ASGI app. database: a URL, on which the app opens a store and closes it; or an open store, which stays the caller's."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if not isinstance(database, str):
+            yield
+            return
+        opening = asyncio.create_task(_open_store(app, database))
+        opened, _ = await asyncio.wait([opening], timeout=START_S)
+        if opened:
+            opening.result()
+        try:
+            yield
+        finally:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            if app.state.store is not None:
+                await app.state.store.close()
+
+    app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # half of the Python client follows no redirect
+    app.state.settings = settings
+    app.state.store = None if isinstance(database, str) else database
+    app.state.files = FileStore(settings.files_url)
+    queue_routes.add_submit_routes(app, settings.model_configs())
+    for routes in (queue_routes, status_stream, webhook_routes, service_routes):
+        app.include_router(routes.router)
+    add_middleware(app, settings)
+    app.add_exception_handler(ReelrayError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(UnknownRequest, _on_unknown_request)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    for outage in OUTAGES:
+        app.add_exception_handler(outage, _on_outage)
+    return app
+
+
+async def _open_store(app: FastAPI, url: str) -> None:
+    """Until it succeeds: uvicorn takes a worker that cannot start for a broken app, and ends its healthy sisters as well."""
+    while app.state.store is None:
+        try:
+            app.state.store = await JobStore.open(url)
+        except StoreAway:
+            logger.exception("no database yet", extra={"action": "store_away"})
+        except Exception:  # a password that is wrong, a schema that is newer: nothing that waiting mends
+            logger.critical("the database cannot be used: 503 until a restart", exc_info=True, extra={"action": "store_unusable"})
+            raise
+
+
+async def _on_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, ReelrayError)
+    return failure_response(error_failure(exc))
+
+
+async def _on_http_error(request: Request, exc: Exception) -> Response:
+    """The router's own answers, 404 and 405 for the most part."""
+    assert isinstance(exc, HTTPException)
+    if exc.status_code == 404:
+        failure = request_failure(404, "not_found", f"Path {request.url.path} not found")
+    else:
+        failure = request_failure(exc.status_code, "bad_request", exc.detail)
+    return failure_response(failure, exc.headers)
+
+
+async def _on_unknown_request(request: Request, exc: Exception) -> Response:
+    return JSONResponse({"status": "NOT_FOUND"}, 404)
+
+
+async def _on_disconnect(request: Request, exc: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _on_outage(request: Request, exc: Exception) -> Response:
+    logger.error("the database is away", exc_info=exc, extra={"action": "outage", "path": request.url.path})
+    return failure_response(request_failure(503, "internal_error", "The service is temporarily unavailable."))

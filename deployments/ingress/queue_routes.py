@@ -1,0 +1,148 @@
+"""fal's queue: submit, status, result and cancel, as reads and writes of the job store.
+
+What an input may be is said in `schemas/`, what a submission may ask for in `schemas/submission.py`, how a job looks to its
+caller in `schemas/responses.py`.
+"""
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from deployments.ingress.access import Caller, caller_of, job_of
+from deployments.ingress.middleware import failure_response
+from deployments.ingress.request_context import OUTAGES, TextRoute, UnknownRequest, json_answer, read_body, settings_of, store_of
+from deployments.ingress.target_routing import queue_base, service_base
+from deployments.jobs.job import Idempotency, NewJob
+from deployments.jobs.keys import Scope
+from deployments.schemas import responses
+from deployments.schemas.endpoint import ENDPOINTS, Endpoint
+from deployments.schemas.failures import Failure, request_failure, validation_failure
+from deployments.schemas.submission import SubmissionOptions, fingerprint, is_set, read_options
+from engines.errors import BadRequest, QueueFull
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+
+
+def add_submit_routes(app: FastAPI, models: Collection[str]) -> None:
+    """A route for each endpoint whose model is among `models`."""
+    for endpoint in ENDPOINTS.values():
+        if endpoint.model in models:
+            _add_submit_route(app, endpoint)
+
+
+def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
+    async def submit(request: Request) -> Response:
+        return await _submit(request, endpoint)
+
+    app.router.add_api_route(
+        f"/queue/{endpoint.id}",
+        submit,
+        route_class_override=TextRoute,
+        methods=["POST"],
+        tags=["queue"],
+        summary=endpoint.id,
+        description=endpoint.input.__doc__ or "",
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": endpoint.input.model_json_schema()}}}},
+    )
+
+
+async def _submit(request: Request, endpoint: Endpoint) -> Response:
+    """Writes the job, then answers with its id."""
+    settings = settings_of(request)
+    caller = await caller_of(request, endpoint.id)
+    caller.require(Scope.SUBMIT)
+    options = read_options(request.headers, request.query_params)  # a bad one is told before megabytes are read
+    body = await read_body(request, settings.max_body_bytes)
+    new = _new_job(request, endpoint, caller, options, body)
+    await _refuse_long_queue(request, new, options.max_queue_length)
+    failure = None
+    try:
+        new = replace(new, input=endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True))
+    except ValidationError as exc:
+        failure = validation_failure(exc)
+        if new.webhook_url is None:  # else the caller waits for a webhook, and only a job sends one
+            return failure_response(failure)
+    return await _write(request, new, failure)
+
+
+def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes) -> NewJob:
+    """The job, its input still empty."""
+    settings, key = settings_of(request), options.idempotency_key
+    return NewJob(
+        endpoint=endpoint.id,
+        input={},
+        owner=caller.owner,
+        priority=options.priority,
+        start_timeout_s=options.start_timeout_s,
+        max_attempts=1 if options.no_retry else settings.queue.max_attempts,
+        webhook_url=options.webhook_url,
+        idempotency=None if key is None else Idempotency(key, fingerprint(endpoint.id, body), settings.queue.idempotency_s),
+        files_s=options.files_s,
+        store_io=options.store_io,
+        service_url=options.webhook_url and service_base(request.scope, settings.public_url),
+    )
+
+
+async def _refuse_long_queue(request: Request, new: NewJob, limit: int | None) -> None:
+    """Raises `QueueFull` where more than `limit` requests wait before this one."""
+    if (
+        limit is not None
+        and await store_of(request).queued(new.endpoint, at_most=limit + 1) > limit
+        and not await store_of(request).repeated(new)  # a repeat adds nothing, and who is told 429 does not learn of the job
+    ):
+        raise QueueFull(f"More than {limit} requests are waiting already.")
+
+
+async def _write(request: Request, new: NewJob, failure: Failure | None) -> Response:
+    """Makes the job durable, then answers. failure: what its caller is told if it cannot run."""
+    store = store_of(request)
+    try:
+        job = await (store.submit(new) if failure is None else store.submit_failed(new, failure))
+    except OUTAGES:
+        # One of the store's tries may have been committed though its answer was lost. On 503 the JavaScript client would
+        # submit again, under a new id, and the GPUs would render twice; on 500 neither client repeats a submission.
+        logger.exception("submission of unknown outcome", extra={"action": "submit_unknown", "endpoint": new.endpoint})
+        detail = "The service failed while it queued the request, which may or may not run."
+        return failure_response(request_failure(500, "internal_error", detail))
+    request.state.request_id = str(job.id)
+    logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": new.endpoint})
+    return json_answer(responses.submitted(job, queue_base(request.scope, settings_of(request).public_url)), 200)
+
+
+@router.get("/{app:path}/requests/{request_id}/status")
+async def status(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
+    """Where a request stands, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
+    with_logs = is_set(logs)
+    job = await job_of(request, app, request_id, Scope.READ, 0 if with_logs else None)
+    body = responses.status(job, job.lines if with_logs else None, queue_base(request.scope, settings_of(request).public_url))
+    return json_answer(body, 200 if job.state.ended else 202)
+
+
+@router.get("/{app:path}/requests/{request_id}")
+@router.get("/{app:path}/requests/{request_id}/response")
+async def result(request: Request, app: str, request_id: str) -> Response:
+    """The output of a completed request, or the error it ended in; 400 before that: any 2xx would pass for the output."""
+    job = await job_of(request, app, request_id, Scope.READ)
+    if not job.state.ended:
+        raise BadRequest("Request is still in progress")
+    if failure := responses.failure_of(job):
+        return failure_response(failure)
+    return JSONResponse(responses.with_absolute_urls(job.result, service_base(request.scope, settings_of(request).public_url)))
+
+
+@router.put("/{app:path}/requests/{request_id}/cancel")
+async def cancel(request: Request, app: str, request_id: str) -> Response:
+    """Takes a waiting request out of the queue, and asks a running one to stop."""
+    job = await job_of(request, app, request_id, Scope.SUBMIT)
+    found = await store_of(request).request_cancel(job.id)
+    if found is None:
+        raise UnknownRequest
+    if found.ended:
+        return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
+    return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)

@@ -1,0 +1,64 @@
+"""The routes of the service itself: its public keys, tokens, files and health."""
+
+import asyncio
+from uuid import UUID
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from deployments.files.file_store import FileStore
+from deployments.ingress.access import issued_token, shown_secret
+from deployments.ingress.file_response import file_response
+from deployments.ingress.middleware import failure_response
+from deployments.ingress.request_context import TextRoute, outbox_of, read_body, settings_of, store_of
+from deployments.schemas.failures import validation_failure
+from deployments.schemas.tokens import TokenRequest
+from deployments.webhooks.signing import jwks
+
+HEALTH_TIMEOUT_S = 2.0
+MAX_TOKEN_BODY_BYTES = 10_000
+JWKS_MAX_AGE_S = 3600
+
+router = APIRouter(route_class=TextRoute)
+
+
+@router.get("/.well-known/jwks.json")
+@router.get("/rest/.well-known/jwks.json", include_in_schema=False)  # where it is for who reaches us as rest.fal.ai
+async def keys(request: Request) -> Response:
+    """The public keys that webhooks are signed with, as a JSON Web Key Set."""
+    published = await outbox_of(request).published_keys()
+    return JSONResponse(jwks(published), headers={"cache-control": f"public, max-age={JWKS_MAX_AGE_S}"})
+
+
+@router.post("/rest/tokens/")
+@router.post("/rest/tokens", include_in_schema=False)
+@router.post("/rest/tokens/realtime", include_in_schema=False)
+async def token(request: Request) -> Response:
+    """A short-lived token to give to a page instead of the API key, as a bare JSON string.
+
+    Queue paths take it as the query parameter `fal_jwt_token`. It may what the key may, except `admin`, at the apps named, and
+    ends with the key, or with the secret that it was asked for with.
+    """
+    secret = None if settings_of(request).auth == "open" else await shown_secret(request, store_of(request))
+    try:
+        asked = TokenRequest.model_validate_json(await read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
+    except ValidationError as exc:
+        return failure_response(validation_failure(exc))
+    return JSONResponse(issued_token(secret, asked), headers={"cache-control": "no-store"})
+
+
+@router.head("/files/{name:path}", include_in_schema=False)
+@router.get("/files/{name:path}")
+async def file(request: Request, name: str) -> Response:
+    """A generated file, or the byte range asked for."""
+    files: FileStore = request.app.state.files
+    return await file_response(files, name, request, settings_of(request).retention.files_s)
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the job store answers, else 503."""
+    async with asyncio.timeout(HEALTH_TIMEOUT_S):
+        await store_of(request).get(UUID(int=0))
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,72 @@
+"""GET .../status/stream: a request's status as server-sent events, until it is completed."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from deployments.ingress.access import job_of
+from deployments.ingress.request_context import OUTAGES, TextRoute, settings_of, store_of
+from deployments.ingress.target_routing import queue_base
+from deployments.jobs.keys import Scope
+from deployments.jobs.store import JobStore
+from deployments.schemas import responses
+from deployments.schemas.submission import is_set
+
+logger = logging.getLogger(__name__)
+
+STREAM_INTERVAL_S = 3.0
+"""A status stream looks this often for what does not wake it, the queue moving up, and says something to stay open."""
+
+STREAM_PAUSE_S = 0.2
+"""Lines that are logged so soon after an event are sent together in the next; a change of state is told at once."""
+
+router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+
+
+@router.get("/{app:path}/requests/{request_id}/status/stream")
+async def status_stream(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
+    """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed.
+
+    With logs, an event's id is the `seq` of the last line told; `Last-Event-ID`, as a browser sends it on reconnecting, goes on
+    after it.
+    """
+    job = await job_of(request, app, request_id, Scope.READ)
+    queue_url = queue_base(request.scope, settings_of(request).public_url)
+    events = _status_events(store_of(request), job.id, is_set(logs), queue_url, responses.last_event_id(request.headers))
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_url: str, last_seq: int) -> AsyncIterator[str]:
+    last_sent: dict[str, Any] | None = None
+    while True:
+        try:
+            # before the first read, so that no change falls between
+            async with store.watch(job_id) as changes, store.watch_lines(job_id) as lines_too:
+                while True:
+                    job = await store.get(job_id, last_seq if with_logs else None)
+                    if job is None:
+                        return
+                    lines = job.lines if with_logs else None
+                    sent = responses.status(job, None, queue_url)
+                    if lines or sent != last_sent:
+                        last_sent, last_seq = sent, lines[-1].seq if lines else last_seq
+                        event_id = f"id: {last_seq}\n" if last_seq else ""
+                        yield f"{event_id}data: {json.dumps(responses.status(job, lines, queue_url))}\n\n"
+                    else:
+                        yield ": still here\n\n"
+                    if job.state.ended:
+                        return
+                    if not await changes.changed(STREAM_PAUSE_S):
+                        await (lines_too if with_logs else changes).changed(STREAM_INTERVAL_S)
+        except OUTAGES:
+            # The JavaScript client takes whatever it heard last for the end, so a stream must not close before the job does.
+            logger.warning("status stream waits for the database", exc_info=True, extra={"action": "stream_outage"})
+            yield ": still here\n\n"
+            await asyncio.sleep(1.0)

@@ -1,0 +1,84 @@
+"""The input of fal-ai/animatediff-sparsectrl-lcm. Facts: `video-models.md` section 3."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
+
+from deployments.schemas.inputs import EndpointInput, Int, MediaUrl, Number
+from engines.animatediff.config import API_FRAMES
+from engines.animatediff.spec import AnimateDiffSpec, Keyframe
+
+MAX_PROMPT_CHARS = 2000
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise PydanticKnownError("string_too_short", {"min_length": 1})
+    return value
+
+
+class AnimateDiffInput(EndpointInput):
+    """Text and up to three keyframes to a clip of 16 frames."""
+
+    prompt: Annotated[str, AfterValidator(_not_blank)] = Field(
+        max_length=MAX_PROMPT_CHARS, description="What to show.", examples=["Drone footage, futuristic city at night"]
+    )
+    negative_prompt: str = Field(
+        "", max_length=MAX_PROMPT_CHARS, description="What to avoid; only used with a guidance scale above 1."
+    )
+    controlnet_type: Literal["scribble", "rgb"] = Field(
+        "scribble", description="How to read the keyframes: white lines on black, or full pictures."
+    )
+    num_inference_steps: Int = Field(4, ge=1, le=50, description="LCM steps; 2 to 12 are useful.")
+    guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
+    keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[0])
+    keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_1_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[8])
+    keyframe_2_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
+    keyframe_2_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[15])
+
+    def _keyframes(self) -> list[tuple[int, str | None, int | None]]:
+        return [(k, getattr(self, f"keyframe_{k}_image_url"), getattr(self, f"keyframe_{k}_index")) for k in range(3)]
+
+    def faults(self) -> list[InitErrorDetails]:
+        """A keyframe is an image and an index; no two keyframes share a frame."""
+        found: list[InitErrorDetails] = []
+        taken: dict[int, int] = {}
+        for k, url, index in self._keyframes():
+            image_field, index_field = f"keyframe_{k}_image_url", f"keyframe_{k}_index"
+            if url is not None and index is None:
+                message = PydanticCustomError("missing", "{given} needs {absent}", {"given": image_field, "absent": index_field})
+                found.append(InitErrorDetails(type=message, loc=(index_field,), input=None))
+            if index is not None and url is None:
+                message = PydanticCustomError("missing", "{given} needs {absent}", {"given": index_field, "absent": image_field})
+                found.append(InitErrorDetails(type=message, loc=(image_field,), input=None))
+            if index is not None and (first := taken.setdefault(index, k)) != k:
+                message = PydanticCustomError(
+                    "value_error", "frame {index} is already taken by keyframe_{first}_index", {"index": index, "first": first}
+                )
+                found.append(InitErrorDetails(type=message, loc=(index_field,), input=index))
+        return found
+
+    def media(self) -> dict[str, str]:
+        """The keyframes' images."""
+        return {f"keyframe_{k}_image_url": url for k, url, _ in self._keyframes() if url is not None}
+
+    def spec(self, media: Mapping[str, Path]) -> AnimateDiffSpec:
+        """The clip to render. Call it on a resolved input."""
+        assert self.seed is not None
+        fields = (
+            (index, f"keyframe_{k}_image_url") for k, url, index in self._keyframes() if url is not None and index is not None
+        )
+        return AnimateDiffSpec(
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            controlnet_type=self.controlnet_type,
+            keyframes=tuple(Keyframe(index=index, image=media[field].read_bytes(), field=field) for index, field in fields),
+        )

@@ -1,0 +1,123 @@
+"""A job in fal's words: what submit, status and result say about it. fal-queue-protocol.md, sections 2.1, 2.2 and 2.4."""
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from deployments.schemas.failures import Failure, error_failure
+from engines.errors import Cancelled
+
+NAMESPACES = ("workflows", "comfy")
+STATUS = {"queued": "IN_QUEUE", "running": "IN_PROGRESS"}
+"""For the states of a job that has not ended; every end is COMPLETED. Both clients poll for ever, or raise, on a fourth word."""
+
+URL_PREFIX = "/files/"
+"""Begins the URL of every stored file; the address of the service goes before it when the URL is told to a caller."""
+
+
+class LoggedLine(Protocol):
+    """What a response shows of a log line; see `jobs.job.LogLine`."""
+
+    @property
+    def seq(self) -> int: ...  # noqa: D102
+    @property
+    def at(self) -> datetime: ...  # noqa: D102
+    @property
+    def level(self) -> str: ...  # noqa: D102
+    @property
+    def message(self) -> str: ...  # noqa: D102
+    @property
+    def progress(self) -> dict[str, Any] | None: ...  # noqa: D102
+
+
+class JobView(Protocol):
+    """What a response shows of a job; see `jobs.job.Job`. A protocol, as `jobs` imports the schemas and not the reverse."""
+
+    @property
+    def id(self) -> UUID: ...  # noqa: D102
+    @property
+    def endpoint(self) -> str: ...  # noqa: D102
+    @property
+    def state(self) -> str: ...  # noqa: D102
+    @property
+    def position(self) -> int | None: ...  # noqa: D102
+    @property
+    def failure(self) -> Failure | None: ...  # noqa: D102
+    @property
+    def metrics(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+def app_id(endpoint: str) -> str:
+    """Owner and alias of an endpoint's id, which is all that the clients keep of it once a request is submitted."""
+    segments = endpoint.split("/")
+    return "/".join(segments[: 3 if segments[0] in NAMESPACES else 2])
+
+
+def submitted(job: JobView, queue_url: str) -> dict[str, Any]:
+    """The answer to a submission. The Python client follows its URLs and fails without any one of them."""
+    return {
+        "status": "IN_QUEUE",
+        "request_id": str(job.id),
+        "gateway_request_id": str(job.id),
+        "queue_position": job.position or 0,
+        "logs": None,
+        "metrics": {},
+        **_links(job, queue_url),
+    }
+
+
+def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> dict[str, Any]:
+    """The status. lines: None where logs were not asked for; callers map over the list, so it is one even when empty."""
+    body: dict[str, Any] = {
+        "status": STATUS.get(job.state, "COMPLETED"),
+        "request_id": str(job.id),
+        **_links(job, queue_url),
+        "logs": None if lines is None else [_log_item(line) for line in lines],
+        "metrics": {} if job.state in STATUS else job.metrics,
+    }
+    if job.state == "queued":
+        body["queue_position"] = job.position or 0
+    if failure := failure_of(job):
+        body |= {"error": failure.error, "error_type": failure.error_type}
+    return body
+
+
+def last_event_id(headers: Mapping[str, str]) -> int:
+    """The last event that a status stream's caller has seen before; 0: none, or none of ours."""
+    seen = headers.get("last-event-id", "")
+    return int(seen) if re.fullmatch("[0-9]{1,9}", seen) else 0
+
+
+def failure_of(job: JobView) -> Failure | None:
+    """What the result request answers instead of a result; None if the job did not end without one."""
+    if job.state == "cancelled":
+        return job.failure or error_failure(Cancelled())
+    return job.failure if job.state == "failed" else None
+
+
+def with_absolute_urls(value: Any, service_url: str) -> Any:
+    """A stored result with the service's address put before the URLs of its files.
+
+    Added when it is read: the address that this caller knows need not be the one that another caller submitted to.
+    """
+    if isinstance(value, list):
+        return [with_absolute_urls(item, service_url) for item in value]
+    if not isinstance(value, dict):
+        return value
+    full = {key: with_absolute_urls(item, service_url) for key, item in value.items()}
+    url = full.get("url")
+    return {**full, "url": service_url + url} if isinstance(url, str) and url.startswith(URL_PREFIX) else full
+
+
+def _links(job: JobView, queue_url: str) -> dict[str, str]:
+    url = f"{queue_url}/{app_id(job.endpoint)}/requests/{job.id}"
+    return {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
+
+
+def _log_item(line: LoggedLine) -> dict[str, Any]:
+    """fal's four keys and two of ours: the line's number within the request, and its progress for programs, if it has any."""
+    timestamp = line.at.astimezone(UTC).isoformat()
+    item = {"message": line.message, "level": line.level, "source": "USER", "timestamp": timestamp, "seq": line.seq}
+    return item if line.progress is None else item | {"progress": line.progress}

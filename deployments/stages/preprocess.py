@@ -1,0 +1,60 @@
+"""Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage.
+
+It also finds what an earlier attempt came to, because of the three it has the most room: nobody waits here for a GPU's turn.
+"""
+
+import time
+from typing import Any
+
+from deployments.files.checkpoints import Checkpoints
+from deployments.files.download import download_all, download_folder
+from deployments.schemas.endpoint import Endpoint
+from deployments.settings import FetchSettings
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
+from deployments.stages.threaded import InThread
+from engines.registry import build_stage
+from engines.spec import Conditioning, OnProgress, ShouldStop
+
+
+class Preprocess:
+    """One replica, which works on as many calls at once as it is given. config: of the endpoint's model."""
+
+    def __init__(self, endpoint: Endpoint, config: Any, fetch_settings: FetchSettings, files_url: str):
+        self.endpoint = endpoint
+        self.fetch_settings = fetch_settings
+        self.stage = build_stage(endpoint.model, "preprocess", config)
+        self.checkpoints = Checkpoints(files_url, config)
+
+    async def run(self, job_input: dict[str, Any]) -> Stream:
+        """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
+
+        Raises `ModelError` for files that cannot be had or used, `StorageFailed` where they cannot be kept. Cancelled, it
+        returns once the stage has stopped and the files are gone.
+        """
+        started = time.monotonic()
+        yield STARTED
+        parsed = self.endpoint.input.model_validate(job_input)
+        with download_folder() as folder:
+            media = await download_all(parsed.media(), self.fetch_settings, folder)
+
+            def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
+                spec = parsed.spec(media)  # here, because it may read the files
+                return self.stage.encode(spec, on_progress=tell, should_stop=should_stop)
+
+            async with InThread("preprocess", encode) as work:
+                async for note in work:
+                    yield note
+        for warning in work.product.notes:
+            yield Note(warning, "WARN")
+        yield Done(time.monotonic() - started)
+        yield work.product
+
+    async def saved(self, checkpoint: CheckpointRef) -> Stream:
+        """The finished latents in a checkpoint, and a note that they were found. Without them there is no product."""
+        yield STARTED
+        latents = await self.checkpoints.latents(checkpoint.name)
+        if latents is not None:
+            yield Note("resumed after the last step")
+        yield Done(0.0)
+        if latents is not None:
+            yield latents

@@ -1,0 +1,49 @@
+"""A stage's progress as notes, their rate limited where the work is done: 100,000 of them need not travel to be dropped.
+
+Units of work come in a burst, then one a second: a job of four steps shows each. What goes on within a unit is told once a
+second at most, if nothing else was told. What was held back last is told at the end.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+from deployments.stages.progress import Estimate, Stage, StageProgress
+from deployments.stages.protocol import Note
+from deployments.stages.token_bucket import TokenBucket
+from engines.spec import Progress
+
+BURST = 10
+INTERVAL_S = 1.0
+
+
+class Throttle:
+    """`with` gives what a stage tells its progress to. tell: is given the notes. clock: seconds."""
+
+    def __init__(self, stage: Stage, tell: Callable[[Note], None], clock: Callable[[], float] = time.monotonic):
+        self._stage = stage
+        self._tell = tell
+        self._clock = clock
+        self._bucket = TokenBucket(BURST, clock)
+        self._estimate = Estimate(clock)
+        self._told_at = float("-inf")
+        self._held: StageProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell_held()
+
+    def __call__(self, progress: Progress) -> None:
+        """Makes it a note now, or perhaps never."""
+        self._held = StageProgress(self._stage, progress, self._estimate.eta_s(progress.fraction))
+        within = progress.within is not None
+        if (self._clock() - self._told_at >= INTERVAL_S) if within else self._bucket.take(INTERVAL_S):
+            self._tell_held()
+
+    def _tell_held(self) -> None:
+        if self._held is not None:
+            self._told_at = self._clock()
+            self._tell(Note(self._held.message, progress=self._held))
+            self._held = None

@@ -1,0 +1,450 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
+from uuid import UUID
+
+import pytest
+
+from deployments.dispatch.dispatcher import Dispatcher
+from deployments.files.file_store import FileStore
+from deployments.jobs.job import Job, JobState, NewJob
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.settings import QueueSettings, RetentionSettings, Settings
+from deployments.stages.progress import StageProgress
+from deployments.stages.protocol import CheckpointRef, Note, OnNote, Stages
+from engines.errors import FileDownloadError, RunnerDisconnected
+from engines.spec import Progress
+from tests.conftest import execute
+from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
+
+QUICK = QueueSettings(lease_s=0.6, max_attempts=3, max_in_flight=2)
+INPUT = {"prompt": "a red ball", "seed": 42}
+
+
+async def nothing(_: dict[str, Any]) -> None:
+    pass
+
+
+@asynccontextmanager
+async def dispatching(
+    store: JobStore, files: FileStore, stages: Stages, queue: QueueSettings = QUICK, endpoint: str = ENDPOINT
+) -> AsyncIterator[None]:
+    task = asyncio.create_task(Dispatcher(store, files, {endpoint: stages}, queue, RetentionSettings()).run())
+    try:
+        yield
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def submit(store: JobStore, **job: Any) -> UUID:
+    return (await store.submit(NewJob(endpoint=ENDPOINT, input={**INPUT, **job}, max_attempts=QUICK.max_attempts))).id
+
+
+async def until(store: JobStore, job_id: UUID, met: Callable[[Job], bool]) -> Job:
+    async with asyncio.timeout(20), store.watch(job_id) as changes:
+        while True:
+            job = await store.get(job_id)
+            assert job is not None
+            if met(job):
+                return job
+            await changes.changed(0.2)
+
+
+async def ended(store: JobStore, job_id: UUID) -> Job:
+    return await until(store, job_id, lambda job: job.state.ended)
+
+
+async def started(store: JobStore, job_id: UUID, line: str = "step 1/") -> None:
+    async with asyncio.timeout(20), store.watch_lines(job_id) as changes:
+        while not any(line in logged.message for logged in await store.logs(job_id)):
+            await changes.changed(0.2)
+
+
+@pytest.fixture(scope="module")
+def local_stages(demo_settings: Settings) -> LocalStages:
+    return LocalStages(demo_settings)
+
+
+async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileStore, local_stages: LocalStages):
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, prompt="ball" * 30)
+        job = await ended(store, job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.result is not None
+    assert job.result["seed"] == 42
+    name = job.result["video"]["url"].removeprefix("/files/")
+    assert await files.size(name) == job.result["video"]["file_size"] > 1000
+    assert job.metrics["inference_time"] > 0
+    assert job.metrics["receipt"]["engine"] == "eager"
+    lines = await store.logs(job_id)
+    assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
+    assert (lines[0].level, lines[0].message) == ("WARN", "prompt cut to its first 75 of 120 tokens")
+    assert [line.message.partition(",")[0] for line in lines[1:]] == [f"denoise: step {i}/4" for i in range(5)]
+    assert [line.progress and line.progress["step"]["done"] for line in lines] == [None, 0, 1, 2, 3, 4]
+
+
+async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore, local_stages: LocalStages):
+    calls: list[int] = []
+
+    def call(*_: Any) -> None:
+        calls.append(1)
+        time.sleep(0.2)  # as long as a real one: the word of the cancel travels in a fraction of it
+
+    hook = local_stages.denoise_replica.stage.unet.register_forward_pre_hook(call)  # type: ignore[attr-defined]
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, num_inference_steps=50)
+        await started(store, job_id)
+        assert await store.request_cancel(job_id) is JobState.RUNNING
+        at_cancel = len(calls)
+        job = await ended(store, job_id)
+        async with asyncio.timeout(5), local_stages.denoise_replica.turn:  # the next job's turn has come
+            assert len(calls) <= at_cancel + 2  # the call that ran, and one that began while the word travelled
+    hook.remove()
+    assert job.state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "decode"])
+async def test_a_job_is_cancelled_in_the_middle_of_a_long_stage(
+    store: JobStore, files: FileStore, local_stages: LocalStages, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    endless = EndlessStage()
+    monkeypatch.setattr(getattr(local_stages, f"{stage}_replica"), "stage", endless)
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, num_inference_steps=1)
+        await started(store, job_id, "frame 1/")
+        assert endless.running
+        assert await store.request_cancel(job_id) is JobState.RUNNING
+        job = await ended(store, job_id)
+        assert not endless.running
+    assert job.state is JobState.CANCELLED
+
+
+async def test_a_bad_file_fails_the_job_with_its_field(store: JobStore, files: FileStore, local_stages: LocalStages):
+    async with dispatching(store, files, local_stages):
+        job_id = await submit(store, keyframe_0_image_url="data:image/png;base64,AAAA", keyframe_0_index=0)
+        job = await ended(store, job_id)
+    assert job.failure is not None
+    assert (job.failure.status, job.attempt) == (422, 1)
+    assert job.failure.body["detail"][0]["loc"] == ["body", "keyframe_0_image_url"]
+
+
+async def test_a_runner_that_dies_is_tried_again(store: JobStore, files: FileStore):
+    deaths = iter([RunnerDisconnected(), RunnerDisconnected()])
+
+    async def die_twice(_: dict[str, Any]) -> None:
+        if death := next(deaths, None):
+            raise death
+
+    async with dispatching(store, files, ScriptedStages(die_twice)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 3)
+
+
+async def test_a_runner_that_always_dies_fails_the_job_in_the_end(store: JobStore, files: FileStore):
+    async def die(_: dict[str, Any]) -> None:
+        raise RunnerDisconnected
+
+    async with dispatching(store, files, ScriptedStages(die)):
+        job = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (3, 503, "runner_disconnected")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "error_type"),
+    [(RuntimeError("secret at 10.0.0.7"), 500, "runner_server_error"), (FileDownloadError("gone"), 422, "file_download_error")],
+)
+async def test_other_errors_fail_the_job_at_once(
+    store: JobStore, files: FileStore, error: Exception, status: int, error_type: str
+):
+    async def fail(_: dict[str, Any]) -> None:
+        raise error
+
+    async with dispatching(store, files, ScriptedStages(fail)):
+        job = await ended(store, await submit(store))
+        after = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (1, status, error_type)
+    assert "10.0.0.7" not in str(job.failure)
+    assert after.state is JobState.FAILED, "the dispatcher lives on"
+
+
+async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, files: FileStore):
+    async def wait(_: dict[str, Any]) -> None:
+        await asyncio.sleep(0.1)
+
+    async with dispatching(store, files, ScriptedStages(wait)):
+        job = await ended(store, await submit(store))
+    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}}
+    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}  # what the stages said, whatever the waiting
+
+
+async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(store: JobStore, files: FileStore, monkeypatch):
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        monkeypatch.setattr(store, "log", _away)
+        job_id = await submit(store)
+        await until(store, job_id, lambda job: job.attempt == 1)
+        await asyncio.sleep(0.2)
+        monkeypatch.undo()
+        job = await ended(store, job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt > 1, "the lease ran out and the job was done again"
+
+
+async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr(files, "put", _full)
+    stages = ScriptedStages(nothing)
+    async with dispatching(store, files, stages):
+        job_id = await submit(store)
+        await until(store, job_id, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
+        await asyncio.sleep(1.5)  # sweeps come and go
+        assert stages.calls == 1, "no attempt is burnt while the disk stays full"
+        monkeypatch.undo()
+        await execute(database, "UPDATE jobs SET not_before = now()")
+        job = await ended(store, job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def gone(files: FileStore, name: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            if await files.size(name) is None:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_file_is_kept_as_long_as_its_caller_wished_and_then_deleted(
+    store: JobStore, files: FileStore, database: str, monkeypatch
+):
+    monkeypatch.setattr("deployments.dispatch.dispatcher.EXPIRY_INTERVAL_S", 0.1)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        for wish_s, kept_days in ((None, 7), (86_400.0, 1), (1e9, 366)):
+            new = NewJob(endpoint=ENDPOINT, input=INPUT, files_s=wish_s)
+            job = await ended(store, (await store.submit(new)).id)
+            assert job.result is not None
+            name = job.result["video"]["url"].removeprefix("/files/")
+            await execute(database, f"UPDATE stored_files SET expires_at = expires_at - interval '{kept_days} days 1 second'")
+            await gone(files, name)
+
+
+async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr(files, "put", _full)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
+
+
+async def _full(*_: object) -> NoReturn:
+    raise OSError("No space left on device")
+
+
+def with_deadlines(**deadlines: float) -> QueueSettings:
+    return QueueSettings.model_validate({**QUICK.model_dump(), "deadlines": {ENDPOINT: deadlines}})
+
+
+async def test_a_job_past_its_run_deadline_fails_at_once_and_frees_the_stage(store: JobStore, files: FileStore):
+    stages = ScriptedStages(for_ever)
+    async with dispatching(store, files, stages, with_deadlines(run_s=0.3)):
+        job = await ended(store, await submit(store))
+        assert not stages.running
+    assert job.failure is not None
+    assert (job.attempt, job.failure.status, job.failure.error_type) == (1, 504, "generation_timeout")
+    assert job.failure.body["detail"][0]["type"] == "generation_timeout"
+
+
+async def test_an_attempt_that_stands_still_is_stopped_and_the_job_tried_again(store: JobStore, files: FileStore):
+    stalls = iter([1])
+
+    async def stall_once(job_input: dict[str, Any]) -> None:
+        if next(stalls, None):
+            await for_ever(job_input)
+
+    async with dispatching(store, files, ScriptedStages(stall_once), with_deadlines(idle_s=0.2)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_a_job_that_always_stands_still_fails_in_the_end(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(for_ever), with_deadlines(idle_s=0.1)):
+        job = await ended(store, await submit(store))
+    assert job.failure is not None
+    assert (job.attempt, job.failure.error_type) == (3, "runner_connection_timeout")
+
+
+async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
+    store: JobStore, files: FileStore, local_stages: LocalStages
+):
+    another_job = local_stages.denoise_replica.turn
+    async with another_job, dispatching(store, files, local_stages, with_deadlines(idle_s=0.5)):
+        job_id = await submit(store, num_inference_steps=1)
+        await until(store, job_id, lambda job: job.attempt == 1)
+        await asyncio.sleep(1.2)
+        job = await store.get(job_id)
+        assert job is not None
+        assert (job.state, job.attempt) == (JobState.RUNNING, 1)
+
+
+async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
+    async def outlast_three_leases(_: dict[str, Any]) -> None:
+        await asyncio.sleep(3 * QUICK.lease_s)
+
+    async with dispatching(store, files, ScriptedStages(outlast_three_leases)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+
+
+async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore, files: FileStore):
+    async def pause(_: dict[str, Any]) -> None:
+        await asyncio.sleep(0.05)
+
+    stages = ScriptedStages(pause)
+    async with dispatching(store, files, stages):
+        for job in [await submit(store) for _ in range(8)]:
+            assert (await ended(store, job)).state is JobState.SUCCEEDED
+    assert stages.peak == QUICK.max_in_flight
+
+
+async def test_one_endpoints_long_jobs_do_not_hold_up_anothers(store: JobStore, files: FileStore):
+    other = "fal-ai/controlnext"
+    long, short = ScriptedStages(for_ever), ScriptedStages(nothing)
+    task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK, RetentionSettings()).run())
+    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(QUICK.max_in_flight + 1)]
+    assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
+    for job in waiting[: QUICK.max_in_flight]:
+        await started(store, job.id)
+    assert long.peak == QUICK.max_in_flight
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_a_dispatcher_that_shuts_down_gives_its_jobs_back_at_no_cost(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(for_ever)):
+        job_id = await submit(store)
+        await started(store, job_id)
+    job = await store.get(job_id)
+    assert job is not None
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
+
+
+async def test_a_dead_dispatchers_job_is_swept_up_by_another(store: JobStore, files: FileStore):
+    job_id = await submit(store)
+    assert await store.claim([ENDPOINT], lease_s=0.3)  # and never heard of again
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job = await ended(store, job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+
+
+async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: JobStore, files: FileStore, monkeypatch):
+    stages = ScriptedStages(for_ever)
+    async with dispatching(store, files, stages):
+        job_id = await submit(store)
+        await started(store, job_id)
+        stages.act = nothing  # of the attempts after this one
+        monkeypatch.setattr(store, "heartbeat", _away)  # the network between the dispatcher and the store is cut
+        await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
+        monkeypatch.undo()
+        job = await ended(store, job_id)
+        await asyncio.sleep(0.1)
+        assert not stages.running, "the lost attempt has stopped"
+    assert job.state is JobState.SUCCEEDED
+    assert job.attempt > 1
+
+
+async def _away(*_: object) -> bool:
+    await asyncio.sleep(0.05)
+    raise StoreAway
+
+
+async def test_a_store_that_is_away_for_a_while_stops_nothing(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr("deployments.dispatch.dispatcher.OUTAGE_PAUSE_S", 0.05)
+    monkeypatch.setattr(store, "claim", _away)
+    monkeypatch.setattr(store, "sweep", _away)
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job_id = await submit(store)
+        await asyncio.sleep(0.3)
+        monkeypatch.undo()
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
+
+
+async def test_two_dispatchers_share_the_work_and_do_each_job_once(store: JobStore, files: FileStore):
+    done: list[int] = []
+
+    async def count(job_input: dict[str, Any]) -> None:
+        done.append(job_input["seed"])
+        await asyncio.sleep(0.01)
+
+    async with dispatching(store, files, ScriptedStages(count)), dispatching(store, files, ScriptedStages(count)):
+        for job in [await submit(store, seed=seed) for seed in range(30)]:
+            assert (await ended(store, job)).state is JobState.SUCCEEDED
+    assert sorted(done) == list(range(30))
+
+
+class ChattyStages(ScriptedStages):
+    """Denoising notes a hundred thousand times, half of it progress and half warnings, and then does as `act` says."""
+
+    notes = 100_000
+
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+        for k in range(self.notes // 2):
+            progress = StageProgress("denoise", Progress("step", k, self.notes // 2))
+            await on_note(Note(progress.message, progress=progress))
+            await on_note(Note(f"warning {k}", "WARN"))
+            if k % 100 == 0:
+                await asyncio.sleep(0)  # as every note from another process would
+        return await super().denoise(conditioning, checkpoint, on_note)
+
+
+async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: JobStore, files: FileStore):
+    chatty, calm = "fal-ai/controlnext", ENDPOINT
+    stages: dict[str, Stages] = {chatty: ChattyStages(nothing), calm: ScriptedStages(nothing)}
+    dispatcher = asyncio.create_task(Dispatcher(store, files, stages, QUICK, RetentionSettings()).run())
+    loud = (await store.submit(NewJob(endpoint=chatty, input=INPUT, max_attempts=1))).id
+    await until(store, loud, lambda job: job.attempt == 1)
+    for _ in range(3):
+        assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
+    assert (await ended(store, loud)).state is JobState.SUCCEEDED, "in one attempt, within the test's patience"
+    lines = await store.logs(loud)
+    assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
+    assert len(lines) <= 2001
+    of_progress = [line.progress["step"]["done"] for line in lines if line.progress]
+    assert of_progress[0] == 0
+    assert of_progress == sorted(of_progress)
+    assert len(of_progress) < 60
+    dispatcher.cancel()
+    await asyncio.wait([dispatcher])
+
+
+async def test_notes_that_are_not_written_keep_an_attempt_from_standing_still(store: JobStore, files: FileStore):
+    class Steady(ScriptedStages):
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+            for k in range(200):
+                await on_note(Note("", progress=StageProgress("denoise", Progress("step", k, 200))))
+                await asyncio.sleep(0.01)
+            return conditioning, 0.5
+
+    async with dispatching(store, files, Steady(nothing), with_deadlines(idle_s=1.0)):
+        job = await ended(store, await submit(store))
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+
+
+async def test_a_retried_job_goes_on_in_the_same_log(store: JobStore, files: FileStore):
+    deaths = iter([RunnerDisconnected()])
+
+    async def die_once(_: dict[str, Any]) -> None:
+        if death := next(deaths, None):
+            raise death
+
+    async with dispatching(store, files, ScriptedStages(die_once)):
+        job_id = await submit(store)
+        assert (await ended(store, job_id)).attempt == 2
+    assert [(line.seq, line.message) for line in await store.logs(job_id)] == [(1, "step 1/1"), (2, "step 1/1")]

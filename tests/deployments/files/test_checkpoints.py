@@ -1,0 +1,328 @@
+"""What a denoise replica keeps of its calls, and what it makes of what it finds."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.files.checkpoints import Checkpoints
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.settings import FetchSettings
+from deployments.stages.denoise import Denoise
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note
+from engines.animatediff.config import AnimateDiffConfig
+from engines.errors import Cancelled, GenerationFailed
+from engines.spec import Checkpoint, Conditioning, Latents, Progress
+from tests.fakes import ENDPOINT
+
+NAME = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
+FIRST, AGAIN = CheckpointRef(NAME, used=False), CheckpointRef(NAME, used=True)
+STATE = torch.Generator().get_state()
+STEPS = 6
+CONFIG = AnimateDiffConfig()
+
+
+def asked(seed: int = 1) -> Conditioning:
+    return Conditioning(seed, STEPS, 1.0, STATE, ())
+
+
+def reached(step: int) -> Checkpoint:
+    return Checkpoint(step, STEPS, torch.full((1, 4, 2, 2, 2), float(step)), STATE)
+
+
+class Stage:
+    """Counts its steps. before: called before each, with how many are done. began_at: the step that each call began at."""
+
+    engines: tuple[str, ...] = ()
+
+    def __init__(self, before: Callable[[int], None] = lambda _: None):
+        self.before = before
+        self.began_at: list[int] = []
+
+    def sample(self, conditioning: Any, *, resume: Any, on_step: Any, on_progress: Any, should_stop: Any) -> Latents:
+        start = resume.step if resume else 0
+        self.began_at.append(start)
+        for done in range(start, STEPS):
+            self.before(done)
+            if should_stop():
+                raise Cancelled
+            on_step(reached(done + 1))
+            on_progress(Progress("step", done + 1, STEPS))
+        return Latents(torch.full((1, 4, 2, 2, 2), 99.0), conditioning.seed)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "files")
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Denoise]:
+    def build(stage: Any, checkpoint_s: float = 1e-6, config: Any = CONFIG) -> Denoise:
+        monkeypatch.setattr("deployments.stages.denoise.build_stage", lambda *_: stage)
+        return Denoise("a model", config, url, checkpoint_s)
+
+    return build
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is written, in order: the steps, and "latents"."""
+    seen: list[Any] = []
+    write = Checkpoints.write
+
+    async def watched(self: Checkpoints, name: str, value: Any, fingerprint: Any) -> None:
+        await write(self, name, value, fingerprint)
+        seen.append(value.step if isinstance(value, Checkpoint) else "latents")
+
+    monkeypatch.setattr(Checkpoints, "write", watched)
+    return seen
+
+
+def plain(item: Any) -> Any:
+    """A note of a step without its stage and what is left."""
+    at = item.progress.at if isinstance(item, Note) and item.progress else None
+    return item if at is None else Note(f"{at.unit} {at.done}/{at.total}")
+
+
+async def listen(replica: Denoise, checkpoint: CheckpointRef, seed: int = 1) -> list[Any]:
+    return [plain(item) async for item in replica.run(asked(seed), checkpoint)]
+
+
+async def interrupt(replica: Denoise, after: str, seed: int = 1) -> None:
+    """Stops listening after a note."""
+    async with aclosing(replica.run(asked(seed), FIRST)) as stream:  # type: ignore[type-var]
+        async for item in stream:
+            if plain(item) == Note(after):
+                return
+
+
+def slowly(_: int) -> None:
+    time.sleep(0.03)
+
+
+async def test_the_latents_are_kept_before_they_are_handed_on(replica: Callable[..., Denoise]):
+    one = replica(Stage(), checkpoint_s=60)
+    *_, last = await listen(one, FIRST)
+    kept = await one.checkpoints.latents(NAME)
+    assert kept is not None
+    assert torch.equal(kept.values, last.values)
+    assert kept.seed == last.seed
+
+
+async def test_the_turn_is_over_while_the_latents_are_written(replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch):
+    one = replica(Stage(), checkpoint_s=60)
+    free = []
+
+    async def write(*_: Any) -> None:
+        free.append(not one.turn.locked())
+
+    monkeypatch.setattr(one.checkpoints, "write", write)
+    await listen(one, FIRST)
+    assert free == [True]
+
+
+async def test_steps_are_kept_no_more_often_than_asked_for(
+    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    await listen(replica(Stage(slowly), checkpoint_s=60), FIRST)
+    assert written == ["latents"], "a short job's steps are not"
+    written.clear()
+    clock = [1000.0]
+
+    def advance(_: int) -> None:
+        time.sleep(0.05)  # for what is being written
+        clock[0] += 1
+
+    monkeypatch.setattr("deployments.files.checkpoints.monotonic", lambda: clock[0])
+    await listen(replica(Stage(advance), checkpoint_s=2), FIRST)
+    assert written == [2, 4, 6, "latents"]
+
+
+async def test_a_slow_disk_holds_up_no_step_and_gets_the_newest(
+    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    put = FileStorePut()
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
+    one = replica(Stage(slowly))
+    stream = one.run(asked(), FIRST)
+    notes = [plain(await anext(stream)) for _ in range(1 + STEPS)]
+    assert notes[-1] == Note(f"step {STEPS}/{STEPS}")
+    assert written == [], "the first one is still being written"
+    put.done.set()
+    assert [type(item) async for item in stream] == [Done, Latents]
+    assert written == [1, "latents"]
+
+
+class FileStorePut:
+    def __init__(self) -> None:
+        self.done = asyncio.Event()
+
+    async def slow(self, *_: Any) -> None:
+        await self.done.wait()
+
+
+async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Callable[..., Denoise], written: list[Any]):
+    stage = Stage(slowly)
+    one = replica(stage, checkpoint_s=60)
+    await interrupt(one, f"step 3/{STEPS}")
+    assert len(written) == 1
+    assert written[0] in (3, 4), "one may have begun while the word travelled"
+    items = await listen(one, AGAIN)
+    assert items[:3] == [STARTED, Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
+    assert stage.began_at == [0, written[0]]
+
+
+async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_step_after_all(
+    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    put = FileStorePut()
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
+    stream = replica(Stage(slowly)).run(asked(), FIRST)
+    for _ in range(1 + STEPS):
+        await anext(stream)
+    handing_on = asyncio.ensure_future(anext(stream))  # waits for the first step to be written, then writes the latents
+    await asyncio.sleep(0.1)
+    handing_on.cancel()
+    await asyncio.sleep(0.05)
+    assert not handing_on.done()
+    put.done.set()
+    await asyncio.wait([handing_on])
+    assert handing_on.cancelled()
+    assert written == [1, STEPS]
+
+
+async def test_a_call_that_is_cancelled_before_its_first_step_keeps_nothing(replica: Callable[..., Denoise], written: list[Any]):
+    one = replica(Stage())
+    async with one.turn:
+        waiting = asyncio.ensure_future(listen(one, FIRST))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    assert written == []
+
+
+async def test_a_task_that_is_cancelled_has_kept_its_last_step_when_it_ends(replica: Callable[..., Denoise], written: list[Any]):
+    heard = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def tell(done: int) -> None:
+        if done == 2:
+            loop.call_soon_threadsafe(heard.set)
+        slowly(done)
+
+    task = asyncio.create_task(listen(replica(Stage(tell), checkpoint_s=60), FIRST))  # as Serve does
+    await heard.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert len(written) == 1
+    assert written[0] >= 2
+
+
+async def test_a_failed_call_keeps_no_step_more(replica: Callable[..., Denoise], written: list[Any]):
+    def fail(done: int) -> None:
+        if done == 3:
+            raise GenerationFailed
+
+    with pytest.raises(GenerationFailed):
+        await listen(replica(Stage(fail), checkpoint_s=60), FIRST)
+    assert written == []
+
+
+async def test_a_first_attempt_looks_for_nothing(replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch):
+    stage = Stage(slowly)
+    one = replica(stage, checkpoint_s=60)
+    await interrupt(one, f"step 3/{STEPS}")
+    await listen(one, FIRST)
+    assert stage.began_at == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "found", [None, b"", b"\x80\x04pickle", "half", "of another request", "of other weights", "of another engine", "latents"]
+)
+async def test_what_is_not_this_jobs_own_work_starts_over(
+    replica: Callable[..., Denoise], found: bytes | str | None, caplog: pytest.LogCaptureFixture
+):
+    stage = Stage()
+    one = replica(stage)
+    other = replica(stage, config=AnimateDiffConfig(dtype="float64"))
+    files = one.checkpoints._files
+    if isinstance(found, bytes):
+        await files.put_checkpoint(NAME, found)
+    elif found == "latents":
+        await listen(other, FIRST)
+    elif found is not None:
+        other_stage = Stage()
+        other_stage.engines = ("motion-1: inductor",)
+        compiled = replica(other_stage)
+        writer = {"of other weights": other, "of another engine": compiled}.get(found, one)
+        by = asked(seed=2 if found == "of another request" else 1)
+        await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by))
+        if found == "half":
+            data = await files.get_checkpoint(NAME)
+            assert data is not None
+            await files.put_checkpoint(NAME, data[:-10])
+    stage.began_at.clear()
+    *_, last = await listen(one, AGAIN)
+    assert stage.began_at == [0]
+    assert isinstance(last, Latents)
+    warned = [record for record in caplog.records if record.getMessage() == "checkpoint not used"]
+    assert len(warned) == (found not in (None, "latents"))
+
+
+@pytest.mark.parametrize("refuses", ["put_checkpoint", "get_checkpoint"])
+async def test_a_file_store_that_is_away_costs_no_job(
+    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: str
+):
+    class BucketAway(Exception):
+        """Each kind of store has errors of its own."""
+
+    async def refuse(*_: Any) -> None:
+        raise BucketAway
+
+    monkeypatch.setattr(f"deployments.files.file_store.FileStore.{refuses}", refuse)
+    *_, last = await listen(replica(Stage(slowly)), AGAIN)
+    assert isinstance(last, Latents)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
+    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", FileStorePut().slow)
+    *_, last = await listen(replica(Stage()), FIRST)
+    assert isinstance(last, Latents)
+
+
+async def test_finished_latents_are_found_without_the_conditioning(
+    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, url: str
+):
+    def preprocess(config: Any) -> Preprocess:
+        monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: None)
+        return Preprocess(ENDPOINTS[ENDPOINT], config, FetchSettings(), url)
+
+    async def saved(config: Any = CONFIG, name: str = NAME) -> list[Any]:
+        return [item async for item in preprocess(config).saved(CheckpointRef(name, used=True))]
+
+    assert await saved() == [STARTED, Done(0.0)]
+    one = replica(Stage(slowly), checkpoint_s=60)
+    await interrupt(one, f"step 3/{STEPS}")
+    assert await saved() == [STARTED, Done(0.0)], "a step is not the end"
+    *_, last = await listen(one, AGAIN)
+    turn, note, done, latents = await saved()
+    assert (turn, note, done) == (STARTED, Note("resumed after the last step"), Done(0.0))
+    assert torch.equal(latents.values, last.values)
+    assert await saved(AnimateDiffConfig(dtype="float64")) == [STARTED, Done(0.0)], "these are of another model"
+    data = await one.checkpoints._files.get_checkpoint(NAME)
+    assert data is not None
+    another = NAME.replace("01/", "02/")
+    await one.checkpoints._files.put_checkpoint(another, data)
+    assert await saved(name=another) == [STARTED, Done(0.0)], "these are another job's"

@@ -1,0 +1,224 @@
+import asyncio
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import psutil
+import pytest
+
+from deployments.hosting.embedded_postgres import SERVICE_USER, database_url, stop_embedded
+from deployments.jobs.job import JobState, LeaseLost, NewJob
+from deployments.jobs.store import JobStore, StoreAway
+from deployments.settings import Settings
+from tests.conftest import embedded
+
+NEW = NewJob("fal-ai/fake", {"prompt": "a cat"})
+
+
+def postmaster(settings: Settings) -> psutil.Process:
+    return psutil.Process(int((settings.home / "postgres" / "data" / "postmaster.pid").read_text().split()[0]))
+
+
+def kill_everything(settings: Settings) -> None:
+    server = postmaster(settings)
+    processes = [server, *server.children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+async def setting(url: str, name: str) -> str:
+    connection = await asyncpg.connect(url)
+    try:
+        return str(await connection.fetchval(f"SHOW {name}"))
+    finally:
+        await connection.close()
+
+
+async def test_every_commit_is_durable(embedded_server: str) -> None:
+    for name in ("fsync", "synchronous_commit", "full_page_writes"):
+        assert await setting(embedded_server, name) == "on"
+
+
+async def test_nobody_but_its_user_reaches_the_server(embedded_server: str) -> None:
+    assert await setting(embedded_server, "listen_addresses") == ""
+    assert await setting(embedded_server, "unix_socket_permissions") == "0700"
+
+
+def test_url_of_the_operator_is_taken_as_it_is(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "never", database="postgresql://db.example/reelray")
+    assert database_url(settings) == "postgresql://db.example/reelray"
+    stop_embedded(settings)
+    assert not settings.home.exists()
+
+
+@pytest.fixture
+def awkward_home() -> Iterator[Settings]:
+    with embedded(f"it's a \"deep\" $HOME, isn't it/{'d' * 100}") as settings:
+        yield settings
+
+
+def test_processes_that_start_it_at_once_share_one_server_that_outlives_them(awkward_home: Settings) -> None:
+    code = (
+        "import sys; from pathlib import Path; from deployments.settings import Settings;"
+        "from deployments.hosting.embedded_postgres import database_url;"
+        "print(database_url(Settings(home=Path(sys.argv[1]))), flush=True);"
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    starters = [
+        subprocess.Popen([sys.executable, "-c", code, awkward_home.home], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    urls = {starter.communicate(timeout=60)[0].strip() for starter in starters}
+    assert {starter.returncode for starter in starters} == {-signal.SIGKILL}
+    (url,) = urls
+    assert asyncio.run(setting(url, "fsync")) == "on"
+    assert database_url(awkward_home) == url
+
+
+def test_owner_stops_it_and_twice_does_no_harm(home: Settings) -> None:
+    url = database_url(home)
+    stop_embedded(home)
+    with pytest.raises(OSError, match=r"No such file|refused"):
+        asyncio.run(setting(url, "fsync"))
+    stop_embedded(home)
+
+
+async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store_recovers(home: Settings) -> None:
+    store = await JobStore.open(database_url(home))
+    kept = [await store.submit(NEW) for _ in range(20)]
+    kill_everything(home)
+    assert (home.home / "postgres" / "data" / "postmaster.pid").exists()
+    assert await asyncio.to_thread(database_url, home)
+
+    assert {(await store.get(job.id)).state for job in kept} == {JobState.QUEUED}  # type: ignore[union-attr]
+    assert (await store.submit(NEW)).position == 20
+    claim = await store.claim([NEW.endpoint], 60)
+    assert claim is not None
+    async with store.watch_lines(claim.job_id) as changes:
+        for _ in range(50):  # the listener takes a moment to come back
+            await store.log(claim, "still here")
+            if await changes.changed(0.2):
+                break
+        else:
+            pytest.fail("the listening connection did not come back")
+    await store.close()
+
+
+async def test_store_opened_while_the_database_is_away_waits_for_it(home: Settings) -> None:
+    url = database_url(home)
+    stop_embedded(home)
+    opening = asyncio.create_task(JobStore.open(url))
+    await asyncio.sleep(0.3)
+    assert not opening.done()
+    await asyncio.to_thread(database_url, home)
+    await (await opening).close()
+
+
+async def test_store_is_not_opened_on_a_database_that_stays_away(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    url = database_url(home)
+    stop_embedded(home)
+    with pytest.raises(StoreAway):
+        await JobStore.open(url)
+
+
+async def test_call_made_while_the_database_is_away_waits_for_it(home: Settings) -> None:
+    store = await JobStore.open(database_url(home))
+    stop_embedded(home)
+    submission = asyncio.create_task(store.submit(NEW))
+    await asyncio.sleep(0.3)
+    assert not submission.done()
+    await asyncio.to_thread(database_url, home)
+    job = await submission
+    assert job.position == 0
+    await store.close()
+
+
+async def test_database_that_stays_away_is_said_to_be_away(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    store = await JobStore.open(database_url(home))
+    stop_embedded(home)
+    with pytest.raises(StoreAway):
+        await store.submit(NEW)
+    await store.close()
+
+
+async def test_no_submit_is_lost_or_doubled_when_the_database_is_killed_under_load(home: Settings) -> None:
+    url = database_url(home)
+    store = await JobStore.open(url)
+    acknowledged = []
+
+    async def submit() -> None:
+        for _ in range(150):
+            acknowledged.append((await store.submit(NEW)).id)
+
+    async def work() -> int:
+        closed = 0
+        while closed < 40:
+            try:
+                claim = await store.claim([NEW.endpoint], 60)
+                if claim is not None:
+                    await store.succeed(claim, {}, {})
+                    closed += 1
+            except LeaseLost:  # committed by the crash's first try, or swept
+                pass
+            await asyncio.sleep(0)
+        return closed
+
+    async def disturb() -> None:
+        await asyncio.sleep(0.1)
+        kill_everything(home)
+        await asyncio.to_thread(database_url, home)
+
+    await asyncio.gather(*(submit() for _ in range(4)), work(), disturb())
+    connection = await asyncpg.connect(url)
+    stored = [row["id"] for row in await connection.fetch("SELECT id FROM jobs")]
+    succeeded = await connection.fetchval("SELECT count(*) FROM jobs WHERE state = 'succeeded'")
+    ends = await connection.fetchval("SELECT count(*) FROM job_events WHERE state = 'succeeded'")
+    await connection.close()
+    await store.close()
+    assert sorted(stored) == sorted(acknowledged)
+    assert succeeded == ends >= 40
+
+
+def test_pid_that_now_belongs_to_another_process_does_not_keep_it_from_starting(
+    home: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.RECYCLED_AFTER_S", 0.3)
+    database_url(home)
+    kill_everything(home)
+    user = pwd.getpwnam(SERVICE_USER).pw_uid if os.geteuid() == 0 else None
+    with subprocess.Popen(["sleep", "60"], user=user) as bystander:
+        pid_file = home.home / "postgres" / "data" / "postmaster.pid"
+        _, _, rest = pid_file.read_text().partition("\n")
+        pid_file.write_text(f"{bystander.pid}\n{rest}")
+        stop_embedded(home)
+        assert database_url(home)
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_server_too_busy_to_answer_keeps_its_pid_file(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    database_url(home)
+    server = postmaster(home)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.RECYCLED_AFTER_S", 0.0)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres.START_TIMEOUT_S", 1.0)
+    with monkeypatch.context() as deaf:
+        deaf.setattr("deployments.hosting.embedded_postgres._readiness", lambda folder: 2)
+        with pytest.raises(RuntimeError, match="another server might be running"):
+            database_url(home)
+    assert postmaster(home) == server
+    assert database_url(home)
+
+
+def test_first_start_killed_halfway_starts_over(home: Settings) -> None:
+    partial = home.home / "postgres" / "data.partial"
+    partial.mkdir(parents=True)
+    (partial / "PG_VERSION").write_text("18")
+    assert database_url(home)
+    assert not partial.exists()

@@ -1,0 +1,122 @@
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
+
+from deployments.stages.handles import ServeStages, translated
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote
+from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
+from tests.fakes import CLIP
+
+STAGES = ("preprocess", "denoise", "decode")
+CHECKPOINT = CheckpointRef("a name", used=True)
+
+
+class Response:
+    """What a streaming handle answers: a reference to each item. None never comes, an error is raised."""
+
+    def __init__(self, *items: Any):
+        self.items = items
+        self.cancelled = False
+
+    async def _to_object_ref_gen(self) -> AsyncIterator[asyncio.Future[Any]]:
+        return self._references()
+
+    async def _references(self) -> AsyncIterator[asyncio.Future[Any]]:
+        for item in self.items:
+            reference = asyncio.get_running_loop().create_future()
+            if isinstance(item, Exception):
+                reference.set_exception(item)
+            elif item is not None:
+                reference.set_result(item)
+            yield reference
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def stages_with(response: Response) -> ServeStages:
+    """Every stage answers with this."""
+    method = SimpleNamespace(remote=lambda *_: response)
+    handle: Any = SimpleNamespace(run=method, saved=method)
+    handle.options = lambda *, stream: handle
+    return ServeStages(handle, handle, handle)
+
+
+async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
+    return await (stages.denoise(None, CHECKPOINT, on_note) if stage == "denoise" else getattr(stages, stage)(None, on_note))
+
+
+async def nobody(_: Note) -> None:
+    pass
+
+
+def crossed(cause: Exception) -> RayError:
+    """An error as Ray hands it to the caller of a task that raised `cause`."""
+    return RayTaskError("run", "a traceback with pid 7 at 10.0.0.7", cause).as_instanceof_cause()
+
+
+def test_our_own_error_comes_back_as_it_was_raised():
+    error = translated(crossed(ImageLoadError("damaged", ("body", "x"), {"a": 1})))
+    assert type(error) is ImageLoadError
+    assert (error.message, error.loc, error.ctx) == ("damaged", ("body", "x"), {"a": 1})
+
+
+def test_a_bug_in_a_stage_is_a_failure_that_tells_nothing():
+    error = translated(crossed(RuntimeError("CUDA error at 10.0.0.7")))
+    assert type(error) is RunnerFailed
+    assert not error.retryable
+    assert "10.0.0.7" not in error.message
+
+
+@pytest.mark.parametrize("trouble", [ActorDiedError(), ObjectLostError("a" * 56, None, ""), crossed(ActorDiedError())])
+def test_rays_troubles_are_worth_another_try(trouble: Exception):
+    assert type(translated(trouble)) is RunnerDisconnected
+    assert translated(trouble).retryable
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_notes_are_passed_on_and_only_the_clip_comes_by_value(stage: str):
+    told: list[str] = []
+
+    async def on_note(note: Note) -> None:
+        told.append(note.message)
+
+    stages = stages_with(Response(Note("frame 1/2"), Note("frame 2/2"), Done(0.5), CLIP))
+    product, seconds = await call(stages, stage, on_note)
+    assert told == ["frame 1/2", "frame 2/2"]
+    assert seconds == 0.5
+    assert (product is CLIP) == (stage == "decode")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
+    response = Response(Note("frame 1/2"), None)
+    heard = asyncio.Event()
+
+    async def on_note(_: Note) -> None:
+        heard.set()
+
+    calling = asyncio.create_task(call(stages_with(response), stage, on_note))
+    await heard.wait()
+    assert not response.cancelled
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert response.cancelled
+
+
+@pytest.mark.parametrize("items", [(Note("frame 1/2"), ActorDiedError()), (Done(0.5), ActorDiedError()), (Note("frame 1/2"),)])
+async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
+    with pytest.raises(RunnerDisconnected):
+        await stages_with(Response(*items)).decode(None, nobody)
+
+
+async def test_finished_latents_come_unread_and_their_absence_is_no_error():
+    assert await stages_with(Response(Done(0.0))).saved(CHECKPOINT, nobody) is None
+    assert await (await stages_with(Response(Note("resumed"), Done(0.0), CLIP)).saved(CHECKPOINT, nobody)) is CLIP  # type: ignore[misc]
+    with pytest.raises(RunnerDisconnected):
+        await stages_with(Response(ActorDiedError())).saved(CHECKPOINT, nobody)

@@ -1,0 +1,145 @@
+import asyncio
+import tempfile
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.settings import FetchSettings, Settings
+from deployments.stages.preprocess import Preprocess
+from deployments.stages.progress import StageProgress
+from deployments.stages.protocol import STARTED, Done, Note, Stream
+from engines.errors import Cancelled, FileDownloadError, ImageLoadError
+from engines.spec import Progress
+from tests.fakes import ENDPOINT, EndlessStage, LocalStages
+
+INPUT = {"prompt": "a", "seed": 1, "keyframe_0_image_url": "data:;base64,aGk=", "keyframe_0_index": 0}
+
+
+class Conditioned:
+    notes = ("the prompt was cut",)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where downloads go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any], Preprocess]:
+    """A replica around a stage."""
+
+    def build(stage: Any) -> Preprocess:
+        monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: stage)
+        return Preprocess(ENDPOINTS[ENDPOINT], None, FetchSettings(), str(tmp_path / "files"))
+
+    return build
+
+
+def downloads(temporary: Path) -> list[bytes]:
+    return [path.read_bytes() for path in temporary.glob("*/*")]
+
+
+def left(temporary: Path) -> list[Path]:
+    return list(temporary.iterdir())
+
+
+async def listen(stream: Stream) -> list[Any]:
+    return [item async for item in stream]
+
+
+async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any], Preprocess], temporary: Path):
+    seen: list[bytes] = []
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            on_progress(Progress("pose", 1, 1))
+            seen.extend(downloads(temporary))
+            return Conditioned()
+
+    begun, *notes, done, product = await listen(replica(Stage()).run(INPUT))
+    assert begun == STARTED
+    progress = StageProgress("preprocess", Progress("pose", 1, 1))
+    assert notes == [Note("preprocess: pose 1/1", progress=progress), Note("the prompt was cut", "WARN")]
+    assert isinstance(done, Done)
+    assert isinstance(product, Conditioned)
+    assert seen == [b"hi"]
+    assert left(temporary) == []
+
+
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
+    replica: Callable[[Any], Preprocess], temporary: Path, how: str
+):
+    stage = EndlessStage()
+    stream = replica(stage).run(INPUT)
+    assert await anext(stream) == STARTED
+    assert (await anext(stream)).message == "preprocess: frame 1/1000000"
+    assert stage.running
+    assert downloads(temporary) == [b"hi"]
+    if how == "cancelled":
+        listening = asyncio.create_task(listen(stream))
+        await asyncio.sleep(0)
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+    else:
+        await stream.aclose()  # type: ignore[attr-defined]
+    assert not stage.running
+    assert left(temporary) == []
+
+
+@pytest.mark.parametrize(("url", "error"), [("data:,", FileDownloadError), ("data:;base64,aGk=", ImageLoadError)])
+async def test_a_call_that_fails_leaves_no_files(
+    replica: Callable[[Any], Preprocess], temporary: Path, url: str, error: type[Exception]
+):
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            raise ImageLoadError
+
+    with pytest.raises(error):
+        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": url}))
+    assert left(temporary) == []
+
+
+async def test_several_calls_are_worked_on_at_once(replica: Callable[[Any], Preprocess]):
+    stage = EndlessStage()
+    wrapper = replica(stage)
+    async with aclosing(wrapper.run(INPUT)) as one, aclosing(wrapper.run(INPUT)) as other:  # type: ignore[type-var]
+        for stream in (one, other):
+            assert await anext(stream) == STARTED
+            await anext(stream)
+        assert stage.running == 2
+
+
+def test_animatediff_stops_before_its_next_prompt(demo_settings: Settings):
+    replica = LocalStages(demo_settings).preprocess_replica
+    spec = replica.endpoint.input.model_validate(INPUT | {"guidance_scale": 2}).spec({"keyframe_0_image_url": Path(__file__)})
+    calls: list[int] = []
+    encoder = replica.stage.text_encoder  # type: ignore[attr-defined]
+    encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    for stop_after in (0, 1, 2):
+        calls.clear()
+        with pytest.raises(Cancelled):
+            replica.stage.encode(spec, should_stop=lambda after=stop_after: len(calls) == after)
+        assert len(calls) == stop_after
+
+
+def test_animatediff_stops_before_its_next_keyframe(demo_settings: Settings, monkeypatch: pytest.MonkeyPatch):
+    replica = LocalStages(demo_settings).preprocess_replica
+    loaded: list[Any] = []
+    monkeypatch.setattr(
+        "engines.animatediff.preprocess.load_image", lambda *given: loaded.append(given) or torch.zeros(3, 64, 64)
+    )
+    job = INPUT | {"keyframe_1_image_url": "data:;base64,aGk=", "keyframe_1_index": 8}
+    files = dict.fromkeys(("keyframe_0_image_url", "keyframe_1_image_url"), Path(__file__))
+    spec = replica.endpoint.input.model_validate(job).spec(files)
+    with pytest.raises(Cancelled):
+        replica.stage.encode(spec, should_stop=lambda: len(loaded) == 1)
+    assert len(loaded) == 1

@@ -1,0 +1,150 @@
+"""A receiver of webhooks on a loopback port, and a verifier that knows only what fal's documentation tells receivers."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from deployments.settings import Settings
+from deployments.webhooks.courier import Courier
+from deployments.webhooks.outbox import Outbox
+
+
+@dataclass(frozen=True)
+class Received:
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def request_id(self) -> str:
+        return self.headers["x-fal-webhook-request-id"]
+
+
+Answer = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Receiver:
+    """answer: what is done with each request once it is read. peak: most connections at once."""
+
+    def __init__(self, answer: Answer):
+        self.answer = answer
+        self.port = 0
+        self.received: list[Received] = []
+        self.open = self.peak = 0
+        self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+
+    def url(self, path: str = "/hook", host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    async def arrival(self, count: int = 1) -> None:
+        """Returns once so many requests have come."""
+        async with asyncio.timeout(20):
+            while len(self.received) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    async def idle(self) -> None:
+        """Returns once no connection is open."""
+        async with asyncio.timeout(20):
+            while self.open:
+                self._idle.clear()
+                await self._idle.wait()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        self.peak = max(self.peak, self.open)
+        try:
+            lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+            headers = {name.lower(): value for name, value in headers.items()}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            request = Received(lines[0].split()[1], headers, body)
+            self.received.append(request)
+            self._arrived.set()
+            with suppress(ConnectionError):
+                await self.answer(request, writer)
+                await writer.drain()
+        finally:
+            self.open -= 1
+            self._idle.set()
+            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+
+
+def answering(*statuses: int, headers: str = "") -> Answer:
+    """Answers with each status in turn, then with the last again and again."""
+    left = list(statuses)
+
+    async def answer(_: Received, writer: asyncio.StreamWriter) -> None:
+        status = left.pop(0) if len(left) > 1 else left[0]
+        writer.write(f"HTTP/1.1 {status} As Told\r\ncontent-length: 0\r\n{headers}\r\n".encode())
+
+    return answer
+
+
+@asynccontextmanager
+async def receiving(answer: Answer) -> AsyncIterator[Receiver]:
+    receiver = Receiver(answer)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        with suppress(asyncio.IncompleteReadError, asyncio.CancelledError):
+            await receiver.serve(reader, writer)
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    receiver.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield receiver
+    finally:
+        listener.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports close in the loop's next turn
+
+
+def is_signed(request: Received, jwks: dict[str, Any], now: float) -> bool:
+    """As the page on webhooks says it: the time within five minutes, and any one of the keys fits.
+
+    `x` is decoded as their Python sample does it, without mending its padding.
+    """
+    headers = request.headers
+    if abs(now - int(headers["x-fal-webhook-timestamp"])) > 300:
+        return False
+    message = "\n".join(
+        [
+            headers["x-fal-webhook-request-id"],
+            headers["x-fal-webhook-user-id"],
+            headers["x-fal-webhook-timestamp"],
+            hashlib.sha256(request.body).hexdigest(),
+        ]
+    )
+    signature = bytes.fromhex(headers["x-fal-webhook-signature"])
+    for key in jwks["keys"]:
+        public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"]))
+        with suppress(InvalidSignature):
+            public.verify(signature, message.encode())
+            return True
+    return False
+
+
+def courier_of(outbox: Outbox, settings: Settings, clock: Callable[[], float] = time.time) -> Courier:
+    """A courier as `deployments.app` makes one."""
+    private, url = settings.fetch.allow_private, settings.public_url
+    return Courier(outbox, settings.webhooks, allow_private=private, public_url=url, clock=clock)
