@@ -26,6 +26,36 @@ TEMPLATE = "reelray_test_template"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 
+FIRST = ("ray", "compilers", "inductor", "trt", "chaos")
+"""Groups that take longest, in the order in which they begin; all others follow as they are collected."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for pytest-xdist, each of which one worker runs in order: tests that share something which is dear to start."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: FIRST.index(group) if (group := _group(item)) in FIRST else len(FIRST))
+
+
+def _group(item: pytest.Item) -> str:
+    """One Ray at a time runs on a machine, and compilers are warmed once; else a file is a group."""
+    parts, fixtures = item.path.relative_to(Path(__file__).parent).parts, getattr(item, "fixturenames", ())
+    hosting = item.callspec.params.get("hosting") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    if parts[0] == "e2e" or hosting == "serve":
+        return "ray"
+    if parts[0] == "wire":
+        return f"wire {hosting}"
+    if parts[0] == "chaos":
+        return "chaos"
+    if "compilers" in fixtures:
+        return "compilers"
+    if "interpreted" in fixtures:
+        return "interpreted"
+    if parts[-1] == "test_inductor.py":
+        return "inductor"
+    return "trt" if "trt" in parts else str(item.path)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """On a GPU, PyTorch's C++ code warns of other things on every card and in every version: no test of ours depends on it."""
     if item.get_closest_marker("gpu"):

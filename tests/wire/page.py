@@ -1,6 +1,7 @@
 """The JavaScript side of the wire tests: `page.mjs` under Node from pip, with the client that `package-lock.json` names."""
 
 import asyncio
+import fcntl
 import json
 import os
 import subprocess
@@ -19,12 +20,14 @@ NPM = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 def install_client() -> None:
     """Brings node_modules in line with the lock file; does nothing if it is."""
     stamp = HERE / "node_modules" / ".installed"
-    lock = (HERE / "package-lock.json").read_text()
-    if stamp.exists() and stamp.read_text() == lock:
-        return
-    done = subprocess.run([NODE, NPM, "ci", "--no-progress"], cwd=HERE, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"npm ci failed:\n{done.stdout}{done.stderr}"
-    stamp.write_text(lock)
+    wanted = (HERE / "package-lock.json").read_text()
+    with (HERE / "package-lock.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers ask at once
+        if stamp.exists() and stamp.read_text() == wanted:
+            return
+        done = subprocess.run([NODE, NPM, "ci", "--no-progress"], cwd=HERE, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"npm ci failed:\n{done.stdout}{done.stderr}"
+        stamp.write_text(wanted)
 
 
 @dataclass(frozen=True)
