@@ -1,4 +1,4 @@
-"""Attention on tokens with their heads side by side, as the projections write them: every attention of ours but over frames.
+"""Attention on tokens with their heads side by side, as the projections write them. Attention over frames has a file of its own.
 
 It is a custom operation, one node to `torch.compile`, with two back ends: PyTorch's fused kernels, and on CUDA one of ours whose
 tiles are as wide as heads of 40, 80 and 160 are, at the sites where it measured faster (`choice.py`). Where several images share

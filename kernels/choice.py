@@ -22,7 +22,7 @@ INDUCTOR = "inductor"
 """The name of inductor's way in a record."""
 
 Shape = tuple[int, ...]
-"""What of a site's shapes decides, as its operation's `site` gives it; how many images or clips there are does not."""
+"""The sizes that a choice depends on, as the operation's `site` gives them. The number of images or clips is not among them."""
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ _plugins: frozenset[str] = frozenset()
 
 @contextmanager
 def plugins(operations: Iterable[str]) -> Iterator[None]:
-    """Graphs exported meanwhile keep these operations as nodes of their own, for a plugin that runs our kernel."""
+    """Graphs exported in this context keep these operations as nodes of their own, for a plugin that runs our kernel."""
     global _plugins
     before, _plugins = _plugins, frozenset(operations)
     try:
@@ -50,13 +50,13 @@ def exporting() -> bool:
 
 
 def exports_natively(operation: str) -> bool:
-    """Whether a graph is being exported that is to hold PyTorch's operations in place of this one."""
+    """Whether a graph is being exported in which PyTorch's operations take the place of this one."""
     return exporting() and operation not in _plugins
 
 
 @contextmanager
 def forced(back_end: Literal["kernels", "pytorch"]) -> Iterator[None]:
-    """Whatever was measured: our kernels with their first tile, or PyTorch's. For tests and benchmarks."""
+    """Ignores the measurements: always our kernels with their first tile, or always PyTorch's. For tests and benchmarks."""
     global _forced
     before, _forced = _forced, back_end
     try:

@@ -67,6 +67,7 @@ def embedded_server() -> Iterator[str]:
     """The URL of the embedded server, ready for `database`."""
     with embedded() as settings:
         url = database_url(settings)
+        asyncio.run(unsynced(url))
         with template(url):
             yield url
 
@@ -131,6 +132,13 @@ def template(url: str) -> Iterator[None]:
     asyncio.run(migrate(of_database(url, TEMPLATE)))
     yield
     asyncio.run(execute(url, f"DROP DATABASE {TEMPLATE}"))
+
+
+async def unsynced(url: str) -> None:
+    """What a server of the tests' own writes is not forced to disk: only a crash of the machine could lose it."""
+    for setting in ("fsync", "full_page_writes"):
+        await execute(url, f"ALTER SYSTEM SET {setting} = off")
+    await execute(url, "SELECT pg_reload_conf()")
 
 
 def of_database(url: str, name: str) -> str:

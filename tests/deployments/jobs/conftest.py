@@ -101,6 +101,7 @@ def own_server(programs: Path) -> Iterator[str]:
             os.chown(Path(place, "password"), user, -1)
         run("initdb", "-D", "data", "-U", "reelray", "-E", "UTF8", "--auth=scram-sha-256", "--pwfile=password", "--no-sync")
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories= -c max_connections=200"
+        options += " -c fsync=off -c full_page_writes=off"  # only a crash of the machine could lose anything
         run("pg_ctl", "-D", "data", "-l", "server.log", "-w", "-o", options, "start")
         try:
             yield f"postgresql://reelray:{password}@127.0.0.1:{port}/postgres"
