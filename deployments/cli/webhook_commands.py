@@ -1,0 +1,65 @@
+"""`reelray webhooks ...`: a request's webhook, and the keys that sign them."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from deployments.cli.shared import DEFAULT_CONFIG, Config, RequestId, console, fail, in_store, job_id_of, print_line
+
+if TYPE_CHECKING:
+    from deployments.jobs.store import JobStore
+
+webhooks = typer.Typer(help="The webhooks that the service delivers.", no_args_is_help=True)
+
+
+@webhooks.command()
+def show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
+    """Show how it stands with a request's webhook, and every attempt."""
+    from deployments.webhooks.outbox import Attempt, Outbox, Webhook
+
+    job_id = job_id_of(request_id)
+
+    async def read(store: "JobStore") -> tuple[Webhook | None, list[Attempt]]:
+        return await Outbox(store).get(job_id), await Outbox(store).attempts(job_id)
+
+    webhook, attempts = in_store(config, read)
+    if webhook is None:
+        raise typer.Exit(fail(f"there is no webhook of {request_id}"))
+    print_line(f"{webhook.status}: {webhook.url}")
+    if webhook.next_attempt_at is not None:
+        print_line(f"next attempt {webhook.next_attempt_at:%Y-%m-%d %H:%M:%S}")
+    table = Table("at", "attempt", "status", "error", "seconds")
+    for tried in attempts:
+        status = "" if tried.status is None else str(tried.status)
+        table.add_row(f"{tried.at:%Y-%m-%d %H:%M:%S}", str(tried.attempt), status, tried.error or "", f"{tried.duration_s:.2f}")
+    console.print(table)
+
+
+@webhooks.command()
+def redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
+    """Send a request's webhook again, delivered or not, with all its retries."""
+    from deployments.webhooks.outbox import Outbox
+
+    job_id = job_id_of(request_id)
+    if not in_store(config, lambda store: Outbox(store).redeliver(job_id)):
+        raise typer.Exit(fail(f"there is no webhook of {request_id}"))
+
+
+@webhooks.command()
+def rotate_key(
+    overlap_h: Annotated[
+        float,
+        typer.Option(
+            "--overlap-hours",
+            min=0,
+            help="How long the new key is published before it signs, and the old ones after that. 0 ends the old ones at once:"
+            " for a key that was stolen; receivers that keep keys refuse our webhooks until they fetch them anew.",
+        ),
+    ] = 25.0,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Make a new key to sign webhooks with, and print its id."""
+    from deployments.webhooks.outbox import Outbox
+
+    print_line(in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)
