@@ -6,7 +6,7 @@ caller in `schemas/responses.py`.
 
 import logging
 from collections.abc import Collection
-from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -53,30 +53,35 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
 
 
 async def _submit(request: Request, endpoint: Endpoint) -> Response:
-    """Writes the job, then answers with its id."""
+    """Checks a submission, writes its job, then answers with the job's id."""
     settings = settings_of(request)
     caller = await caller_of(request, endpoint.id)
     caller.require(Scope.SUBMIT)
-    options = read_options(request.headers, request.query_params)  # a bad one is told before megabytes are read
+    options = read_options(request.headers, request.query_params)  # before the body, which may be megabytes
     body = await read_body(request, settings.max_body_bytes)
-    new = _new_job(request, endpoint, caller, options, body)
+    job_input, failure = _checked_input(endpoint, body)
+    new = _new_job(request, endpoint, caller, options, body, job_input)
     await _refuse_long_queue(request, new, options.max_queue_length)
-    failure = None
-    try:
-        new = replace(new, input=endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True))
-    except ValidationError as exc:
-        failure = validation_failure(exc)
-        if new.webhook_url is None:  # else the caller waits for a webhook, and only a job sends one
-            return failure_response(failure)
+    if failure is not None and new.webhook_url is None:  # with a webhook there is a job all the same: only a job sends one
+        return failure_response(failure)
     return await _write(request, new, failure)
 
 
-def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes) -> NewJob:
-    """The job, its input still empty."""
+def _checked_input(endpoint: Endpoint, body: bytes) -> tuple[dict[str, Any], Failure | None]:
+    """The input as the job keeps it, and what is wrong with it; an input that is refused is empty."""
+    try:
+        return endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True), None
+    except ValidationError as exc:
+        return {}, validation_failure(exc)
+
+
+def _new_job(
+    request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes, job_input: dict[str, Any]
+) -> NewJob:
     settings, key = settings_of(request), options.idempotency_key
     return NewJob(
         endpoint=endpoint.id,
-        input={},
+        input=job_input,
         owner=caller.owner,
         priority=options.priority,
         start_timeout_s=options.start_timeout_s,
