@@ -5,6 +5,7 @@ Placement, replicas and autoscaling are the YAML's: what stands here are only ea
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -24,12 +25,12 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.stages.decode import Decode
 from deployments.stages.denoise import Denoise
-from deployments.stages.handles import ServeStages
+from deployments.stages.handles import ServeStages, crossing
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import CheckpointRef, Stream
+from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
-from engines.spec import Conditioning
+from engines.spec import Conditioning, Latents
 
 
 class DispatcherReplica:
@@ -68,31 +69,66 @@ class DispatcherReplica:
         await asyncio.wait([self.task])
 
 
-class DenoiseReplica(Denoise):
-    """Denoises until Serve wants it no longer, and then until what its calls have done is kept.
+class PreprocessReplica:
+    """Hosts `Preprocess` in Serve; args: its own."""
 
-    Serve counts a call as ended as soon as it is cancelled, and would kill the replica while that one still stops and writes.
+    def __init__(self, *args: Any):
+        self.wrapper = Preprocess(*args)
+
+    async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
+        """See `Preprocess` and `crossing`."""
+        items = crossing(self.wrapper.run(job_input))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+    async def saved(self, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+        """See `Preprocess` and `crossing`."""
+        items = crossing(self.wrapper.saved(checkpoint))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+
+class DenoiseReplica:
+    """Hosts `Denoise` in Serve; args: its own. When Serve stops it, it first lets its calls store what they have done.
+
+    Serve counts a call as ended as soon as it is cancelled, and would kill the replica while the call still stops and writes.
     """
 
     def __init__(self, *args: Any):
-        configure_logging()  # before the engines are made ready, which takes its time
-        super().__init__(*args)
+        configure_logging()  # before the engines are made ready, which can take minutes
+        self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
-    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
-        """See `Denoise`."""
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+        """See `Denoise` and `crossing`."""
         call = asyncio.current_task()
-        assert call is not None  # Serve's, one a call
+        assert call is not None  # Serve makes a task for each call
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
-        stream: Any = super().run(conditioning, checkpoint)
-        async with aclosing(stream):
-            async for item in stream:
+        items = crossing(self.wrapper.run(conditioning, checkpoint))
+        async with aclosing(items):
+            async for item in items:
                 yield item
 
     async def __del__(self) -> None:
         if self.calls:
             await asyncio.wait(self.calls)
+
+
+class DecodeReplica:
+    """Hosts `Decode` in Serve; args: its own."""
+
+    def __init__(self, *args: Any):
+        self.wrapper = Decode(*args)
+
+    async def run(self, latents: Latents) -> AsyncIterator[Any]:
+        """See `Decode` and `crossing`."""
+        items = crossing(self.wrapper.run(latents))
+        async with aclosing(items):
+            async for item in items:
+                yield item
 
 
 class IngressReplica:
@@ -114,9 +150,9 @@ def build(args: Settings) -> serve.Application:
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _deploy(Preprocess, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
+                _deploy(PreprocessReplica, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
                 _deploy(DenoiseReplica, f"{endpoint.family}-denoise").bind(endpoint.model, config, files_url, checkpoint_s),
-                _deploy(Decode, f"{endpoint.family}-decode").bind(endpoint.model, config),
+                _deploy(DecodeReplica, f"{endpoint.family}-decode").bind(endpoint.model, config),
             )
     write_missing_weights(settings)
     # Serve calls off nothing, but waits this long before it first looks whether a replica has nothing to do. The stages are being

@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
@@ -21,11 +21,14 @@ from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
-from deployments.stages.protocol import STARTED, CheckpointRef, Note, Stages
+from deployments.stages.progress import Stage
+from deployments.stages.protocol import CheckpointRef, Done, Note, Stages, Started
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SWEEP_INTERVAL_S = 1.0
 EXPIRY_INTERVAL_S = 60.0
@@ -83,7 +86,7 @@ class Retention(Protocol):
 class AttemptMetrics:
     """What one attempt took. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[Stage, float] = field(default_factory=dict)
     engine: str | None = None
 
     @property
@@ -210,27 +213,25 @@ class Dispatcher:
     async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
         """The job's output, its file kept, and in `metrics` what the stages did for it."""
 
-        async def on_note(note: Note) -> None:
+        async def on_note(item: Started | Note) -> None:
             watchdog.working()
-            if note != STARTED:
-                job_log.note(note)
+            if isinstance(item, Note):
+                job_log.note(item)
 
-        def ended(stage: str, took: float) -> None:
+        def product_of(stage: Stage, done: Done[T]) -> T:
             watchdog.waiting()
             job_log.stage_ended()
-            metrics.seconds[stage] = took
+            metrics.seconds[stage] = done.seconds
+            return done.product
 
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
         latents = await stages.saved(checkpoint, on_note) if checkpoint.used else None
         watchdog.waiting()
         if latents is None:
-            conditioning, took = await stages.preprocess(claim.input, on_note)
-            ended("preprocess", took)
-            latents, took = await stages.denoise(conditioning, checkpoint, on_note)
-            ended("denoise", took)
-        clip, took = await stages.decode(latents, on_note)
-        ended("decode", took)
+            conditioning = product_of("preprocess", await stages.preprocess(claim.input, on_note))
+            latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, on_note))
+        clip = product_of("decode", await stages.decode(latents, on_note))
         metrics.engine = clip.engine
         file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}

@@ -7,7 +7,7 @@ a chunk of frames, gigabytes at real sizes, and two on one device end no sooner 
 import asyncio
 from typing import Any
 
-from deployments.stages.protocol import STARTED, Done, Stream
+from deployments.stages.protocol import Done, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
@@ -20,7 +20,7 @@ class Decode:
         self.stage = build_stage(model, "decode", config)
         self.turn = asyncio.Lock()
 
-    async def run(self, latents: Latents) -> Stream:
+    async def run(self, latents: Latents) -> Stream[Clip]:
         """Notes of its progress, then the encoded clip; raw frames stay in this process.
 
         Cancelled, it returns once the running VAE call has ended.
@@ -30,9 +30,8 @@ class Decode:
             return self.stage.decode(latents, on_progress=tell, should_stop=should_stop)
 
         async with self.turn:
-            yield STARTED
+            yield Started()
             async with InThread("decode", decode) as work:
                 async for note in work:
                     yield note
-        yield Done(work.seconds)
-        yield work.product
+        yield Done(work.product, work.seconds)

@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints, Saving
-from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
+from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
@@ -23,7 +23,7 @@ class Denoise:
         self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
 
-    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream[Latents]:
         """Notes of its progress, then the latents, which are in the file store as the job's checkpoint by then.
 
         Cancelled, it gives up its turn once the running UNet call has ended, and returns when the last step is stored.
@@ -35,7 +35,7 @@ class Denoise:
 
         async with Saving(self.checkpoints, checkpoint.name, conditioning, self.checkpoint_s) as saving:
             async with self.turn:
-                yield STARTED
+                yield Started()
                 if resume is not None:
                     yield Note(f"resumed at step {resume.step}/{resume.steps}")
                 saving.begin()
@@ -43,5 +43,4 @@ class Denoise:
                     async for note in work:
                         yield note
             await saving.finish(work.product)  # after the turn: the next call works meanwhile
-        yield Done(work.seconds)
-        yield work.product
+        yield Done(work.product, work.seconds)
