@@ -10,15 +10,15 @@ from deployments.settings import load_settings
 
 NO_ENGINES = "no endpoint has an engine other than eager: set engine.back_end in its settings"
 
-engines = typer.Typer(help="What runs the UNets: built, listed and checked on this machine.", no_args_is_help=True)
+engines = typer.Typer(help="The engines that run the UNets: build, list and check them on this machine.", no_args_is_help=True)
 
 
 @engines.command()
 def build(config: Config = DEFAULT_CONFIG) -> None:
-    """Make the configured engines ready, as replicas do at their start, so that those find them."""
+    """Build the configured engines, as replicas do when they start, so that replicas find them ready."""
     from deployments.cli import engine_admin
 
-    settings, table, faults = load_settings(config), Table("model", "call", "engine", "why not the one asked for"), 0
+    settings, table, faults = load_settings(config), Table("model", "call", "engine", "why not the configured one"), 0
     with clear_errors(), console.status("building; this takes minutes at full size"):
         for made in engine_admin.build(settings):
             table.add_row(made.model, made.call, made.engine, made.fault)
@@ -56,7 +56,7 @@ def inspect(
     plan: Annotated[str, typer.Argument(help="The first digits of its name, as `engines list` shows it.")],
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Show all that shaped a plan and, on a GPU with TensorRT, its layers and memory."""
+    """Show everything that a plan was built from and, on a GPU with TensorRT, its layers and memory."""
     from deployments.cli import engine_admin
 
     with clear_errors():
@@ -65,7 +65,7 @@ def inspect(
 
 @engines.command()
 def verify(config: Config = DEFAULT_CONFIG) -> None:
-    """Run every configured engine against the modules on the same noise; fails if one is missing or further off than rounding."""
+    """Compare every configured engine with PyTorch's modules on the same noise; fails if one is missing or differs too much."""
     from deployments.cli import engine_admin
 
     table = Table("model", "call", "frames x height x width", "difference", "at most", "")

@@ -8,22 +8,22 @@ from rich.table import Table
 from deployments.cli.shared import DEFAULT_CONFIG, Config, console, fail, in_store, print_line
 from deployments.jobs.keys import DEFAULT_SCOPES, Scope
 
-keys = typer.Typer(help="API keys, for a service whose settings say auth: keys.", no_args_is_help=True)
+keys = typer.Typer(help="API keys, for a service with auth: keys in its settings.", no_args_is_help=True)
 
 
 @keys.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    name: Annotated[str, typer.Argument(help="Who the key is for.")],
     max_running: Annotated[
-        int | None, typer.Option(min=1, help="Most of its jobs that run at once; no limit by default.")
+        int | None, typer.Option(min=1, help="How many of its jobs may run at once; no limit by default.")
     ] = None,
     scope: Annotated[
         list[Scope],
-        typer.Option(help="What it may do; may be repeated. admin: read, and the rest, for the jobs of every key."),
+        typer.Option(help="What the key allows; may be repeated. admin: read, and the other scopes for the jobs of every key."),
     ] = list(DEFAULT_SCOPES),  # noqa: B006  # typer wants a list
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Make a key and print its secret, this once."""
+    """Create a key and print its secret, which is not shown again."""
     print_line(in_store(config, lambda store: store.create_key(name, max_running, list(dict.fromkeys(scope)))))
 
 
@@ -43,11 +43,11 @@ def rotate(
     key_id: str,
     overlap_h: Annotated[
         float,
-        typer.Option("--overlap-hours", min=0, help="How long the old secret is still good. 0: not at all, it was stolen."),
+        typer.Option("--overlap-hours", min=0, help="How long the old secret stays valid. 0: not at all, e.g. if stolen."),
     ] = 24.0,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Give a key another secret and print it, this once; its jobs stay its own."""
+    """Give a key a new secret, and print it: it is not shown again. The key keeps its jobs."""
     secret = in_store(config, lambda store: store.rotate_key(key_id, overlap_h * 3600))
     if secret is None:
         raise typer.Exit(fail(f"there is no key {key_id}"))
@@ -56,6 +56,6 @@ def rotate(
 
 @keys.command()
 def revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
-    """End a key; it is refused within seconds."""
+    """Revoke a key; it is refused within seconds."""
     if not in_store(config, lambda store: store.revoke_key(key_id)):
         raise typer.Exit(fail(f"there is no key {key_id}"))

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 DRAIN_POLL_S = 0.5
 
-queue = typer.Typer(help="The endpoints' queues, for the operator.", no_args_is_help=True)
+queue = typer.Typer(help="Pause, resume and watch the endpoints' queues.", no_args_is_help=True)
 
 
 @queue.command()
 def pause(
     endpoint: EndpointId,
-    drain: Annotated[bool, typer.Option(help="Wait until none of its jobs runs any more.")] = False,
+    drain: Annotated[bool, typer.Option(help="Wait until none of its jobs is running.")] = False,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Start no more jobs of an endpoint; those that run go on, and submissions are accepted and wait."""
+    """Start no more jobs of an endpoint. Running jobs go on; new submissions are accepted and wait."""
     endpoint_id = endpoint_named(endpoint).id
 
     async def pause_and_drain(store: "JobStore") -> "QueueStatus":

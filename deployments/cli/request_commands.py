@@ -30,12 +30,13 @@ from deployments.settings import load_settings
 from deployments.stages.protocol import Note
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option(help="Where the service is.")]
-Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="API key, where the service asks for one.")]
+Url = Annotated[str, typer.Option(help="The service's address.")]
+Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="API key, if the service requires one.")]
 InputFile = Annotated[
-    Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="The input as JSON; file URLs may be paths beside it.")
+    Path,
+    typer.Option("--input", "-i", exists=True, dir_okay=False, help="The input as JSON; its URLs may be relative paths."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", dir_okay=False, help="Where to keep the video.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", dir_okay=False, help="Where to save the video.")]
 
 
 def render(
@@ -80,7 +81,7 @@ def status(
     endpoint: EndpointId,
     request_id: RequestId,
     logs: bool = False,
-    watch: Annotated[bool, typer.Option(help="Show the progress until it is completed, first.")] = False,
+    watch: Annotated[bool, typer.Option(help="First show the progress until the request is completed.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
@@ -93,7 +94,7 @@ def status(
 
 
 def result(endpoint: EndpointId, request_id: RequestId, out: Out = None, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Show a completed request's output, and keep its video."""
+    """Show a completed request's output, and save its video with --out."""
     with clear_errors(), QueueClient(url, key) as client:
         keep_video(client, client.result(endpoint_named(endpoint).id, request_id), out)
 
@@ -105,14 +106,14 @@ def cancel(endpoint: EndpointId, request_id: RequestId, url: Url = DEFAULT_URL, 
 
 
 def read_input(path: Path) -> Any:
-    """The JSON in a file. Values of `*_url` fields that name a file beside it become data URIs: the service cannot read it."""
+    """The JSON in a file. Paths in its `*_url` fields, relative to it, become data URIs: the service could not read the files."""
     try:
         job_input = json.loads(path.read_text())
     except ValueError as exc:
         raise typer.Exit(fail(f"{path} is not JSON: {exc}")) from exc
     if isinstance(job_input, dict):
         for field, value in job_input.items():
-            # a URL is not looked up as a path: a data URI is longer than a file's name may be
+            # URLs are not looked up as paths: a data URI is longer than the file system allows
             is_path = field.endswith("_url") and isinstance(value, str) and not re.match(r"(https?|data):", value, re.IGNORECASE)
             if is_path and (local := path.parent / value).is_file():
                 kind = mimetypes.guess_type(local.name)[0] or "application/octet-stream"

@@ -13,9 +13,9 @@ from deployments.settings import load_settings
 
 def serve(
     config: Config = DEFAULT_CONFIG,
-    host: Annotated[str | None, typer.Option(help="Instead of the YAML's.")] = None,
-    port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None,
-    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard as well.")] = False,
+    host: Annotated[str | None, typer.Option(help="Overrides the YAML's.")] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides the YAML's.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard as well.")] = False,
 ) -> None:
     """Run the whole service on this machine until interrupted."""
     from deployments.hosting.embedded_postgres import keep_running
@@ -31,18 +31,16 @@ def gateway(
     config: Config = DEFAULT_CONFIG,
     host: str = "127.0.0.1",
     port: int = 8001,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
 ) -> None:
-    """Host the ingress alone, beside the cluster: it keeps accepting and answering while Ray is down."""
+    """Run only the ingress, beside the cluster: it accepts and answers requests while Ray is down."""
     from deployments.hosting.gateway import run
 
     with clear_errors():
         run(config, host, port, workers)
 
 
-def demo(
-    config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Instead of the YAML's.")] = None
-) -> None:
+def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Overrides the YAML's.")] = None) -> None:
     """Start the service, render one video per endpoint through the queue, and stop."""
     from deployments.hosting.demo_weights import demo_inputs
     from deployments.hosting.local_cluster import running

@@ -1,4 +1,4 @@
-"""What more than one command needs: common options, the consoles, an open store, and errors told in one line."""
+"""What more than one command needs: common options, the consoles, an open store, and errors in one line."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,7 +28,7 @@ errors = Console(stderr=True)
 
 Config = Annotated[Path, typer.Option("--config", "-c", exists=True, dir_okay=False, help="The service's YAML.")]
 DEFAULT_CONFIG = Path("serve_config.yaml")
-EndpointId = Annotated[str, typer.Argument(help="E.g. fal-ai/animatediff-sparsectrl-lcm; the part after the slash will do.")]
+EndpointId = Annotated[str, typer.Argument(help="E.g. fal-ai/animatediff-sparsectrl-lcm; the part after the slash is enough.")]
 RequestId = Annotated[str, typer.Argument(help="As `reelray submit` printed it.")]
 
 
@@ -37,7 +37,7 @@ def endpoint_named(name: str) -> Endpoint:
     for endpoint in ENDPOINTS.values():
         if name in (endpoint.id, endpoint.model):
             return endpoint
-    raise typer.BadParameter(f"{name} is not served; there are {', '.join(ENDPOINTS)}")
+    raise typer.BadParameter(f"{name} is not served; the endpoints are {', '.join(ENDPOINTS)}")
 
 
 def job_id_of(request_id: str) -> UUID:

@@ -1,4 +1,4 @@
-"""`reelray webhooks ...`: a request's webhook, and the keys that sign them."""
+"""`reelray webhooks ...`: a request's webhook, and the key that signs webhooks."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,12 @@ from deployments.cli.shared import DEFAULT_CONFIG, Config, RequestId, console, f
 if TYPE_CHECKING:
     from deployments.jobs.store import JobStore
 
-webhooks = typer.Typer(help="The webhooks that the service delivers.", no_args_is_help=True)
+webhooks = typer.Typer(help="The service's webhooks: inspect and resend them, rotate their signing key.", no_args_is_help=True)
 
 
 @webhooks.command()
 def show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
-    """Show how it stands with a request's webhook, and every attempt."""
+    """Show the state of a request's webhook, and every attempt to deliver it."""
     from deployments.webhooks.outbox import Attempt, Outbox, Webhook
 
     job_id = job_id_of(request_id)
@@ -38,7 +38,7 @@ def show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
 
 @webhooks.command()
 def redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
-    """Send a request's webhook again, delivered or not, with all its retries."""
+    """Send a request's webhook again, even if it was delivered, with all its retries."""
     from deployments.webhooks.outbox import Outbox
 
     job_id = job_id_of(request_id)
@@ -53,13 +53,14 @@ def rotate_key(
         typer.Option(
             "--overlap-hours",
             min=0,
-            help="How long the new key is published before it signs, and the old ones after that. 0 ends the old ones at once:"
-            " for a key that was stolen; receivers that keep keys refuse our webhooks until they fetch them anew.",
+            help="How long the new key is published before it is used, and how long the old ones stay published after that."
+            " 0 ends the old ones at once, e.g. a stolen one: receivers that cache keys refuse our webhooks until they fetch"
+            " them again.",
         ),
     ] = 25.0,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Make a new key to sign webhooks with, and print its id."""
+    """Create a new key for signing webhooks, and print its id."""
     from deployments.webhooks.outbox import Outbox
 
     print_line(in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)

@@ -9,7 +9,7 @@ from deployments.cli.shared import clear_errors, console, print_line
 
 
 def demo_weights(folder: Annotated[Path, typer.Argument(file_okay=False)]) -> None:
-    """Write the tiny demo checkpoints of every model, in the layouts of the real ones, and inputs to try them on."""
+    """Write tiny demo checkpoints of every model, laid out like the real ones, and inputs to try them with."""
     from deployments.hosting.demo_weights import write_demo
 
     write_demo(folder)
@@ -20,10 +20,10 @@ def convert_weights(
     source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A pickle of tensors: .bin, .pth, .ckpt.")],
     target: Annotated[Path, typer.Argument(dir_okay=False, help="The .safetensors file to write.")],
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="To store them in; their own by default.")
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Data type to store; unchanged by default.")
     ] = None,
 ) -> None:
-    """Turn a published pickle into safetensors, by a reader that executes nothing in it."""
+    """Convert a published pickle to safetensors, without executing any code in it."""
     from engines.convert import convert_weights
 
     with clear_errors():

@@ -1,6 +1,6 @@
 """Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage.
 
-It also finds what an earlier attempt came to, because of the three it has the most room: nobody waits here for a GPU's turn.
+It also looks for an earlier attempt's finished latents: unlike in the other two stages, no call waits here for its turn.
 """
 
 import time
@@ -28,8 +28,8 @@ class Preprocess:
     async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
 
-        Raises `ModelError` for files that cannot be had or used, `StorageFailed` where they cannot be kept. Cancelled, it
-        returns once the stage has stopped and the files are gone.
+        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored. If cancelled,
+        it returns when the stage has stopped and the files are deleted.
         """
         started = time.monotonic()
         yield Started()
