@@ -1,10 +1,11 @@
-"""The graph that `serve_config.yaml` deploys: ingress, dispatcher (with a courier beside it) and three stages an endpoint; the
-only file that knows all.
+"""The application that `serve_config.yaml` deploys: ingress, dispatcher (with a courier) and three stages per endpoint. It is the
+only file that knows every deployment.
 
-Placement, replicas and autoscaling are the YAML's: what stands here are only each deployment's name and arguments.
+Placement, replicas and autoscaling are set in the YAML; here each deployment only gets its name and its arguments.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -24,18 +25,18 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.stages.decode import Decode
 from deployments.stages.denoise import Denoise
-from deployments.stages.handles import ServeStages
+from deployments.stages.handles import ServeStages, crossing
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import CheckpointRef, Stream
+from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
-from engines.spec import Conditioning
+from engines.spec import Conditioning, Latents
 
 
 class DispatcherReplica:
-    """Runs a dispatcher and a courier for as long as Serve wants this replica. handles: endpoint id -> its three stages' handles.
+    """Runs a dispatcher and a courier until Serve stops this replica. handles: endpoint id -> its three stages' handles.
 
-    Together, because both nearly always wait and may be any number: there is nothing to place or to scale apart.
+    They share a replica because both spend nearly all their time waiting, and any number of each may run.
     """
 
     def __init__(self, settings: Settings, handles: dict[str, tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]]):
@@ -59,7 +60,7 @@ class DispatcherReplica:
             await store.close()
 
     def check_health(self) -> None:
-        """Raises what ended either of the two, and Serve starts another replica."""
+        """Raises the error that ended either of the two; Serve then starts another replica."""
         if self.task.done():
             self.task.result()
 
@@ -68,26 +69,47 @@ class DispatcherReplica:
         await asyncio.wait([self.task])
 
 
-class DenoiseReplica(Denoise):
-    """Denoises until Serve wants it no longer, and then until what its calls have done is kept.
+class PreprocessReplica:
+    """Hosts `Preprocess` in Serve; args: its own."""
 
-    Serve counts a call as ended as soon as it is cancelled, and would kill the replica while that one still stops and writes.
+    def __init__(self, *args: Any):
+        self.wrapper = Preprocess(*args)
+
+    async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
+        """See `Preprocess` and `crossing`."""
+        items = crossing(self.wrapper.run(job_input))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+    async def saved(self, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+        """See `Preprocess` and `crossing`."""
+        items = crossing(self.wrapper.saved(checkpoint))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+
+class DenoiseReplica:
+    """Hosts `Denoise` in Serve; args: its own. When Serve stops it, it first lets its calls store what they have done.
+
+    Serve counts a call as ended as soon as it is cancelled, and would kill the replica while the call still stops and writes.
     """
 
     def __init__(self, *args: Any):
-        configure_logging()  # before the engines are made ready, which takes its time
-        super().__init__(*args)
+        configure_logging()  # before the engines are made ready, which can take minutes
+        self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
-    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
-        """See `Denoise`."""
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+        """See `Denoise` and `crossing`."""
         call = asyncio.current_task()
-        assert call is not None  # Serve's, one a call
+        assert call is not None  # Serve makes a task for each call
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
-        stream: Any = super().run(conditioning, checkpoint)
-        async with aclosing(stream):
-            async for item in stream:
+        items = crossing(self.wrapper.run(conditioning, checkpoint))
+        async with aclosing(items):
+            async for item in items:
                 yield item
 
     async def __del__(self) -> None:
@@ -95,8 +117,22 @@ class DenoiseReplica(Denoise):
             await asyncio.wait(self.calls)
 
 
+class DecodeReplica:
+    """Hosts `Decode` in Serve; args: its own."""
+
+    def __init__(self, *args: Any):
+        self.wrapper = Decode(*args)
+
+    async def run(self, latents: Latents) -> AsyncIterator[Any]:
+        """See `Decode` and `crossing`."""
+        items = crossing(self.wrapper.run(latents))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+
 class IngressReplica:
-    """Hosts the ingress app in Serve. dispatcher: bound here so that it is deployed; the two meet in the store only."""
+    """Hosts the ingress app in Serve. dispatcher: given here only so that it is deployed; the two share nothing but the store."""
 
     def __init__(self, dispatcher: DeploymentHandle):
         configure_logging()
@@ -104,7 +140,7 @@ class IngressReplica:
 
 
 def build(args: Settings) -> serve.Application:
-    """The application. Serve reads `args` of the YAML as `Settings` and refuses what they do not know. Raises `Exposed`."""
+    """The application. Serve parses the YAML's `args` as `Settings` and refuses unknown keys. Raises `Exposed`."""
     settings = args
     settings.refuse_exposure(_listening_host())
     handles: dict[str, Any] = {}
@@ -114,23 +150,23 @@ def build(args: Settings) -> serve.Application:
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _deploy(Preprocess, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
+                _deploy(PreprocessReplica, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
                 _deploy(DenoiseReplica, f"{endpoint.family}-denoise").bind(endpoint.model, config, files_url, checkpoint_s),
-                _deploy(Decode, f"{endpoint.family}-decode").bind(endpoint.model, config),
+                _deploy(DecodeReplica, f"{endpoint.family}-decode").bind(endpoint.model, config),
             )
     write_missing_weights(settings)
-    # Serve calls off nothing, but waits this long before it first looks whether a replica has nothing to do. The stages are being
-    # shut down meanwhile, and calls to them fail: the dispatcher is to give its jobs back before that.
+    # The time that Serve waits before it first checks whether a stopping replica is idle; it cancels nothing in that time. The
+    # stages are shut down meanwhile and calls to them fail, so the dispatcher must give its jobs back before that.
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
     ingress = serve.ingress(lambda: create_app(settings, database_url(settings)))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
 
 def _listening_host() -> str | None:
-    """Where Serve listens, which a builder is not told; None where there is no Serve.
+    """The host that Serve listens on, which a builder is not told; None without Serve.
 
-    Asked of the controller that started this build, because the YAML's `http_options` only count when Serve starts: what is
-    deployed into a running Serve gets that one's host. No public call tells it.
+    The controller that started this build knows it. The YAML does not: its `http_options` only count when Serve starts, and an
+    application that is deployed into a running Serve gets that one's host. Ray has no public call for this.
     """
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     return None if client is None else client.http_config.host

@@ -19,7 +19,7 @@ from engines.engine_config import EngineConfig
 from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
-"""Environment variable with the path of the YAML, for processes that are started without a command line of ours."""
+"""Environment variable with the path of the YAML, for processes that are not started by our command line."""
 
 
 class _Strict(BaseModel):
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class FetchSettings(_Strict):
-    """Limits on what a caller's URL may cost. Private addresses are refused unless allowed: they are the operator's network."""
+    """Limits on downloads from callers' URLs. allow_private: also from private addresses, which are in the operator's network."""
 
     allow_private: bool = False
     max_bytes: int = Field(100_000_000, gt=0)
@@ -38,8 +38,8 @@ class FetchSettings(_Strict):
 class Deadlines(_Strict):
     """For one attempt at a job, in seconds.
 
-    run_s: from its claim on, waiting for its stages' turns included; past it the job fails as `generation_timeout`.
-    idle_s: without progress noted by a stage whose turn has come; past it the attempt is stopped and counted.
+    run_s: from its claim on, including the wait for its stages' turns; then the job fails as `generation_timeout`.
+    idle_s: how long a stage whose turn has come may note no progress; then the attempt is stopped, and counts as one.
     """
 
     run_s: float = Field(7200.0, gt=0)
@@ -49,17 +49,19 @@ class Deadlines(_Strict):
 class QueueSettings(_Strict):
     """Leases, retries and how many jobs of an endpoint are worked on at once.
 
-    lease_s: how long a claimed job stays its worker's after the last heartbeat, in seconds: the delay before a job
-    of a killed service starts again. max_attempts: claims of one job before its last error is its
-    end; which errors are tried again, and when, is said in `jobs/retry.py`.
+    lease_s: how long a claimed job belongs to its worker after the last heartbeat, in seconds. A job of a killed service starts
+    again after this time.
+    max_attempts: how often a job is tried before its last error ends it; `jobs/retry.py` says which errors are tried again, and
+    when.
     max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded. idempotency_s: how long an `Idempotency-Key` stands for the job that it was first given with, in seconds, if that
-    job is kept so long.
-    deadlines: by endpoint's id, where the defaults do not do.
-    checkpoint_s: seconds of denoising between two checkpoints of a job, at least: so much work may be lost with a replica that is
-    killed. One that is shut down keeps the last step, and finished latents are always kept.
-    low_after_s: a job of low priority goes behind all others; once the first of these has waited so long, in seconds, every
-    fourth job that an endpoint starts is one of them.
+    decoded.
+    idempotency_s: how long submissions with the same `Idempotency-Key` get the job of the first one, in seconds, if that job is
+    kept so long.
+    deadlines: endpoint's id -> its deadlines, where the defaults do not fit.
+    checkpoint_s: the least time between two checkpoints of a job, in seconds of denoising. About as much work is lost when a
+    replica is killed; one that is shut down stores its last step first, and finished latents are always stored.
+    low_after_s: jobs of low priority wait behind all others. Once the oldest of them has waited this long, in seconds, every
+    fourth job that its endpoint starts is one of them.
     """
 
     lease_s: float = Field(10.0, gt=0)
@@ -85,8 +87,8 @@ class QueueSettings(_Strict):
 class RetentionSettings(_Strict):
     """How long things are kept, in seconds; None is for ever.
 
-    jobs_s: a job after its end, with its logs. files_s: an output file, where its caller's
-    `X-Fal-Object-Lifecycle-Preference` does not say otherwise; max_files_s: the most that one may say.
+    jobs_s: a job after its end, with its logs. files_s: an output file, unless its caller's `X-Fal-Object-Lifecycle-Preference`
+    says otherwise. max_files_s: the longest that a caller may ask for.
     """
 
     jobs_s: float | None = Field(30 * 86_400.0, gt=0)
@@ -94,16 +96,17 @@ class RetentionSettings(_Strict):
     max_files_s: float = Field(366 * 86_400.0, gt=0)
 
     def keep_file_s(self, wish_s: float | None) -> float | None:
-        """How long a file is kept whose caller wished for `wish_s`."""
+        """How long a file is kept if its caller asks for `wish_s`, which is None without a wish."""
         return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
 
 
 class WebhookSettings(_Strict):
-    """How webhooks are delivered. Where to is a caller's word, so `fetch.allow_private` holds for it as well.
+    """How webhooks are delivered. Callers choose the receivers, so `fetch.allow_private` applies to them as well.
 
-    timeout_s: from looking up the receiver's name to the head of its answer. max_in_flight: deliveries at once of one courier, of
-    which there is one in each dispatcher. max_per_receiver: at once to one host and port, of all couriers: a receiver that is
-    slow or dead holds so many and no more.
+    timeout_s: from looking up the receiver's name to the end of its answer's headers.
+    max_in_flight: concurrent deliveries of one courier; every dispatcher has one.
+    max_per_receiver: concurrent deliveries to one host and port, of all couriers together: a slow or dead receiver occupies no
+    more than these.
     """
 
     timeout_s: float = Field(15.0, gt=0, le=30)
@@ -117,13 +120,13 @@ class Settings(_Strict):
     home: folder for everything the embedded defaults keep (database, files, demo weights).
     database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
     files: an fsspec URL for outputs and checkpoints, which every node must be able to write to; None keeps them under `home`.
-    public_url: scheme and host that callers use, where the Host header does not tell. A webhook names its files by the address
-    that its job was submitted to.
-    auth: "open" serves everybody who can connect, so it is refused where the service listens on more than loopback; "keys" asks
-    for an API key made by `reelray keys create`.
-    open_to_network: an open service may listen on the network. Without it, web pages may submit to an open service only if they
-    come from this machine or from `public_url`; with it, also from the very host that they call.
-    max_body_bytes: of a submission, data URIs included.
+    public_url: the scheme and host that callers use, if it is not the one in their Host header. The URLs in answers begin with
+    it; those in a webhook begin with the address that its job was submitted to.
+    auth: "open" serves everybody who can connect, so it is refused if the service listens on more than loopback; "keys" requires
+    an API key made by `reelray keys create`.
+    open_to_network: lets an open service listen on the network. Web pages may submit to an open service if they come from this
+    machine or from `public_url`; with this setting, also if they come from the host that they call.
+    max_body_bytes: the largest submission, data URIs included.
     animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
     """
 
@@ -152,11 +155,11 @@ class Settings(_Strict):
         return self.home / "weights" / "demo"
 
     def refuse_exposure(self, host: str | None) -> None:
-        """Raises `Exposed` if everybody in the network could use the service that listens on `host`. None: it listens nowhere."""
+        """Raises `Exposed` if everybody on the network could use a service that listens on `host`. None: it does not listen."""
         if self.auth == "open" and not self.open_to_network and not (host is None or is_loopback(host)):
             raise Exposed(
                 f"auth: open serves everybody who can connect, and {host or 'an empty host'} is more than loopback. Set"
-                " auth: keys and make some with `reelray keys create`, or open_to_network: true if that is meant."
+                " auth: keys and create keys with `reelray keys create`, or set open_to_network: true if that is intended."
             )
 
     def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
@@ -181,7 +184,7 @@ class Exposed(ReelrayError):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to who listens on `host`. Of names only localhost is known to be."""
+    """Whether only this machine can connect to a server that listens on `host`. Of all names, only localhost counts."""
     try:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:

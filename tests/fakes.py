@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
@@ -15,6 +15,7 @@ from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+T = TypeVar("T")
 CLIP = Clip(b"an mp4", 16, 64, 64, 8, 42)
 
 
@@ -28,29 +29,28 @@ class LocalStages:
         self.denoise_replica = Denoise(endpoint.model, config, settings.files_url, settings.queue.checkpoint_s)
         self.decode_replica = Decode(endpoint.model, config)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
-        return await product(self.preprocess_replica.run(job_input), on_note)
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+        return await done_of(self.preprocess_replica.run(job_input), on_note)
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
-        return await product(self.denoise_replica.run(conditioning, checkpoint), on_note)
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+        return await done_of(self.denoise_replica.run(conditioning, checkpoint), on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
-        latents, _ = await product(self.preprocess_replica.saved(checkpoint), on_note)
-        return latents
+        return (await done_of(self.preprocess_replica.saved(checkpoint), on_note)).product
 
-    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        return await product(self.decode_replica.run(latents), on_note)
+    async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
+        return await done_of(self.decode_replica.run(latents), on_note)
 
 
-async def product(stream: Stream, on_note: OnNote) -> tuple[Any, float]:
+async def done_of(stream: Stream[T], on_note: OnNote) -> Done[T]:
     try:
         async for item in stream:
             if isinstance(item, Done):
-                return await anext(stream, None), item.seconds
+                return item
             await on_note(item)
     finally:
-        await stream.aclose()  # type: ignore[attr-defined]  # as Serve does when the caller cancels
-    raise AssertionError("a stream without a product")
+        await stream.aclose()  # as Serve does when the caller cancels
+    raise AssertionError("a stream without an end")
 
 
 class ScriptedStages:
@@ -60,13 +60,13 @@ class ScriptedStages:
         self.act = act
         self.running = self.peak = self.calls = 0
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
-        return job_input, 0.25
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+        return Done(job_input, 0.25)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
         return None
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
         self.calls += 1
         self.running += 1
         self.peak = max(self.peak, self.running)
@@ -75,10 +75,10 @@ class ScriptedStages:
             await self.act(conditioning)
         finally:
             self.running -= 1
-        return conditioning, 0.5
+        return Done(conditioning, 0.5)
 
-    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        return CLIP, 0.125
+    async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
+        return Done(CLIP, 0.125)
 
 
 class EndlessStage:

@@ -16,7 +16,7 @@ class CallFailed(RequestError):
 
 
 class QueueClient:
-    """A connection to `url`. key: an API key, where the service asks for one."""
+    """A connection to `url`. key: an API key, if the service requires one."""
 
     def __init__(self, url: str, key: str | None = None):
         headers = {"authorization": f"Key {key}"} if key else {}
@@ -34,11 +34,11 @@ class QueueClient:
         return request_id
 
     def status(self, endpoint: str, request_id: str, *, logs: bool = False) -> dict[str, Any]:
-        """Where it stands."""
+        """Its status, with all its log lines so far if `logs`."""
         return self._call("GET", f"/queue/{endpoint}/requests/{request_id}/status", params={"logs": int(logs)})
 
     def follow(self, endpoint: str, request_id: str) -> Iterator[dict[str, Any]]:
-        """Its status with logs, several times a second, the completed one last."""
+        """Its status with logs, asked for several times a second until it is completed."""
         while True:
             status = self.status(endpoint, request_id, logs=True)
             yield status
@@ -51,19 +51,19 @@ class QueueClient:
         return self._call("GET", f"/queue/{endpoint}/requests/{request_id}")
 
     def cancel(self, endpoint: str, request_id: str) -> str:
-        """The service's word on it."""
-        word: str = self._call("PUT", f"/queue/{endpoint}/requests/{request_id}/cancel")["status"]
-        return word
+        """The service's answer, e.g. CANCELLATION_REQUESTED."""
+        answer: str = self._call("PUT", f"/queue/{endpoint}/requests/{request_id}/cancel")["status"]
+        return answer
 
     def download(self, url: str) -> bytes:
-        """A generated file, without showing our key to whoever hosts it."""
+        """A generated file. The API key is not sent: another host may keep the files."""
         try:
             return httpx.get(url, timeout=60.0).raise_for_status().content
         except httpx.HTTPError as exc:
-            raise CallFailed(f"{url} cannot be had: {exc}") from exc
+            raise CallFailed(f"{url} cannot be downloaded: {exc}") from exc
 
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        """Raises `CallFailed` with the service's own words."""
+        """The JSON of the answer. Raises `CallFailed` with the service's error message."""
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
@@ -71,11 +71,11 @@ class QueueClient:
         body = response.json() if response.headers.get("content-type", "").startswith("application/json") else {}
         if response.is_success:
             return dict(body)
-        raise CallFailed(_words(body) or f"HTTP {response.status_code}")
+        raise CallFailed(_message_of(body) or f"HTTP {response.status_code}")
 
 
-def _words(body: Any) -> str:
-    """What either of fal's error shapes says."""
+def _message_of(body: Any) -> str:
+    """The message of an error answer, which has either of fal's two shapes."""
     detail = body.get("detail", body.get("status", "")) if isinstance(body, dict) else ""
     if isinstance(detail, list):
         return "\n".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in detail)

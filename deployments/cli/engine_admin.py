@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from engines.trt.cache import Entry, PlanCache
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-4, "float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
-"""Of an engine's largest difference from the modules, as a share of the largest value: it adds in another order."""
+"""The largest difference from the modules that is rounding, as a share of the largest value: an engine adds in another order."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """One call of one model. engine: what runs it. fault: why that is not what the settings ask for; "" if it is."""
+    """One call of one model. engine: what runs it. fault: why that is not the configured engine; "" if it is."""
 
     model: str
     call: str
@@ -27,7 +27,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Verified:
-    """An engine against the modules. difference: see `PreparedEngines.differences`."""
+    """An engine compared with the modules. difference: see `PreparedEngines.differences`."""
 
     model: str
     call: str
@@ -37,12 +37,12 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether it is rounding. NaN is not."""
+        """Whether the difference is small enough to be rounding. NaN is not."""
         return self.difference <= self.tolerance
 
 
 def build(settings: Settings) -> Iterator[Made]:
-    """Makes every configured engine ready, as a replica does, so that replicas find what can be kept."""
+    """Makes every configured engine ready, as a replica does; what can be cached is then on disk for the replicas."""
     for model, stage in _stages(settings):
         for name in stage.engines:
             call, _, engine = name.partition(": ")
@@ -52,7 +52,7 @@ def build(settings: Settings) -> Iterator[Made]:
 
 
 def verify(settings: Settings) -> Iterator[Verified | Made]:
-    """Every configured engine against the modules on noise, or why there is none. Raises `EngineError` for one that fails."""
+    """Compares every configured engine with the modules on noise, or says why one is missing. Raises `EngineError`."""
     configs = settings.model_configs()
     for model, stage in _stages(settings):
         for call, fault in stage.prepared.faults.items():
@@ -63,12 +63,12 @@ def verify(settings: Settings) -> Iterator[Verified | Made]:
 
 
 def plans(settings: Settings) -> list["Entry"]:
-    """What lies in the folders of the configured endpoints, damaged files too."""
+    """The plans in the engine folders of the configured endpoints, damaged files included."""
     return [entry for cache in _caches(settings) for entry in cache.entries()]
 
 
 def inspect(settings: Settings, digest: str) -> dict[str, Any]:
-    """A plan's key and, with TensorRT and a GPU, what is in it; without, why not. digest: its first digits will do.
+    """A plan's key and, with TensorRT and a GPU, a report of its contents; else why there is none. digest: or its first digits.
 
     Raises `EngineError` where there is no such plan, more than one, or a damaged one.
     """
@@ -79,7 +79,7 @@ def inspect(settings: Settings, digest: str) -> dict[str, Any]:
     cache, entry = found[matching[0]]
     plan = None if entry.key is None else cache.load(entry.key)
     if entry.key is None or plan is None:
-        raise EngineError(f"{entry.path} is damaged: it will be built anew when it is needed")
+        raise EngineError(f"{entry.path} is damaged: it will be rebuilt when it is needed")
     about: dict[str, Any] = {"key": asdict(entry.key), "size_bytes": entry.size_bytes}
     try:
         from engines.trt.inspection import report_of

@@ -16,7 +16,7 @@ from engines.spec import Clip
 def render_locally(endpoint: Endpoint, body: bytes, settings: Settings, on_note: Callable[[Note], None]) -> Clip:
     """The clip for an input as JSON. Raises pydantic's `ValidationError`, and `ModelError` for files that cannot be used.
 
-    on_note: is told what a job's log would say.
+    on_note: is given what would be the lines of a job's log.
     """
     job = endpoint.input.parse(body).resolved()
     with download_folder() as folder:

@@ -1,6 +1,6 @@
 """Shows a running render: a progress bar on a terminal, elsewhere a plain line for each line of the log.
 
-All of it goes to stderr, so that a script reads from stdout what it asked for.
+Everything goes to stderr, so that stdout holds only the result, for scripts.
 """
 
 from types import TracebackType
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Terminal:
-    """Shows the bar within `with`, if the console is a terminal."""
+    """A context manager, which shows the bar if the console is a terminal."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -29,7 +29,7 @@ class Terminal:
             self._bar.stop()
 
     def wait(self, message: str) -> None:
-        """For something whose end is not known."""
+        """Shows a message while it is not known how long something will take."""
         if self._console.is_terminal:
             self._bar.update(self._task, description=message, completed=0, total=None)
         elif message != self._said:
@@ -37,14 +37,13 @@ class Terminal:
             self._print(message)
 
     def line(self, message: str, progress: dict[str, Any] | None) -> None:
-        """A line of the log. progress: as in a status."""
+        """Shows a line of the log. progress: as in a request's status."""
         if progress is None or not self._console.is_terminal:
             self._print(message)
         else:
-            begun = min(
-                progress["fraction"], 0.9999
-            )  # the clock of a task that is done stands still, and another stage may follow
-            self._bar.update(self._task, description=message, completed=begun, total=1)
+            # Never 1: rich stops the clock of a completed task, and another stage may follow
+            completed = min(progress["fraction"], 0.9999)
+            self._bar.update(self._task, description=message, completed=completed, total=1)
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Claims jobs while the stages have room and carries each through the three of them; every retry is decided here, by the
-table in `jobs/retry.py`.
+"""Claims jobs while the stages have room and takes each through the three stages. Every retry is decided here, by the table in
+`jobs/retry.py`.
 
-A claimed job is held by a lease that `_renew_lease` renews. Whatever happens to this process, the lease runs out and the job is
-swept back into the queue; whatever this process does late, the attempt's token refuses.
+A claimed job is held by a lease that `_renew_lease` renews. If this process dies, the lease runs out and a sweep puts the job
+back into the queue. If this process is only late, the store refuses its writes: they carry the token of an attempt that is over.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
@@ -21,39 +21,42 @@ from deployments.jobs.retry import next_attempt_in
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
-from deployments.stages.protocol import STARTED, CheckpointRef, Note, Stages
+from deployments.stages.progress import Stage
+from deployments.stages.protocol import CheckpointRef, Done, Note, Stages, Started
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SWEEP_INTERVAL_S = 1.0
 EXPIRY_INTERVAL_S = 60.0
 IDLE_WAIT_S = 5.0
-"""How long to wait for the store's word of new work before looking anyway."""
+"""How long to wait for a notification of new work before looking anyway."""
 
 OUTAGE_PAUSE_S = 1.0
 
 RELEASE_S = 2.0
-"""How long a job that we give back waits for its next attempt: so long its stage may take to stop and to keep the last step.
+"""How long a job that we give back waits for its next attempt, so that its stage can stop and store the last step.
 
-There is nobody to ask when it has: Serve ends the stream of a cancelled call at once (tried on Ray 2.60: 6 ms after `cancel`, the
-stage's own code ran on for 3 s), and a deployment that shuts down takes no more calls. Should it take longer, the steps since the
-checkpoint before are done again.
+The stage cannot tell us when it has: Serve ends the stream of a cancelled call at once (tried on Ray 2.60: 6 ms after `cancel`,
+while the stage's own code ran on for 3 s), and a deployment that shuts down accepts no calls. If the stage takes longer, the
+steps since the previous checkpoint are done again.
 """
 
 
 class QueueLimits(Protocol):
-    """What the dispatcher must know of the operator's settings for the queue; see `QueueSettings`."""
+    """The settings of the queue that the dispatcher needs; see `QueueSettings`."""
 
     @property
     def lease_s(self) -> float:
-        """How long a job stays its worker's after the last heartbeat, in seconds."""
+        """How long a claimed job belongs to its worker after the last heartbeat, in seconds."""
         ...
 
     @property
     def max_in_flight(self) -> int:
-        """Jobs of one endpoint in its stages at once."""
+        """How many jobs of one endpoint may be in its stages at once."""
         ...
 
     @property
@@ -71,24 +74,24 @@ class Retention(Protocol):
 
     @property
     def jobs_s(self) -> float | None:
-        """A job after its end, in seconds; None: for ever."""
+        """How long a job is kept after its end, in seconds; None: for ever."""
         ...
 
     def keep_file_s(self, wish_s: float | None) -> float | None:
-        """How long a file is kept whose caller wished for `wish_s`, in seconds; None: for ever."""
+        """How long a file is kept if its caller asks for `wish_s`, in seconds; None: for ever."""
         ...
 
 
 @dataclass
 class AttemptMetrics:
-    """What one attempt took. seconds: of each stage that worked, without waiting. engine: what ran the UNet, once known."""
+    """What one attempt took. seconds: of work in each stage that ran, without waiting. engine: what ran the UNet, once known."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[Stage, float] = field(default_factory=dict)
     engine: str | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """As a status shows them: fal's `inference_time`, and of a job that succeeded our own receipt."""
+        """The metrics in a status: fal's `inference_time` and, for a job that succeeded, our own receipt."""
         fields: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
         if self.engine is not None:
             fields["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
@@ -113,7 +116,7 @@ class Dispatcher:
         self.retention = retention
 
     async def run(self) -> None:
-        """Works until cancelled; jobs in hand go back to the queue then, at no cost to their attempts, and are resumed."""
+        """Works until cancelled. Then running jobs go back to the queue and are resumed; it does not count as an attempt."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep_forever())
             group.create_task(self._expire_forever())
@@ -121,7 +124,7 @@ class Dispatcher:
                 group.create_task(self._claim_forever(endpoint, group))
 
     async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
-        """One endpoint's jobs, as many at once as its stages have room for: minutes of one do not hold up seconds of another."""
+        """Runs one endpoint's jobs, as many at once as its stages have room for. Other endpoints' long jobs do not delay them."""
         room = asyncio.Semaphore(self.queue.max_in_flight)
         async with self.store.watch_work() as work:
             while True:
@@ -137,7 +140,7 @@ class Dispatcher:
                     return claim
                 await work.changed(IDLE_WAIT_S)
             except StoreAway:
-                logger.exception("no claim", extra={"action": "claim_failed"})
+                logger.exception("no job could be claimed", extra={"action": "claim_failed"})
                 await asyncio.sleep(OUTAGE_PAUSE_S)
 
     async def _sweep_forever(self) -> None:
@@ -146,18 +149,18 @@ class Dispatcher:
                 if swept := await self.store.sweep():
                     logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
             except StoreAway:
-                logger.exception("no sweep", extra={"action": "sweep_failed"})
+                logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def _expire_forever(self) -> None:
-        """Deletes what is past its time, batch by batch: between two of them, other work has its turn."""
+        """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
                 files = await self.store.expire_files(self.files.delete)
                 jobs = await self.store.expire_jobs(self.retention.jobs_s)
                 await self.store.expire_secrets()
             except StoreAway:
-                logger.exception("nothing expired", extra={"action": "expiry_failed"})
+                logger.exception("nothing expired could be deleted", extra={"action": "expiry_failed"})
                 files = jobs = 0
             await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
 
@@ -182,10 +185,10 @@ class Dispatcher:
             elif reason != "lost":
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
                 await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
-        except (LeaseLost, StoreAway):  # the job goes on when its lease ends, here or elsewhere
+        except (LeaseLost, StoreAway):  # the job is tried again when its lease ends, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
-            # all else, a checkpoint that does not fit among it, is ours to know and not the caller's
+            # the caller is not told of any other error, e.g. weights that do not fit the model
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
             await self._close(claim, lambda: self._end_attempt(claim, error, metrics))
@@ -195,7 +198,7 @@ class Dispatcher:
             renewing.cancel()
 
     async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
-        """After an error: another attempt, or the end."""
+        """After an error: queues another attempt, or fails the job."""
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
         if wait_s is None:
             await self.store.fail(claim, error_failure(error), metrics.fields)
@@ -203,34 +206,32 @@ class Dispatcher:
             await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
-        """The job's output, with what the stages noted on the way in its log."""
+        """Renders the job and writes the stages' notes to its log; returns its output."""
         async with JobLog(self.store, claim) as job_log:
             return await self._render(claim, metrics, watchdog, job_log)
 
     async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
-        """The job's output, its file kept, and in `metrics` what the stages did for it."""
+        """Calls the stages, stores the file and returns the job's output. metrics: is filled."""
 
-        async def on_note(note: Note) -> None:
+        async def on_note(item: Started | Note) -> None:
             watchdog.working()
-            if note != STARTED:
-                job_log.note(note)
+            if isinstance(item, Note):
+                job_log.note(item)
 
-        def ended(stage: str, took: float) -> None:
+        def product_of(stage: Stage, done: Done[T]) -> T:
             watchdog.waiting()
             job_log.stage_ended()
-            metrics.seconds[stage] = took
+            metrics.seconds[stage] = done.seconds
+            return done.product
 
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
         latents = await stages.saved(checkpoint, on_note) if checkpoint.used else None
         watchdog.waiting()
         if latents is None:
-            conditioning, took = await stages.preprocess(claim.input, on_note)
-            ended("preprocess", took)
-            latents, took = await stages.denoise(conditioning, checkpoint, on_note)
-            ended("denoise", took)
-        clip, took = await stages.decode(latents, on_note)
-        ended("decode", took)
+            conditioning = product_of("preprocess", await stages.preprocess(claim.input, on_note))
+            latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, on_note))
+        clip = product_of("decode", await stages.decode(latents, on_note))
         metrics.engine = clip.engine
         file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
@@ -243,7 +244,7 @@ class Dispatcher:
             await self.store.add_file(name, keep_s)
         try:
             return await self.files.put("video", clip.mp4, "video/mp4", name)
-        except OSError as exc:  # a full disk, a bucket that is away: worth another try
+        except OSError as exc:  # e.g. a full disk, or a bucket that does not answer: worth another attempt
             raise StorageFailed from exc
 
     async def _renew_lease(
@@ -261,18 +262,18 @@ class Dispatcher:
                 except LeaseLost:
                     reason = "lost"
                 except StoreAway:
-                    logger.exception("no heartbeat", extra=_fields(claim, "heartbeat_failed"))
+                    logger.exception("the lease could not be renewed", extra=_fields(claim, "heartbeat_failed"))
         render.cancel()
         return reason
 
     async def _close(self, claim: Claim, write: Callable[[], Awaitable[None]]) -> None:
-        """The attempt's last word. If it cannot be said, the lease runs out and the job is done again."""
+        """Writes the attempt's outcome. If that fails, the lease runs out and the job is tried again."""
         try:
             await write()
         except LeaseLost:
-            logger.warning("lease lost at the end", extra=_fields(claim, "lease_lost"))
+            logger.warning("the lease was lost before the outcome was written", extra=_fields(claim, "lease_lost"))
         except StoreAway:
-            logger.exception("job not closed", extra=_fields(claim, "close_failed"))
+            logger.exception("the outcome of an attempt was not written", extra=_fields(claim, "close_failed"))
 
 
 def _fields(claim: Claim, action: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What the stages note, written to the job's log beside the work: neither a slow database nor a chatty stage holds up the other.
+"""Writes the stages' notes to the job's log in the background: a slow database does not delay a stage that notes much.
 
-Lines for the caller are written in their order, as many as can wait. Progress is let through less often the older the attempt is,
-of two hours 600 lines, and of what is held back only the latest waits. The first and the last of each stage are always written.
+Lines for the caller are written in order; if too many wait, the rest is left out and counted. Progress is written less often the
+older the attempt is (600 lines in two hours), and of the progress held back only the latest waits. The first and the last
+progress of each stage are always written.
 """
 
 import asyncio
@@ -21,13 +22,13 @@ from deployments.stages.token_bucket import TokenBucket
 BURST = 20
 MOST_WAITING = 200
 FLUSH_S = 5.0
-"""How long an attempt that has ended waits for its last lines to be written."""
+"""How long an attempt that has ended waits until its last lines are written."""
 
 logger = logging.getLogger(__name__)
 
 
 class JobLog:
-    """One attempt's notes. What it was told is written when `async with` is left. clock: seconds."""
+    """The log of one attempt. When `async with` ends, all notes have been written. clock: in seconds."""
 
     def __init__(self, store: JobStore, claim: Claim, clock: Callable[[], float] = time.monotonic):
         self._store = store
@@ -56,12 +57,14 @@ class JobLog:
             unwritten = not self._writing.done()
             self._writing.cancel()
         if unwritten:
-            logger.warning("last lines not written", extra={"action": "lines_lost", "job_id": str(self._claim.job_id)})
+            logger.warning(
+                "the last log lines were not written", extra={"action": "lines_lost", "job_id": str(self._claim.job_id)}
+            )
         elif (error := self._writing.exception()) is not None and exc is None:
             raise error
 
     def note(self, note: Note) -> None:
-        """Takes a note, at once. Raises `LeaseLost` or `StoreAway` if an earlier one could not be written."""
+        """Takes a note without waiting. Raises `LeaseLost` or `StoreAway` if an earlier one could not be written."""
         if self._writing.done():
             self._writing.result()
         if self._full:
@@ -77,7 +80,7 @@ class JobLog:
         self._told.set()
 
     def stage_ended(self) -> None:
-        """The stage has said its last."""
+        """The stage has ended; what it noted last is written."""
         self._add_latest()
         self._stage_begins = True
         self._told.set()
@@ -108,7 +111,7 @@ class JobLog:
                         await self._told.wait()
 
     def _next(self) -> Note | None:
-        """What may be written now."""
+        """The next note, if one may be written now."""
         if self._full:
             self._waiting.clear()
             self._latest = None

@@ -1,7 +1,7 @@
-"""How long an attempt may run, and how long it may stand still: two clocks, read where `dispatcher.py` renews the lease.
+"""How long an attempt may run, and how long it may stand still: two deadlines, checked where `dispatcher.py` renews the lease.
 
-Standing still means that a stage whose turn has come notes no progress. Waiting for a turn is none: behind a long job that
-may take as long as the job.
+An attempt stands still while a stage whose turn has come notes no progress. Waiting for a turn does not count: behind a long job
+it may take as long as that job.
 """
 
 import time
@@ -12,7 +12,7 @@ from engines.errors import GenerationTimeout, ReelrayError, RunnerStalled
 
 
 class Deadlines(Protocol):
-    """For one attempt; see `deployments.settings.Deadlines`."""
+    """The deadlines of one attempt; see `deployments.settings.Deadlines`."""
 
     @property
     def run_s(self) -> float:
@@ -26,7 +26,7 @@ class Deadlines(Protocol):
 
 
 class Watchdog:
-    """One attempt's clocks. It runs from now on and does not yet work. clock: seconds."""
+    """One attempt's deadlines. The attempt begins now, and no stage works on it yet. clock: in seconds."""
 
     def __init__(self, deadlines: Deadlines, clock: Callable[[], float] = time.monotonic):
         self._idle_s = deadlines.idle_s
@@ -43,11 +43,11 @@ class Watchdog:
         self._note_until = None
 
     def due_in_s(self) -> float:
-        """Seconds to the first deadline."""
+        """Seconds until the first deadline."""
         return max(0.0, min(self._run_until, self._note_until or self._run_until) - self._clock())
 
     def overdue(self) -> ReelrayError | None:
-        """What the attempt must be ended with."""
+        """The error to end the attempt with, once a deadline has passed."""
         now = self._clock()
         if now >= self._run_until:
             return GenerationTimeout()

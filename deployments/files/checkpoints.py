@@ -1,6 +1,6 @@
-"""How far a job has come, kept by the stage that works on it and found by the attempt after.
+"""A job's progress, stored by the stage that works on it, for the next attempt to go on from.
 
-Nothing here fails a job: a file that cannot be written or used is a warning for the operator, and its work is done again.
+Nothing here fails a job. If a file cannot be written or used, the operator gets a warning and the work is done again.
 """
 
 import asyncio
@@ -20,15 +20,16 @@ from engines.spec import Checkpoint, Conditioning, Latents
 logger = logging.getLogger(__name__)
 
 WRITE_TIMEOUT_S = 30.0
-"""A bucket that does not answer holds up a finished job no longer than this."""
+"""A bucket that does not answer delays a finished job no longer than this."""
 
 T = TypeVar("T", bound=Checkpoint | Latents)
 
 
 class Checkpoints:
-    """The files of one model's jobs. config: the model's. What was made with another config or of other weights is not used.
+    """The checkpoints of one model's jobs. config: the model's; checkpoints made with another config or weights are not used.
 
-    engines: tells what runs the UNet here. Steps of another engine are not used: their bits would not be an undisturbed run's.
+    engines: returns what runs the UNet here. Another engine's steps are not used: the result would have other bits than that of
+    an uninterrupted run.
     """
 
     def __init__(self, files_url: str, config: Any, engines: Callable[[], tuple[str, ...]] = tuple):
@@ -38,15 +39,15 @@ class Checkpoints:
         self._model = fingerprint_of(config)
 
     async def latents(self, name: str) -> Latents | None:
-        """What the job's denoising came to, if it did."""
+        """The job's finished latents, if there are any."""
         return await self._read(name, Latents, lambda: self.of_latents(name))
 
     async def step(self, name: str, conditioning: Conditioning) -> Checkpoint | None:
-        """The last step that was kept, if it was made of the same conditioning in the same arithmetic."""
+        """The last step that was stored, if it was computed from the same conditioning in the same arithmetic."""
         return await self._read(name, Checkpoint, lambda: self.of_steps(name, conditioning))
 
     async def write(self, name: str, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
-        """Keeps `value` in the place of what was there. fingerprint: called in a thread, as it may read a whole video."""
+        """Stores `value` in place of the previous checkpoint. fingerprint: called in a thread, as it may hash a whole video."""
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 data = await asyncio.to_thread(lambda: pack(value, fingerprint()))
@@ -55,11 +56,11 @@ class Checkpoints:
             logger.warning("checkpoint not written", exc_info=True, extra={"action": "checkpoint_failed", "file": name})
 
     def of_latents(self, name: str) -> str:
-        """The fingerprint of finished latents: they need no conditioning any more."""
+        """The fingerprint of finished latents, which can be decoded without the conditioning."""
         return fingerprint_of(name, self._model)
 
     def of_steps(self, name: str, conditioning: Conditioning) -> str:
-        """The fingerprint of a step. Hashes the conditioning, for which a long video takes some tenths of a second."""
+        """The fingerprint of a step. Hashes the conditioning, which takes some tenths of a second for a long video."""
         return fingerprint_of(name, self._model, arithmetic_of(self._config.device), self._engines(), conditioning)
 
     async def _read(self, name: str, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
@@ -72,10 +73,10 @@ class Checkpoints:
 
 
 class Saving:
-    """Keeps what one call has done, beside its work: a step at most every `every_s` seconds, and the finished latents.
+    """Stores one call's progress while it works: a step at most every `every_s` seconds, and the finished latents.
 
-    `async with` waits at its end for what is being written. Left by a cancel, it writes the newest step too: whoever cancels
-    may be shutting down, and the job goes on elsewhere.
+    At its end, `async with` waits for the write that is under way. After a cancel it also writes the newest step: perhaps this
+    replica is shutting down, and the job will go on elsewhere.
     """
 
     def __init__(self, checkpoints: Checkpoints, name: str, conditioning: Conditioning, every_s: float):
@@ -92,15 +93,15 @@ class Saving:
         return self
 
     def begin(self) -> None:
-        """The work begins now, and with it the time until its first checkpoint."""
+        """To be called when the work begins: the time until the first checkpoint counts from here."""
         self._due = monotonic() + self._every_s
 
     def offer(self, step: Checkpoint) -> None:
-        """Takes note of a step that is done, from the thread that did it."""
+        """Takes a step that is done. Called from the thread that computed it."""
         self._loop.call_soon_threadsafe(self._offered, step)
 
     async def finish(self, latents: Latents) -> None:
-        """Keeps the latents in the place of all steps."""
+        """Stores the finished latents in place of the last step."""
         await self._written()
         self._newest = None
         self._write(latents, lambda: self._checkpoints.of_latents(self._name))
@@ -124,4 +125,4 @@ class Saving:
 
     async def _written(self) -> None:
         if self._writing is not None:
-            await asyncio.wait([self._writing])  # and not the task itself, which a cancel of ours shall not end
+            await asyncio.wait([self._writing])  # not the task itself: a cancel of ours must not end the write

@@ -1,12 +1,12 @@
-"""URL to file, when the URL is a stranger's: size, time and, above all, where it leads.
+"""Downloads from callers' URLs, with limits on their size, their time and, above all, on the addresses that they may reach.
 
 A caller's URL is fetched from inside the operator's network. So every hop's host is resolved here, all its addresses must be
-public, and the connection goes to an address that was checked, not to the name: a name that is resolved again may by then point
-elsewhere (DNS rebinding). TLS still asks for, and verifies, the name.
+public, and the connection goes to an address that was checked, not to the name: if the name were resolved again, it could by then
+point elsewhere (DNS rebinding). TLS still verifies the server's certificate for the name.
 
-A download goes to disk as it comes: several large videos at once are more than a replica's memory is for.
+A download is written to disk as it arrives: several large videos at once would take too much of a replica's memory.
 
-`send` makes the same checks for any other request to a stranger's URL (`webhooks/courier.py`).
+`send` makes the same checks for other requests to callers' URLs (`webhooks/courier.py`).
 """
 
 import asyncio
@@ -33,22 +33,24 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 USER_AGENT = "reelray"
 CONNECT_TIMEOUT_S = 10.0
-"""Then the host's next address is tried."""
+"""After it, the host's next address is tried."""
 CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
-"""At most 1 : 1032, so that one network chunk of 64 kB decodes to at most 66 MB before the cap is checked. Stacked ones, brotli
-and zstd have no such bound, and no image or video needs any."""
+"""These expand at most 1032-fold, so one network chunk of 64 kB decodes to at most 66 MB before its size is checked. Brotli, zstd
+and combined encodings have no such bound, and no image or video needs them."""
 
 CONNECTION_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup)
-"""What a stranger's URL or server can make `send` raise, beside `Refused`; their texts may name addresses. ValueError: a host
-that IDNA refuses; a port beyond 65535 overflows or fails in a group."""
+"""What `send` can raise because of a URL or its server, besides `Refused`. Callers must not see the texts, which may contain
+addresses. ValueError: for a host that IDNA refuses. OverflowError, ExceptionGroup: for a port above 65535."""
 
-NOT_PUBLIC = "The host does not resolve to a public address."  # also where it does not resolve: which names exist inside is ours
+NOT_PUBLIC = "The host does not resolve to a public address."
+"""Also for a name that does not resolve at all: callers must not learn which names exist in the operator's network."""
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @contextmanager
 def download_folder() -> Iterator[Path]:
-    """A temporary folder, which goes at the end with all that is in it. Raises `StorageFailed`."""
+    """A temporary folder, deleted at the end with everything in it. Raises `StorageFailed`."""
     with _storing():
         folder = TemporaryDirectory(prefix="reelray-")
     with folder as name:
@@ -56,18 +58,18 @@ def download_folder() -> Iterator[Path]:
 
 
 async def download(url: str, settings: FetchSettings, field: str, into: Path) -> None:
-    """Writes what is behind an http(s) URL or in a base64 data URI to the file `into`. After a failure there is no such file.
+    """Writes the content of an http(s) URL or a base64 data URI to the file `into`. After a failure there is no such file.
 
     field: the input field that held `url`, for the error's loc. Raises `FileDownloadError`, and `FileTooLarge` as soon as
-    the size is known to be above `settings.max_bytes`: both are the caller's, as are their messages. Raises `StorageFailed`
-    where it is our disk that does not take it.
+    the size is known to be above `settings.max_bytes`: both tell the caller what is wrong. Raises `StorageFailed` if our own
+    disk does not take the file.
     """
     with _new_file(into) as file:
         await _download(url, settings, ("body", field), file)
 
 
 async def download_all(urls: Mapping[str, str], settings: FetchSettings, folder: Path) -> dict[str, Path]:
-    """Field -> file in `folder` for field -> URL, all at once. Raises what `download` raises for the first that fails."""
+    """Downloads several files at once. urls: field -> URL. Returns field -> file in `folder`; raises the first error."""
     files = {field: folder / field for field in urls}
     try:
         async with asyncio.TaskGroup() as group:
@@ -79,7 +81,7 @@ async def download_all(urls: Mapping[str, str], settings: FetchSettings, folder:
 
 
 class Refused(Exception):
-    """The file will not be had, or the request not be sent; the text is for the caller."""
+    """The file is not downloaded, or the request not sent; the text tells the caller why."""
 
 
 class _TooLarge(Exception):
@@ -88,7 +90,7 @@ class _TooLarge(Exception):
 
 @contextmanager
 def _storing() -> Iterator[None]:
-    """What the disk refuses within is told as what it is: our trouble, and worth another try."""
+    """Turns our own disk's errors into `StorageFailed`, which is tried again."""
     try:
         yield
     except OSError as exc:
@@ -97,7 +99,7 @@ def _storing() -> Iterator[None]:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; gone again if what is done within fails."""
+    """A new file to write; it is deleted if the block fails."""
     with _storing():
         try:
             with path.open("wb") as file:
@@ -113,7 +115,7 @@ async def _write(file: BinaryIO, data: bytes) -> None:
 
 
 async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
-    """Raises errors with this `loc`."""
+    """`download` into an open file. loc: for the errors."""
     try:
         if url[:5].lower() == "data:":
             await _write(file, await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes))
@@ -135,7 +137,7 @@ async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], fil
 def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
     """RFC 2397, with the base64 that browsers accept (WHATWG "forgiving-base64"): line breaks inside, no padding.
 
-    An escaped "%2B" or "%3D" is what URL-encoding a whole data URI leaves behind.
+    Escapes such as "%2B" and "%3D" are decoded: some callers URL-encode a whole data URI.
     """
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
@@ -169,10 +171,10 @@ async def _request(url: str, settings: FetchSettings, file: BinaryIO) -> None:
 
 
 def new_client() -> httpx.AsyncClient:
-    """A client for `send`. Not to be shared between hosts: a kept connection is found again by its address, whatever name the
-    certificate was verified for. The whole is timed by whoever sends."""
+    """A client for `send`. Not to be shared between hosts: an open connection is used again for the same address, whatever name
+    its certificate was verified for. Only connecting has a timeout; the caller sets one for the whole."""
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-    # trust_env: a proxy from the environment would resolve the name again, and reach what we must not.
+    # trust_env=False: a proxy from the environment would resolve the name again, without our checks
     return httpx.AsyncClient(trust_env=False, verify=_tls(), timeout=timeout, follow_redirects=False)
 
 
@@ -185,9 +187,10 @@ async def send(
     *,
     allow_private: bool,
 ) -> httpx.Response:
-    """The response's head, from the first address of the host that can be connected to; close it. Follows no redirect.
+    """The response, its body still unread, from the first of the host's addresses that accepts a connection.
 
-    allow_private: also to the operator's own network. Raises `Refused` and `CONNECTION_ERRORS`.
+    It must be closed. Redirects are not followed. allow_private: addresses in the operator's own network are allowed.
+    Raises `Refused` and `CONNECTION_ERRORS`.
     """
     if url.scheme not in ("http", "https") or not url.host:
         raise Refused("only http and https URLs are fetched.")
@@ -215,7 +218,7 @@ async def send(
 
 
 async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]:
-    """All addresses of `host`; odd spellings of addresses ("127.1", "0x7f000001") come out of the resolver as what they mean."""
+    """All addresses of `host`. The resolver also normalizes odd spellings of addresses ("127.1", "0x7f000001")."""
     try:
         look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(_resolvers(), look_up)
@@ -228,7 +231,7 @@ async def _resolve(host: str, port: int, allow_private: bool) -> list[IPAddress]
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is one of the Internet's, an IPv4 address that rides in an IPv6 one included."""
+    """Whether an address is on the public Internet. Of an IPv6 address that contains an IPv4 one, the latter counts."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
         if address in _NAT64:
@@ -241,7 +244,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> None:
-    """Writes the decoded body."""
+    """Writes a response's decoded body to `file`."""
     if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
         raise Refused("its content encoding is not supported.")
     declared = response.headers.get("content-length", "")
@@ -257,8 +260,8 @@ async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> Non
 
 @functools.cache
 def _resolvers() -> ThreadPoolExecutor:
-    """Threads for looking names up, in place of asyncio's few: a name server that is silent holds one for half a minute, longer
-    than anybody waits, and must not hold up whoever asks for another name."""
+    """Threads for looking up names, instead of asyncio's few: a name server that does not answer blocks one for half a minute,
+    and must not delay look-ups of other names."""
     return ThreadPoolExecutor(256, "resolver")
 
 

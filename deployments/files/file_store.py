@@ -3,7 +3,7 @@
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
 may be cached for ever. Any fsspec URL will do; a local folder is the default.
 
-Beside them lie the checkpoints of jobs: one each, written again and again, and nobody's to fetch.
+The checkpoints of jobs are stored beside them: one per job, overwritten again and again, and never served.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ CONTENT_TYPES = {
     ".webm": "video/webm",
     ".webp": "image/webp",
 }
-"""What is kept under which suffix. A type outside this table is kept as `.bin`: bytes that no browser will interpret."""
+"""Suffix -> type of the files with it. All other types get the suffix `.bin`, which no browser interprets."""
 
 _SUFFIXES = {content_type: suffix for suffix, content_type in CONTENT_TYPES.items()}
 _NAME = re.compile(r"[0-9a-f]{32}/[A-Za-z0-9_-]+\.[a-z0-9]+")
@@ -41,7 +41,7 @@ _CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}/latents\.safetensors")
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that was kept. path: "/files/<random>/<name>", to be put behind the service's own address. size: in bytes."""
+    """A file that was stored. path: "/files/<random>/<name>", to be appended to the service's address. size: in bytes."""
 
     path: str
     size: int
@@ -56,22 +56,22 @@ class FileStore:
     def new_name(self, name_hint: str, content_type: str) -> str:
         """A name for `put` that nobody can guess.
 
-        name_hint: what the download should be called, e.g. "video.mp4"; its suffix gives way to that of `content_type`.
+        name_hint: what the download should be called, e.g. "video.mp4"; its suffix is replaced by that of `content_type`.
         """
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name_hint).stem).strip("-")[:64] or "file"
         return f"{secrets.token_hex(16)}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
 
     async def put(self, name_hint: str, data: bytes, content_type: str, name: str | None = None) -> StoredFile:
-        """Keeps `data`; on return it is durable, and no reader ever sees half of it.
+        """Stores `data`. On return it is durable; no reader ever sees half of it.
 
-        name: from `new_name`, where it must be known beforehand; else it is made here of `name_hint`, see there.
+        name: from `new_name`, if it had to be known beforehand; else a new one is made from `name_hint`.
         """
         name = name or self.new_name(name_hint, content_type)
         await asyncio.to_thread(self._write, self._path(name), data)
         return StoredFile(URL_PREFIX + name, len(data))
 
     async def size(self, name: str) -> int | None:
-        """The size in bytes of the file at "/files/<name>"; None if there is none, whatever else the name may be."""
+        """The size in bytes of the file at "/files/<name>"; None if there is none, or the name is malformed."""
         if not _NAME.fullmatch(name):  # so no name ever leads out of the folder
             return None
         try:
@@ -83,25 +83,25 @@ class FileStore:
     async def read(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to before `stop` of a file that `size` knows, in chunks."""
         for begin in range(start, stop, CHUNK_BYTES):
-            # No handle stays open between chunks: a reader who goes away mid-file leaves nothing behind.
+            # No handle stays open between chunks, so a reader who leaves mid-file leaks nothing.
             end = min(begin + CHUNK_BYTES, stop)
             yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
 
     async def delete(self, name: str) -> None:
-        """Lets the file at "/files/<name>", or the checkpoint of that name, go, if it is there."""
+        """Deletes the file at "/files/<name>", or the checkpoint of that name, if there is one."""
         if _NAME.fullmatch(name) or _CHECKPOINT.fullmatch(name):
             await asyncio.to_thread(self._delete, self._path(name))
 
     async def put_checkpoint(self, name: str, data: bytes) -> None:
-        """Keeps `data` in the place of what was kept there before; whoever reads finds the one or the other, whole.
+        """Stores `data` in place of what was stored before; a reader finds either of the two, whole.
 
-        name: "checkpoints/<job id>/latents.safetensors". It goes by `delete`. Raises what the file system does.
+        name: "checkpoints/<job id>/latents.safetensors", as for `delete`. Raises the file system's errors.
         """
         assert _CHECKPOINT.fullmatch(name)
         await asyncio.to_thread(self._write, self._path(name), data)
 
     async def get_checkpoint(self, name: str) -> bytes | None:
-        """What was kept last; None if there is nothing."""
+        """What was stored last; None if there is nothing."""
         assert _CHECKPOINT.fullmatch(name)
         try:
             data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
@@ -112,7 +112,7 @@ class FileStore:
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             if isinstance(self._fs, LocalFileSystem):
-                # each file has a folder of its own, and in it, perhaps, what a killed process had written of it
+                # each file has a folder of its own, where a killed process may have left a temporary file
                 shutil.rmtree(Path(path).parent)
             else:
                 self._fs.rm_file(path)
@@ -125,14 +125,14 @@ class FileStore:
             _write_durably(Path(path), data)
         else:
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(path, data)  # object stores show an object when its upload is complete
+            self._fs.pipe_file(path, data)  # object stores show an object only when it is complete
 
 
 def _write_durably(path: Path, data: bytes) -> None:
     """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # of two who write at once, each has its own
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two writers at once have one each
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -141,7 +141,7 @@ def _write_durably(path: Path, data: bytes) -> None:
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # an older one of the same name is there
+        with suppress(OSError):  # an older file of the same name is there
             path.parent.rmdir()
         raise
     for folder in {path.parent, *(folder.parent for folder in made)}:

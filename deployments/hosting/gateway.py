@@ -20,7 +20,7 @@ GRACE_S = 5
 
 
 def run(config: Path, host: str, port: int, workers: int) -> None:
-    """Serves until interrupted. Workers are processes of their own and find `config` in the environment. Raises `Exposed`."""
+    """Serves until interrupted. Workers are separate processes, which find `config` in the environment. Raises `Exposed`."""
     settings = load_settings(config)
     settings.refuse_exposure(host)
     threading.Thread(target=keep_running, args=(settings,), daemon=True).start()
@@ -46,6 +46,6 @@ def app() -> FastAPI:
 
 
 def _end_after(parent: BaseProcess) -> None:
-    """A worker whose parent was killed would hold the port, and the next gateway could not start."""
+    """Ends this worker with its parent. If the parent was killed, its workers would keep the port from the next gateway."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)

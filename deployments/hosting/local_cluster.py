@@ -1,6 +1,6 @@
-"""The whole service on this machine, for as long as a `with` block lasts: a Ray of its own, Serve from the YAML, PostgreSQL.
+"""The whole service on this machine, for as long as a `with` block lasts: its own Ray, Serve from the YAML, PostgreSQL.
 
-On a cluster this file has no part: there `serve deploy` takes the same YAML and an operator's PostgreSQL is running.
+A cluster does not use this file: there `serve deploy` takes the same YAML, and the operator runs PostgreSQL.
 """
 
 import logging
@@ -28,19 +28,19 @@ from engines.errors import ReelrayError
 READY_TIMEOUT_S = 180.0
 PORT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 1_000_000_000
-"""Conditioning and latents of the few jobs in flight; Ray's own default is a third of the memory."""
+"""Enough for the conditioning and latents of the few jobs in flight; Ray's default is a third of the memory."""
 
 
 class ServiceFailed(ReelrayError):
-    """The service did not come up."""
+    """The service did not start."""
 
 
 @contextmanager
 def running(config: Path, *, host: str | None = None, port: int | None = None, dashboard: bool = False) -> Iterator[str]:
     """Starts everything in `config`, yields the service's URL once it answers, and stops everything.
 
-    Jobs in hand at the end go back to the queue. Raises `ServiceFailed` with what the deployment that failed had to say,
-    and `Exposed`.
+    At the end, running jobs go back to the queue. Raises `ServiceFailed` with the message of the deployment that failed, and
+    `Exposed`.
     """
     schema = ServeDeploySchema.model_validate(yaml.safe_load(config.read_text()))
     schema.http_options.host = host or schema.http_options.host
@@ -62,7 +62,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-        signal.signal(signal.SIGTERM, _exit)  # again: Ray has put a handler in its place that aborts
+        signal.signal(signal.SIGTERM, _exit)  # again: Ray has replaced it by one that aborts
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
@@ -72,13 +72,13 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     finally:
         try:
             _shut_down([app.name for app in schema.applications])
-        finally:  # also when Ray is beyond being asked
+        finally:  # even if Ray does not answer any more
             front.close()
             stop_embedded(settings)
 
 
 def _check_free(host: str, port: int) -> None:
-    """Serve would wait for a taken port until the end of its patience. What a killed service leaves is gone after a moment."""
+    """Raises `ServiceFailed` for a taken port, where Serve would wait until its timeout. A killed service frees its port soon."""
     deadline = time.monotonic() + PORT_TIMEOUT_S
     while True:
         with socket.socket() as listener:
@@ -113,7 +113,7 @@ def _exit(*_: object) -> NoReturn:
 
 
 def _shut_down(names: list[str]) -> None:
-    """Ends the applications, so that dispatchers give their jobs back, and then Ray with all that is left of Serve."""
+    """Ends the applications first, so that dispatchers give their jobs back, then Ray with the rest of Serve."""
     if ray.is_initialized():
         with suppress(RayServeException):  # Serve had not started
             for name in names:

@@ -1,4 +1,4 @@
-"""How a log record looks: the event, then its fields as key=value, so that a job can be followed through every process."""
+"""The format of log records: the event, then its fields as key=value, so that a job can be followed through every process."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class FieldFormatter(logging.Formatter):
-    """Appends what was given as `extra`."""
+    """Appends the fields that were given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """E.g. "23:31:07,120 WARNING deployments.dispatch.dispatcher attempt failed action=attempt_failed attempt=1"."""
@@ -17,7 +17,7 @@ class FieldFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Our loggers to stderr, which Ray keeps in a file for each replica. Called once by whoever owns the process."""
+    """Sends our log records to stderr, which Ray writes to a file for each replica. Call it once per process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FieldFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     for name in ("deployments", "engines"):

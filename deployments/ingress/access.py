@@ -1,7 +1,7 @@
-"""Who a request is from, and what it may do: an API key, a token that stands for one, or anybody where the service is open.
+"""Who sent a request and what it may do. Callers show an API key or a token issued for one; an open service asks for neither.
 
-The order of the refusals tells a stranger nothing: first who asks (401), then whether the job is within reach (404, whatever the
-scopes), then whether the key has the scope (403).
+The order of the checks gives nothing away to strangers: first the key or token (401), then whether the job is the caller's (404,
+whatever the scopes), then whether the key has the scope (403).
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Caller:
     scopes: frozenset[Scope]
 
     def require(self, scope: Scope) -> None:
-        """Raises `Forbidden` without it."""
+        """Raises `Forbidden` if the caller does not have the scope."""
         if scope not in self.scopes:
             raise Forbidden(f"The API key lacks the scope {scope}.")
 
@@ -41,16 +41,16 @@ ANYBODY = Caller(None, frozenset(DEFAULT_SCOPES))
 
 
 async def caller_of(request: Request, app: str | None = None) -> Caller:
-    """Who asks; app: of which app, if of one. Raises `Unauthorized`, `Forbidden`."""
+    """The sender of a request. app: whose path it is for, if it is an app's. Raises `Unauthorized`, `Forbidden`."""
     if settings_of(request).auth == "open":
         return ANYBODY
     return await identify(request, store_of(request), app)
 
 
 async def job_of(request: Request, app: str, request_id: str, scope: Scope, lines_after: int | None = None) -> Job:
-    """The job that a path names, for a caller with `scope`; lines_after: see `JobStore.get`.
+    """The job in a request's path, if its caller has `scope`. lines_after: see `JobStore.get`.
 
-    One that is out of its reach, or of another endpoint, is unknown.
+    Raises `UnknownRequest` for another caller's job and for another endpoint's, as if there were none.
     """
     caller = await caller_of(request, app)
     try:
@@ -66,7 +66,7 @@ async def job_of(request: Request, app: str, request_id: str, scope: Scope, line
 
 
 async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook:
-    """The webhook of the job that a path names, for a caller with `scope`."""
+    """The webhook of the job in a request's path, if its caller has `scope`. Raises `UnknownRequest` as `job_of` does."""
     caller = await caller_of(request)
     try:
         job_id = UUID(request_id)
@@ -81,9 +81,9 @@ async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook
 
 
 async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
-    """Who asks of a service with keys, by the key in the header, or where there is none by the token in the query.
+    """The caller of a service with keys: by the key in the header or, without that header, by the token in the query.
 
-    app: whose path this is; without one tokens are not taken. Raises `Unauthorized`, `Forbidden`.
+    app: whose path the request is for; tokens are refused on all other paths. Raises `Unauthorized`, `Forbidden`.
     """
     if "authorization" in request.headers or app is None:
         return _caller(await shown_secret(request, store))
@@ -94,11 +94,11 @@ async def identify(request: Request, store: JobStore, app: str | None = None) ->
     if not token.allows(app):
         raise Forbidden("The token is not for this app.")
     caller = _caller(secret)
-    return replace(caller, scopes=caller.scopes - {Scope.ADMIN})  # a page is nobody's operator
+    return replace(caller, scopes=caller.scopes - {Scope.ADMIN})  # tokens are for web pages
 
 
 def issued_token(secret: KeySecret | None, asked: TokenRequest) -> str:
-    """A token for the key whose secret was shown; for anybody, None, where the service is open."""
+    """A token for the key with this secret. secret: None if the service is open."""
     if secret is None:
         return tokens.issue_for_anybody(asked.allowed_apps, asked.token_expiration)
     return tokens.issue(secret, asked.allowed_apps, asked.token_expiration)

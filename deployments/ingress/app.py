@@ -1,4 +1,4 @@
-"""The door: fal's queue API, the files and a health check, as reads and writes of the job store.
+"""The HTTP app: fal's queue API, the files and a health check, as reads and writes of the job store.
 
 It imports neither torch nor ray, so it starts in a second and runs anywhere: inside Ray Serve, or beside the cluster under
 uvicorn, in several processes if need be. This file puts the app together; the routes are in the files beside it.
@@ -26,11 +26,11 @@ from engines.errors import ReelrayError
 logger = logging.getLogger(__name__)
 
 START_S = 10.0
-"""How long the door stays shut while its database is away; then it opens and says so."""
+"""How long the app waits for its database before it starts anyway, and answers 503 until the database is there."""
 
 
 def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
-    """The ASGI app. database: a URL, on which the app opens a store and closes it; or an open store, which stays the caller's."""
+    """The ASGI app. database: the URL of a store that the app opens and closes; or an open store, which the caller closes."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +49,7 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
             if app.state.store is not None:
                 await app.state.store.close()
 
-    app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # half of the Python client follows no redirect
+    app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # parts of fal's Python client follow none
     app.state.settings = settings
     app.state.store = None if isinstance(database, str) else database
     app.state.files = FileStore(settings.files_url)
@@ -67,14 +67,15 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
 
 
 async def _open_store(app: FastAPI, url: str) -> None:
-    """Until it succeeds: uvicorn takes a worker that cannot start for a broken app, and ends its healthy sisters as well."""
+    """Tries until it succeeds. Failing the start instead would end the other workers too: uvicorn takes the app for broken."""
     while app.state.store is None:
         try:
             app.state.store = await JobStore.open(url)
         except StoreAway:
-            logger.exception("no database yet", extra={"action": "store_away"})
-        except Exception:  # a password that is wrong, a schema that is newer: nothing that waiting mends
-            logger.critical("the database cannot be used: 503 until a restart", exc_info=True, extra={"action": "store_unusable"})
+            logger.exception("the database is not available yet", extra={"action": "store_away"})
+        except Exception:  # e.g. a wrong password or a newer schema: waiting does not help
+            event = "the database cannot be used: every answer is 503 until a restart"
+            logger.critical(event, exc_info=True, extra={"action": "store_unusable"})
             raise
 
 
@@ -84,7 +85,7 @@ async def _on_error(request: Request, exc: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:
-    """The router's own answers, 404 and 405 for the most part."""
+    """The router's own answers, mostly 404 and 405."""
     assert isinstance(exc, HTTPException)
     if exc.status_code == 404:
         failure = request_failure(404, "not_found", f"Path {request.url.path} not found")
@@ -98,9 +99,9 @@ async def _on_unknown_request(request: Request, exc: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, exc: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # the caller is gone
 
 
 async def _on_outage(request: Request, exc: Exception) -> Response:
-    logger.error("the database is away", exc_info=exc, extra={"action": "outage", "path": request.url.path})
+    logger.error("the database is not available", exc_info=exc, extra={"action": "outage", "path": request.url.path})
     return failure_response(request_failure(503, "internal_error", "The service is temporarily unavailable."))

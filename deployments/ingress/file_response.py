@@ -1,7 +1,7 @@
 """GET /files: serves stored files, with ranges and safe headers.
 
-They are what callers' models made, perhaps of callers' own bytes, so a browser may show the few types on an allow-list and
-must download the rest; nothing it is sent can run as a page of this origin. Ranges: RFC 9110 section 14, one range at a time.
+A file may contain bytes that a caller chose. So browsers may show only the few types on an allow-list and must download all
+others, and no file can run as a page of this origin. Ranges: RFC 9110 section 14, one range at a time.
 """
 
 import re
@@ -18,17 +18,17 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 CACHE_S = 3600
-"""A name is never written twice, but a file expires, and caches are not to have it for long then. Asking again costs a 304."""
+"""In seconds. A file never changes, but it expires, and caches should not keep it much longer. Asking again costs a 304."""
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class RangeNotSatisfiable(Exception):
-    """The range asked for begins behind the end of the file."""
+    """The requested range begins after the end of the file."""
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """(start, stop) of a Range header; None where the whole file is to be sent: several ranges, or none that is understood.
+    """(start, stop) of a Range header; None to send the whole file, for several ranges or a malformed header.
 
     Raises `RangeNotSatisfiable`.
     """
@@ -36,7 +36,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     if match is None or match.groups() == ("", ""):
         return None
     first, last = match.groups()
-    if not first:  # the last so many bytes
+    if not first:  # "-500": the last 500 bytes
         start, stop = max(0, size - int(last)), size
     else:
         start, stop = int(first), min(int(last) + 1, size) if last else size
@@ -48,7 +48,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 async def file_response(files: FileStore, name: str, request: Request, keep_s: float | None) -> Response:
-    """The file at "/files/<name>", or the part of it that was asked for. keep_s: how long files are kept. Raises `NotFound`."""
+    """The file at "/files/<name>", or the requested part. keep_s: how long files are kept, in seconds. Raises `NotFound`."""
     size = await files.size(name)
     if size is None:
         raise NotFound("There is no such file.")

@@ -1,7 +1,7 @@
-"""What holds for every answer, whatever route it came from: a request id, fal's shape even for our own mistakes, CORS.
+"""What applies to every answer, whatever its route: a request id, fal's error shape even for our own bugs, CORS.
 
 Plain ASGI rather than Starlette's BaseHTTPMiddleware, which puts a task and a stream between each route and the socket:
-status is asked ten times a second by every waiting Python client, and events must not be buffered.
+every waiting Python client asks for its status ten times a second, and server-sent events must not be buffered.
 """
 
 import logging
@@ -30,7 +30,7 @@ EXPOSED_HEADERS = ["x-fal-request-id", "x-fal-request-timeout-type", "x-fal-erro
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
-    """Puts the layers of this file around the routes of `app`. The last one added is the outermost."""
+    """Puts the middleware of this file around the routes of `app`. The last one added is the outermost."""
     app.add_middleware(TargetRouting)
     app.add_middleware(LastResort)
     if settings.auth == "open":
@@ -39,7 +39,7 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         CORSMiddleware,
         allow_origin_regex=LOCAL_ORIGINS,
         allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
-        allow_headers=["*"],  # answered with those that the preflight asks for: authorization, x-fal-*
+        allow_headers=["*"],  # the answer lists those that the preflight asks for, e.g. x-fal-*
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(RequestIds)
@@ -51,7 +51,7 @@ def failure_response(failure: Failure, headers: Mapping[str, str] | None = None)
 
 
 class RequestIds:
-    """Names every answer in x-fal-request-id: by its job where the route set `request.state.request_id`, else by itself.
+    """Adds x-fal-request-id to every answer: the job's id, if the route set `request.state.request_id`, else a new one.
 
     The JavaScript client knows a request's id from this header only; the Python client takes a 5xx without it for a proxy's.
     """
@@ -76,15 +76,15 @@ class RequestIds:
 
 
 class TrustedPages:
-    """Refuses what a page of somebody else's would write, where the service asks for no key.
+    """Refuses writes from other sites' web pages, for a service that requires no key.
 
-    Everybody's browser runs everybody's pages, and may reach a service that listens on loopback only. CORS does not help: it
-    keeps a page from reading the answer, but a POST of text is sent without asking first, and the job is there. Every browser
-    names the page in `Origin` when it writes; what is no browser does not, and passes.
+    A browser runs the pages of any site, and can reach a service that listens on loopback only. CORS does not help: it keeps a
+    page from reading the answer, but a browser sends a POST of plain text without a preflight, and the job is created. With every
+    write a browser names the page's site in `Origin`; requests without it do not come from a page, and pass.
 
-    A page is trusted that comes from this machine, or from `public_url`. That its host is the one it calls, as fal's client does
-    through a relative proxy URL, is enough only if the service is meant for the network: elsewhere so does a page whose own name
-    was made to point at this machine (DNS rebinding).
+    Pages from this machine and from `public_url` are trusted. On a service that is open to the network, so are pages that call
+    their own host, as fal's client does through a relative proxy URL. Elsewhere they are not: the owner of any site can point
+    its name at this machine (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -110,23 +110,23 @@ class TrustedPages:
 
 
 def _origin(url: str) -> str:
-    """As browsers write it: without the scheme's own port, in lower case."""
+    """A URL's origin as browsers write it: in lower case, without the scheme's default port."""
     parts = urlsplit(url.lower())
     own_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
     return f"{parts.scheme}://{parts.netloc.removesuffix(own_port)}"
 
 
 class LastResort:
-    """Answers 500 for an exception that no handler knows, with nothing of it in the body.
+    """Answers 500 for an exception that no handler takes, and says nothing about it in the body.
 
-    Starlette's own last resort stands outside all other middleware, so that its answers had neither request id nor CORS.
+    Starlette's own such handler is outside all other middleware, so its answers have neither a request id nor CORS headers.
     """
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on. An answer that has begun can only be cut off: the exception goes on to the server."""
+        """Passes the request on. If the answer has begun, the exception is raised to the server, which cuts the answer off."""
         begun = False
 
         async def watched_send(message: Message) -> None:

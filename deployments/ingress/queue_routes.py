@@ -1,12 +1,11 @@
 """fal's queue: submit, status, result and cancel, as reads and writes of the job store.
 
-What an input may be is said in `schemas/`, what a submission may ask for in `schemas/submission.py`, how a job looks to its
-caller in `schemas/responses.py`.
+`schemas/` defines the inputs, `schemas/submission.py` the options of a submission, `schemas/responses.py` the answers.
 """
 
 import logging
 from collections.abc import Collection
-from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -53,30 +52,35 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
 
 
 async def _submit(request: Request, endpoint: Endpoint) -> Response:
-    """Writes the job, then answers with its id."""
+    """Checks a submission, writes its job, then answers with the job's id."""
     settings = settings_of(request)
     caller = await caller_of(request, endpoint.id)
     caller.require(Scope.SUBMIT)
-    options = read_options(request.headers, request.query_params)  # a bad one is told before megabytes are read
+    options = read_options(request.headers, request.query_params)  # before the body, which may be megabytes
     body = await read_body(request, settings.max_body_bytes)
-    new = _new_job(request, endpoint, caller, options, body)
+    job_input, failure = _checked_input(endpoint, body)
+    new = _new_job(request, endpoint, caller, options, body, job_input)
     await _refuse_long_queue(request, new, options.max_queue_length)
-    failure = None
-    try:
-        new = replace(new, input=endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True))
-    except ValidationError as exc:
-        failure = validation_failure(exc)
-        if new.webhook_url is None:  # else the caller waits for a webhook, and only a job sends one
-            return failure_response(failure)
+    if failure is not None and new.webhook_url is None:  # else there must be a job: only a job sends a webhook
+        return failure_response(failure)
     return await _write(request, new, failure)
 
 
-def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes) -> NewJob:
-    """The job, its input still empty."""
+def _checked_input(endpoint: Endpoint, body: bytes) -> tuple[dict[str, Any], Failure | None]:
+    """The input as the job keeps it, and what is wrong with it; an input that is refused is empty."""
+    try:
+        return endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True), None
+    except ValidationError as exc:
+        return {}, validation_failure(exc)
+
+
+def _new_job(
+    request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes, job_input: dict[str, Any]
+) -> NewJob:
     settings, key = settings_of(request), options.idempotency_key
     return NewJob(
         endpoint=endpoint.id,
-        input={},
+        input=job_input,
         owner=caller.owner,
         priority=options.priority,
         start_timeout_s=options.start_timeout_s,
@@ -94,20 +98,20 @@ async def _refuse_long_queue(request: Request, new: NewJob, limit: int | None) -
     if (
         limit is not None
         and await store_of(request).queued(new.endpoint, at_most=limit + 1) > limit
-        and not await store_of(request).repeated(new)  # a repeat adds nothing, and who is told 429 does not learn of the job
+        and not await store_of(request).repeated(new)  # a repeat adds no job, and its caller needs the job's id
     ):
         raise QueueFull(f"More than {limit} requests are waiting already.")
 
 
 async def _write(request: Request, new: NewJob, failure: Failure | None) -> Response:
-    """Makes the job durable, then answers. failure: what its caller is told if it cannot run."""
+    """Stores the job, then answers. failure: of an input that was refused; the job is then stored as failed."""
     store = store_of(request)
     try:
         job = await (store.submit(new) if failure is None else store.submit_failed(new, failure))
     except OUTAGES:
-        # One of the store's tries may have been committed though its answer was lost. On 503 the JavaScript client would
-        # submit again, under a new id, and the GPUs would render twice; on 500 neither client repeats a submission.
-        logger.exception("submission of unknown outcome", extra={"action": "submit_unknown", "endpoint": new.endpoint})
+        # The job may have been committed although the database's answer was lost. On 503 the JavaScript client would submit
+        # again, as a new job, and the GPUs would render twice; on 500 neither client repeats a submission.
+        logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
         detail = "The service failed while it queued the request, which may or may not run."
         return failure_response(request_failure(500, "internal_error", detail))
     request.state.request_id = str(job.id)
@@ -117,7 +121,7 @@ async def _write(request: Request, new: NewJob, failure: Failure | None) -> Resp
 
 @router.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
-    """Where a request stands, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
+    """A request's status, with all its log lines so far if logs is 1 or true. 202 until it is completed, then 200."""
     with_logs = is_set(logs)
     job = await job_of(request, app, request_id, Scope.READ, 0 if with_logs else None)
     body = responses.status(job, job.lines if with_logs else None, queue_base(request.scope, settings_of(request).public_url))
@@ -127,7 +131,7 @@ async def status(request: Request, app: str, request_id: str, logs: str = "0") -
 @router.get("/{app:path}/requests/{request_id}")
 @router.get("/{app:path}/requests/{request_id}/response")
 async def result(request: Request, app: str, request_id: str) -> Response:
-    """The output of a completed request, or the error it ended in; 400 before that: any 2xx would pass for the output."""
+    """The output of a completed request, or its error. 400 until it is completed, because clients take any 2xx for the output."""
     job = await job_of(request, app, request_id, Scope.READ)
     if not job.state.ended:
         raise BadRequest("Request is still in progress")

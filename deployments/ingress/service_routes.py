@@ -24,7 +24,7 @@ router = APIRouter(route_class=TextRoute)
 
 
 @router.get("/.well-known/jwks.json")
-@router.get("/rest/.well-known/jwks.json", include_in_schema=False)  # where it is for who reaches us as rest.fal.ai
+@router.get("/rest/.well-known/jwks.json", include_in_schema=False)  # its path for callers at rest.fal.ai
 async def keys(request: Request) -> Response:
     """The public keys that webhooks are signed with, as a JSON Web Key Set."""
     published = await outbox_of(request).published_keys()
@@ -35,10 +35,10 @@ async def keys(request: Request) -> Response:
 @router.post("/rest/tokens", include_in_schema=False)
 @router.post("/rest/tokens/realtime", include_in_schema=False)
 async def token(request: Request) -> Response:
-    """A short-lived token to give to a page instead of the API key, as a bare JSON string.
+    """A short-lived token to give to a web page instead of the API key, as a bare JSON string.
 
-    Queue paths take it as the query parameter `fal_jwt_token`. It may what the key may, except `admin`, at the apps named, and
-    ends with the key, or with the secret that it was asked for with.
+    Queue paths accept it as the query parameter `fal_jwt_token`. The token has the key's scopes, minus `admin`, for the apps
+    named. It is refused once the key is revoked, or the secret that it was requested with has ended.
     """
     secret = None if settings_of(request).auth == "open" else await shown_secret(request, store_of(request))
     try:

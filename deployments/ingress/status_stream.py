@@ -21,10 +21,11 @@ from deployments.schemas.submission import is_set
 logger = logging.getLogger(__name__)
 
 STREAM_INTERVAL_S = 3.0
-"""A status stream looks this often for what does not wake it, the queue moving up, and says something to stay open."""
+"""In seconds. This long after the last event, a stream looks whether the request has moved up in the queue, which does not wake
+it, and sends at least a comment to keep the connection open."""
 
 STREAM_PAUSE_S = 0.2
-"""Lines that are logged so soon after an event are sent together in the next; a change of state is told at once."""
+"""In seconds. Log lines that follow an event this soon are sent together in the next one; a change of state is sent at once."""
 
 router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
 
@@ -33,8 +34,8 @@ router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
 async def status_stream(request: Request, app: str, request_id: str, logs: str = "0") -> Response:
     """The status as server-sent events: one whenever it changes, each with the log lines that are new, until completed.
 
-    With logs, an event's id is the `seq` of the last line told; `Last-Event-ID`, as a browser sends it on reconnecting, goes on
-    after it.
+    With logs, an event's id is the `seq` of its last line. If a request has a `Last-Event-ID`, as browsers send it when they
+    reconnect, the stream goes on after that line.
     """
     job = await job_of(request, app, request_id, Scope.READ)
     queue_url = queue_base(request.scope, settings_of(request).public_url)
@@ -47,7 +48,7 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
     last_sent: dict[str, Any] | None = None
     while True:
         try:
-            # before the first read, so that no change falls between
+            # watch before the first read, so that no change is missed
             async with store.watch(job_id) as changes, store.watch_lines(job_id) as lines_too:
                 while True:
                     job = await store.get(job_id, last_seq if with_logs else None)
@@ -66,7 +67,7 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
                     if not await changes.changed(STREAM_PAUSE_S):
                         await (lines_too if with_logs else changes).changed(STREAM_INTERVAL_S)
         except OUTAGES:
-            # The JavaScript client takes whatever it heard last for the end, so a stream must not close before the job does.
+            # The JavaScript client takes the last status that it received for the final one: a stream must outlast its job.
             logger.warning("status stream waits for the database", exc_info=True, extra={"action": "stream_outage"})
             yield ": still here\n\n"
             await asyncio.sleep(1.0)

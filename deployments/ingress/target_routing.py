@@ -1,9 +1,9 @@
-"""Which part of the service a request is for, told in any of the three ways that fal's clients have.
+"""Which part of the service a request is for: fal's clients name it by path, by host or by a header.
 
-fal gives queue, runs and storage a host each; here they are path prefixes on one port. A client that was pointed here by DNS
-says it by `Host`; the JavaScript client's official proxy protocol sends every request to `/api/fal/proxy` with the real URL in
-`x-fal-target-url`. Either becomes the prefixed path by rewriting the ASGI scope: there is no second request, so nothing is
-buffered and nothing that a caller writes is ever fetched.
+fal has a host each for queue, runs and storage; here they are path prefixes on one port. If DNS leads fal's hosts here, `Host`
+tells which one was meant. The JavaScript client's official proxy protocol sends every request to `/api/fal/proxy`, with the real
+URL in `x-fal-target-url`. Both become the prefixed path by rewriting the ASGI scope: there is no second request, so nothing is
+buffered, and no URL from a caller is fetched.
 """
 
 from typing import Any
@@ -34,17 +34,17 @@ class TargetRouting:
         if path == PROXY_PATH:
             rewritten = _from_target(Headers(scope=scope).get("x-fal-target-url", ""), root_path)
             if rewritten is None:
-                await JSONResponse("Invalid request", 400)(scope, receive, send)  # as fal's own proxies say it
+                await JSONResponse("Invalid request", 400)(scope, receive, send)  # the words of fal's proxies
                 return
             scope = {**scope, **rewritten}
-        # Files are named by one URL whatever the host: a caller who reaches queue.fal.run here can fetch them there too.
+        # The URLs of files have no prefix: a caller who reaches us as queue.fal.run fetches files from that host too.
         elif (prefix := PREFIXES.get(_host_name(_host(scope) or ""))) and not path.startswith("/files/"):
             scope = {**scope, "path": root_path + prefix + path, _BY_HOST: True}
         await self.app(scope, receive, send)
 
 
 def service_base(scope: Scope, public_url: str | None) -> str:
-    """The service's own URL as this caller knows it, no slash at the end."""
+    """The service's own URL as this caller knows it, without a slash at the end."""
     if public_url is not None:
         return public_url.rstrip("/")
     host = _host(scope)
@@ -55,13 +55,13 @@ def service_base(scope: Scope, public_url: str | None) -> str:
 
 
 def queue_base(scope: Scope, public_url: str | None) -> str:
-    """The URL that this caller puts before "/owner/alias", no slash at the end."""
+    """The URL that this caller puts before "/owner/alias", without a slash at the end."""
     prefix = "" if public_url is None and scope.get(_BY_HOST) else PREFIXES["queue.fal.run"]
     return service_base(scope, public_url) + prefix
 
 
 def _from_target(target: str, root_path: str) -> dict[str, Any] | None:
-    """The scope's new path and query; the proxy URL's own query does not count. None if the target is not one of fal's hosts."""
+    """The scope's new path and query; the proxy URL's own query is ignored. None if the target is not one of fal's hosts."""
     try:
         url = urlsplit(target)
         prefix = PREFIXES.get(url.hostname or "")

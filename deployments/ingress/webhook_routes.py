@@ -1,4 +1,4 @@
-"""/webhooks/deliveries: what a caller may see of its webhooks, and have sent again."""
+"""/webhooks/deliveries: a caller's webhooks, to look at and to send again."""
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -13,10 +13,10 @@ router = APIRouter(prefix="/webhooks/deliveries", tags=["webhooks"], route_class
 
 @router.get("")
 async def list_webhooks(request: Request, since: str = "", cursor: str = "", limit: str = "50") -> Response:
-    """The caller's webhooks, oldest first: what a receiver that was down has missed. One appears seconds after its job's end.
+    """The caller's webhooks, oldest first, e.g. for a receiver that was down. A webhook appears seconds after its job's end.
 
-    since: ISO 8601 or seconds since 1970, at or after which the job ended. cursor: the `next_cursor` of the page before, to go on
-    from there at any time; it outweighs `since`. limit: 1 to 100.
+    since: list jobs that ended at or after this time, in ISO 8601 or seconds since 1970. cursor: the `next_cursor` of the
+    previous page, which stays valid; `since` is ignored with it. limit: 1 to 100.
     """
     caller = await caller_of(request)
     caller.require(Scope.READ)
@@ -34,7 +34,7 @@ async def webhook(request: Request, request_id: str) -> Response:
 
 @router.post("/{request_id}/redeliver")
 async def redeliver(request: Request, request_id: str) -> Response:
-    """Sends a webhook again, delivered or not, with all its retries."""
+    """Sends a webhook again, even if it was delivered, with all its retries."""
     found = await webhook_of(request, request_id, Scope.SUBMIT)
     if not await outbox_of(request).redeliver(found.job_id):
         raise UnknownRequest

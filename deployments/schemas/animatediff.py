@@ -21,7 +21,7 @@ def _not_blank(value: str) -> str:
 
 
 class AnimateDiffInput(EndpointInput):
-    """Text and up to three keyframes to a clip of 16 frames."""
+    """A clip of 16 frames from text and up to three keyframes."""
 
     prompt: Annotated[str, AfterValidator(_not_blank)] = Field(
         max_length=MAX_PROMPT_CHARS, description="What to show.", examples=["Drone footage, futuristic city at night"]
@@ -35,11 +35,11 @@ class AnimateDiffInput(EndpointInput):
     num_inference_steps: Int = Field(4, ge=1, le=50, description="LCM steps; 2 to 12 are useful.")
     guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
     keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[0])
+    keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[0])
     keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_1_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[8])
+    keyframe_1_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[8])
     keyframe_2_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_2_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that follows it.", examples=[15])
+    keyframe_2_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[15])
 
     def _keyframes(self) -> list[tuple[int, str | None, int | None]]:
         return [(k, getattr(self, f"keyframe_{k}_image_url"), getattr(self, f"keyframe_{k}_index")) for k in range(3)]

@@ -14,9 +14,9 @@ MAX_AREA = 1024 * 576
 
 
 class ControlNeXtInput(EndpointInput):
-    """A reference image and a driving video to that person moving so."""
+    """A video of the person in a reference image, moving as in a driving video."""
 
-    image_url: MediaUrl = Field(description="The reference image: URL or data URI. Parts beyond the output's aspect are cut off.")
+    image_url: MediaUrl = Field(description="The reference image: URL or data URI. It is cropped to the output's aspect ratio.")
     video_url: MediaUrl = Field(description="The driving video: URL or data URI. Its poses are fitted to the reference's body.")
     height: Int = Field(1024, ge=256, le=1024, multiple_of=64, description="Of the output, in pixels.")
     width: Int = Field(576, ge=256, le=1024, multiple_of=64, description="Of the output, in pixels.")
@@ -26,22 +26,22 @@ class ControlNeXtInput(EndpointInput):
         240,
         ge=2,
         le=240,
-        description="Most frames of the output: the reference's own, which is frame 0, and up to 239 driven ones.",
+        description="The most frames of the output: frame 0, which shows the reference, and up to 239 driven ones.",
     )
     batch_frames: Int = Field(24, ge=2, le=32, description="Frames that are denoised together.")
     overlap: Int = Field(6, ge=1, description="Frames that neighbouring batches share; less than batch_frames.")
-    sample_stride: Int = Field(2, ge=1, le=8, description="Every so manieth frame of the driving video is used.")
+    sample_stride: Int = Field(2, ge=1, le=8, description="Every n-th frame of the driving video is used.")
     decode_chunk_size: Int = Field(2, ge=1, le=32, description="Frames that the VAE decodes together; larger flickers less.")
     motion_bucket_id: Number = Field(127, ge=0, le=255, description="How much motion the model is told to expect.")
-    fps: Int = Field(7, ge=1, le=60, description="Frame rate of the output, which the model is told as well.")
+    fps: Int = Field(7, ge=1, le=60, description="Frame rate of the output; the model is told it as well.")
     controlnext_cond_scale: Number = Field(1, ge=0, le=2, description="Strength of the poses; 0 leaves them out.")
-    video_is_pose: Bool = Field(False, description="The driving video shows drawn poses already; they are used as they are.")
+    video_is_pose: Bool = Field(False, description="The driving video already shows drawn poses, which are used as they are.")
     strict_reference: Bool = Field(
-        False, description="The conditions of the published code (6, 128, 0.02) whatever fps and motion_bucket_id are."
+        False, description="Use the conditions of the published code (6, 128, 0.02), whatever fps and motion_bucket_id are."
     )
 
     def faults(self) -> list[InitErrorDetails]:
-        """Windows must overlap and move on; a frame must not be larger than the model's."""
+        """Batches must overlap by less than their length; a frame must not be larger than the model's."""
         found: list[InitErrorDetails] = []
         if self.overlap >= self.batch_frames:
             found.append(

@@ -19,7 +19,7 @@ class File(BaseModel):
 
 
 class VideoOutput(BaseModel):
-    """The video, and the seed that makes it again."""
+    """The video, and the seed that reproduces it."""
 
     video: File
     seed: int
@@ -27,7 +27,7 @@ class VideoOutput(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is served under an id. model: its name in `engines.registry`. family: begins its deployments' names in the YAML."""
+    """What is served under an id. model: its name in `engines.registry`. family: its deployments' names in the YAML begin so."""
 
     id: str
     model: str

@@ -34,7 +34,7 @@ MediaUrl = Annotated[str, AfterValidator(_fetchable)]
 
 
 class EndpointInput(BaseModel):
-    """What every endpoint's input can do. Unknown fields are refused: a misspelt one must not pass for its default."""
+    """What every endpoint's input can do. Unknown fields are refused, so that a misspelt one is not silently ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,13 +49,13 @@ class EndpointInput(BaseModel):
         return parsed
 
     def faults(self) -> list[InitErrorDetails]:
-        """What is wrong between fields that are right each by itself."""
+        """Errors between fields that are each valid by themselves."""
         return []
 
     def resolved(self) -> Self:
-        """The input with its seed drawn if the caller left it open, so that a retry renders the same video.
+        """The input with a random seed if the caller gave none, so that a retry renders the same video.
 
-        32 bits, because a JavaScript caller gets it back as a double.
+        The seed has 32 bits, because JavaScript callers read it as a double.
         """
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
 
@@ -64,5 +64,5 @@ class EndpointInput(BaseModel):
         raise NotImplementedError
 
     def spec(self, media: Mapping[str, Path]) -> RenderSpec:
-        """What the model is asked for, given every file that `media()` names. Reads them, or names them to the model."""
+        """What to render. media: field -> file, for each field of `media()`; the files are read here, or later by the model."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""A job in fal's words: what submit, status and result say about it. fal-queue-protocol.md, sections 2.1, 2.2 and 2.4."""
+"""The answers to submit, status and result, as fal words them. fal-queue-protocol.md, sections 2.1, 2.2 and 2.4."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from engines.errors import Cancelled
 
 NAMESPACES = ("workflows", "comfy")
 STATUS = {"queued": "IN_QUEUE", "running": "IN_PROGRESS"}
-"""For the states of a job that has not ended; every end is COMPLETED. Both clients poll for ever, or raise, on a fourth word."""
+"""For a job that has not ended; every end is COMPLETED. On any other word both of fal's clients poll for ever, or raise."""
 
 URL_PREFIX = "/files/"
-"""Begins the URL of every stored file; the address of the service goes before it when the URL is told to a caller."""
+"""The start of every stored file's URL. In an answer to a caller, the service's address is put before it."""
 
 
 class LoggedLine(Protocol):
@@ -50,13 +50,13 @@ class JobView(Protocol):
 
 
 def app_id(endpoint: str) -> str:
-    """Owner and alias of an endpoint's id, which is all that the clients keep of it once a request is submitted."""
+    """Owner and alias of an endpoint's id. Once a request is submitted, the clients use only these."""
     segments = endpoint.split("/")
     return "/".join(segments[: 3 if segments[0] in NAMESPACES else 2])
 
 
 def submitted(job: JobView, queue_url: str) -> dict[str, Any]:
-    """The answer to a submission. The Python client follows its URLs and fails without any one of them."""
+    """The answer to a submission. The Python client follows its URLs, and fails if one of them is missing."""
     return {
         "status": "IN_QUEUE",
         "request_id": str(job.id),
@@ -69,7 +69,7 @@ def submitted(job: JobView, queue_url: str) -> dict[str, Any]:
 
 
 def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> dict[str, Any]:
-    """The status. lines: None where logs were not asked for; callers map over the list, so it is one even when empty."""
+    """The status. lines: None if logs were not asked for; else a list, even if empty: callers map over it."""
     body: dict[str, Any] = {
         "status": STATUS.get(job.state, "COMPLETED"),
         "request_id": str(job.id),
@@ -85,13 +85,13 @@ def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> 
 
 
 def last_event_id(headers: Mapping[str, str]) -> int:
-    """The last event that a status stream's caller has seen before; 0: none, or none of ours."""
+    """The last event that the caller of a status stream has seen before; 0 if there is none, or it is not one of ours."""
     seen = headers.get("last-event-id", "")
     return int(seen) if re.fullmatch("[0-9]{1,9}", seen) else 0
 
 
 def failure_of(job: JobView) -> Failure | None:
-    """What the result request answers instead of a result; None if the job did not end without one."""
+    """What the result request answers for a job that ended without a result; None for all other jobs."""
     if job.state == "cancelled":
         return job.failure or error_failure(Cancelled())
     return job.failure if job.state == "failed" else None
@@ -100,7 +100,7 @@ def failure_of(job: JobView) -> Failure | None:
 def with_absolute_urls(value: Any, service_url: str) -> Any:
     """A stored result with the service's address put before the URLs of its files.
 
-    Added when it is read: the address that this caller knows need not be the one that another caller submitted to.
+    It is added on reading, because the address that this caller uses may differ from the one that was submitted to.
     """
     if isinstance(value, list):
         return [with_absolute_urls(item, service_url) for item in value]

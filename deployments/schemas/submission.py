@@ -23,7 +23,7 @@ MAX_FILES_S = 100 * 365 * 86_400.0
 
 @dataclass(frozen=True)
 class SubmissionOptions:
-    """What the headers and the query of a submission ask for; how each takes effect is told in `jobs.job.NewJob`.
+    """What the headers and the query of a submission ask for; `jobs.job.NewJob` says what each does.
 
     no_retry: at most one attempt. max_queue_length: how many requests may wait before this one; None: any number.
     """
@@ -53,8 +53,8 @@ def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> Submis
 
 
 def fingerprint(endpoint: str, body: bytes) -> bytes:
-    """Equal for bodies of equal JSON: a caller who writes the request anew need not keep the order of its fields."""
-    with suppress(ValueError, RecursionError):  # what is no JSON is its bytes
+    """A hash that is the same for equal JSON: when a caller repeats a request, its fields may come in another order."""
+    with suppress(ValueError, RecursionError):  # a body that is not JSON is hashed as it is
         body = json.dumps(json.loads(body or b"{}"), sort_keys=True).encode()
     return hashlib.sha256(endpoint.encode() + b"\0" + body).digest()
 
@@ -93,7 +93,7 @@ def _start_timeout_s(value: str | None) -> float | None:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= MAX_START_TIMEOUT_S:  # not a number compares false as well
+    if not 0 < seconds <= MAX_START_TIMEOUT_S:  # false for NaN as well
         raise BadRequest("X-Fal-Request-Timeout must be a number of seconds, above 0 and at most a year.")
     return seconds
 

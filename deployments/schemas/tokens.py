@@ -1,8 +1,8 @@
-"""Short-lived tokens that stand for an API key: what a page gets instead of the key, for some apps and some minutes.
+"""Short-lived tokens, which a web page gets instead of an API key: for some apps and some minutes.
 
-JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, section 3. Each secret of a key signs with a `token_key` of
-its own, which lies beside its hash: so a token needs no row, and ends with the secret that it was asked for with, revoked or
-rotated.
+JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, section 3. Each secret of a key has a `token_key` of its own
+to sign with, stored beside the secret's hash. So a token needs no row in the database, and it ends with the secret that it was
+requested with, when that is revoked or rotated.
 """
 
 import base64
@@ -27,7 +27,7 @@ _HEADER = {"alg": "HS256", "typ": "JWT"}
 
 
 class TokenRequest(BaseModel):
-    """What a token is asked to be good for. Unknown fields are refused: one might ask for less than we would give."""
+    """What a token is to allow. Unknown fields are refused: one might be meant to restrict the token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class _Anonymous:
 
 @dataclass(frozen=True)
 class Token:
-    """What a token says, which is not to be believed before `is_genuine`. expires_at: in seconds since 1970."""
+    """What a token says, not to be trusted before `is_genuine`. expires_at: in seconds since 1970."""
 
     secret_id: UUID
     key_id: str
@@ -82,14 +82,14 @@ class Token:
         return self.key_id == secret.key_id and time.time() < self.expires_at
 
     def allows(self, app: str) -> bool:
-        """Whether it is for this app, an endpoint's id or its begin. The clients name an app by its alias alone."""
+        """Whether it is for this app. app: an endpoint's id or the start of one. The clients name an app by its alias alone."""
         whole = app_id(app)
         alias = whole.rpartition("/")[2]
         return any(named == alias or app_id(named) == whole for named in self.apps)
 
 
 def issue(secret: Signer, apps: Sequence[str], lifetime_s: int) -> str:
-    """A token for whoever showed `secret`."""
+    """A token for the key that `secret` is of."""
     now = int(time.time())
     claims = {"sub": secret.key_id, "apps": list(apps), "iat": now, "exp": now + lifetime_s}
     signed = f"{_encoded(_HEADER | {'kid': str(secret.id)})}.{_encoded(claims)}"
@@ -97,12 +97,12 @@ def issue(secret: Signer, apps: Sequence[str], lifetime_s: int) -> str:
 
 
 def issue_for_anybody(apps: Sequence[str], lifetime_s: int) -> str:
-    """A token where none is asked for; the clients insist on one."""
+    """A token from an open service: the clients require one even there. It grants nothing."""
     return issue(_Anonymous(UUID(int=0), "anonymous", secrets.token_bytes(32)), apps, lifetime_s)
 
 
 def read(text: str) -> Token | None:
-    """The token in a query; None if it is none."""
+    """The token in a query; None if the text is not one."""
     try:
         if len(text) > MAX_CHARS:
             return None
@@ -114,7 +114,7 @@ def read(text: str) -> Token | None:
         if not (isinstance(apps, list) and all(isinstance(app, str) for app in apps) and isinstance(expires_at, int)):
             return None
         return Token(UUID(header["kid"]), claims["sub"], tuple(apps), expires_at, signed.encode(), _decoded(signature))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # all that text which is none of ours can cause
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever malformed text can raise
         return None
 
 

@@ -1,38 +1,37 @@
 """Serve's wrapper of a model's decoding.
 
-A replica takes two calls and works on one, as in `denoise.py`; here for the memory: each call at work holds a VAE's pass over
-a chunk of frames, gigabytes at real sizes, and two on one device end no sooner than one after the other.
+A replica accepts two calls and works on one at a time, as in `denoise.py`. Here the reason is memory: a VAE's pass over a chunk
+of frames takes gigabytes at real sizes, and two at once on one device would not finish sooner than one after the other.
 """
 
 import asyncio
 from typing import Any
 
-from deployments.stages.protocol import STARTED, Done, Stream
+from deployments.stages.protocol import Done, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 
 
 class Decode:
-    """One replica. config: of the model."""
+    """One replica. config: the model's."""
 
     def __init__(self, model: str, config: Any):
         self.stage = build_stage(model, "decode", config)
         self.turn = asyncio.Lock()
 
-    async def run(self, latents: Latents) -> Stream:
+    async def run(self, latents: Latents) -> Stream[Clip]:
         """Notes of its progress, then the encoded clip; raw frames stay in this process.
 
-        Cancelled, it returns once the running VAE call has ended.
+        If cancelled, it returns when the running VAE call has ended.
         """
 
         def decode(tell: OnProgress, should_stop: ShouldStop) -> Clip:
             return self.stage.decode(latents, on_progress=tell, should_stop=should_stop)
 
         async with self.turn:
-            yield STARTED
+            yield Started()
             async with InThread("decode", decode) as work:
                 async for note in work:
                     yield note
-        yield Done(work.seconds)
-        yield work.product
+        yield Done(work.product, work.seconds)

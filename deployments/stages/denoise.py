@@ -1,21 +1,21 @@
 """Serve's wrapper of a model's denoising.
 
-A replica takes two calls and works on one, so that the next one's conditioning is already here when its turn comes. What a call
-has done is kept in the file store, so that no other has to do it again.
+A replica accepts two calls and works on one at a time, so that the next one's conditioning is already here when its turn comes.
+A call's progress is stored as a checkpoint, so that a later attempt at the job need not repeat it.
 """
 
 import asyncio
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints, Saving
-from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
+from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 
 
 class Denoise:
-    """One replica. config: of the model. files_url: of the file store. checkpoint_s: seconds between two checkpoints."""
+    """One replica. config: the model's. files_url: of the file store. checkpoint_s: seconds between two checkpoints."""
 
     def __init__(self, model: str, config: Any, files_url: str, checkpoint_s: float):
         self.stage = build_stage(model, "denoise", config)
@@ -23,10 +23,10 @@ class Denoise:
         self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
 
-    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream:
-        """Notes of its progress, then the latents, which are in the file store as the job's checkpoint by then.
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream[Latents]:
+        """Notes of its progress, then the latents, which by then are stored as the job's checkpoint.
 
-        Cancelled, it gives up its turn once the running UNet call has ended, and returns when the last step is stored.
+        If cancelled, it gives up its turn when the running UNet call has ended, and returns when the last step is stored.
         """
         resume = await self.checkpoints.step(checkpoint.name, conditioning) if checkpoint.used else None
 
@@ -35,13 +35,12 @@ class Denoise:
 
         async with Saving(self.checkpoints, checkpoint.name, conditioning, self.checkpoint_s) as saving:
             async with self.turn:
-                yield STARTED
+                yield Started()
                 if resume is not None:
                     yield Note(f"resumed at step {resume.step}/{resume.steps}")
                 saving.begin()
                 async with InThread("denoise", sample) as work:
                     async for note in work:
                         yield note
-            await saving.finish(work.product)  # after the turn: the next call works meanwhile
-        yield Done(work.seconds)
-        yield work.product
+            await saving.finish(work.product)  # after its turn, so that the next call works meanwhile
+        yield Done(work.product, work.seconds)

@@ -1,15 +1,19 @@
-"""The three stages behind Ray Serve's handles, and Ray's errors in our words."""
+"""Calls of the three stages through Ray Serve's handles: both ends of a stream that crosses Ray, and Ray's errors as ours."""
 
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.stages.protocol import CheckpointRef, Done, OnNote
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
+
+T = TypeVar("T")
 
 
 class ServeStages:
@@ -20,46 +24,61 @@ class ServeStages:
         self._denoise = denoise.options(stream=True)
         self._decode = decode.options(stream=True)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[ObjectRef, float]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[ObjectRef]:
         """See `Stages`."""
-        return await _product(self._preprocess.run.remote(job_input), on_note)
+        return await _finished(self._preprocess.run.remote(job_input), on_note)
 
-    async def denoise(self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[ObjectRef, float]:
+    async def denoise(self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote) -> Done[ObjectRef]:
         """See `Stages`."""
-        return await _product(self._denoise.run.remote(conditioning, checkpoint), on_note)
+        return await _finished(self._denoise.run.remote(conditioning, checkpoint), on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> ObjectRef | None:
         """See `Stages`."""
-        product, _ = await _outcome(self._preprocess.saved.remote(checkpoint), on_note)
-        return product
+        return (await _outcome(self._preprocess.saved.remote(checkpoint), on_note)).product
 
-    async def decode(self, latents: ObjectRef, on_note: OnNote) -> tuple[Clip, float]:
+    async def decode(self, latents: ObjectRef, on_note: OnNote) -> Done[Clip]:
         """See `Stages`."""
-        product, seconds = await _product(self._decode.run.remote(latents), on_note)
+        done = await _finished(self._decode.run.remote(latents), on_note)
         try:
-            clip: Clip = await product
+            clip: Clip = await done.product
         except RayError as exc:
             raise translated(exc) from exc
-        return clip, seconds
+        return Done(clip, done.seconds)
 
 
-async def _product(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef, float]:
-    """The outcome of a stream that must have a product."""
-    product, seconds = await _outcome(response, on_note)
-    if product is None:
+async def crossing(stream: Stream[T]) -> AsyncGenerator[Started | Note | Done[None] | T, None]:
+    """A stage's stream as a replica sends it through Ray: the product, unless it is None, is an item of its own after `Done`.
+
+    So the caller gets a reference to it without its bytes, and owns it. A reference put into `Done` by the replica would not do:
+    Ray drops an object when the process that put it ends, and a replica may be scaled down before the next stage reads.
+    """
+    async with aclosing(stream):
+        async for item in stream:
+            if not isinstance(item, Done):
+                yield item
+                continue
+            yield Done(None, item.seconds)
+            if item.product is not None:
+                yield item.product
+
+
+async def _finished(response: DeploymentResponseGenerator, on_note: OnNote) -> Done[ObjectRef]:
+    """The end of a stream that must have a product."""
+    done = await _outcome(response, on_note)
+    if done.product is None:
         raise RunnerDisconnected
-    return product, seconds
+    return done
 
 
-async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> tuple[ObjectRef | None, float]:
-    """Passes the stream's notes on and returns its product, if it has one, unread, with the seconds it took."""
+async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> Done[ObjectRef | None]:
+    """Passes a stream's items on and returns its end as before `crossing`, with a reference to the product."""
     try:
         # Serve's one way to an item's reference instead of its value; marked as for developers, hence the underscore
         refs = await response._to_object_ref_gen()
         async for ref in refs:
             item = await ref
             if isinstance(item, Done):
-                return await anext(refs, None), item.seconds
+                return Done(await anext(refs, None), item.seconds)
             await on_note(item)
     except (RayError, RayServeException) as exc:
         raise translated(exc) from exc

@@ -1,6 +1,6 @@
 """Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage.
 
-It also finds what an earlier attempt came to, because of the three it has the most room: nobody waits here for a GPU's turn.
+It also looks for an earlier attempt's finished latents: unlike in the other two stages, no call waits here for its turn.
 """
 
 import time
@@ -10,10 +10,10 @@ from deployments.files.checkpoints import Checkpoints
 from deployments.files.download import download_all, download_folder
 from deployments.schemas.endpoint import Endpoint
 from deployments.settings import FetchSettings
-from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note, Stream
+from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
-from engines.spec import Conditioning, OnProgress, ShouldStop
+from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 
 
 class Preprocess:
@@ -25,14 +25,14 @@ class Preprocess:
         self.stage = build_stage(endpoint.model, "preprocess", config)
         self.checkpoints = Checkpoints(files_url, config)
 
-    async def run(self, job_input: dict[str, Any]) -> Stream:
+    async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
 
-        Raises `ModelError` for files that cannot be had or used, `StorageFailed` where they cannot be kept. Cancelled, it
-        returns once the stage has stopped and the files are gone.
+        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored. If cancelled,
+        it returns when the stage has stopped and the files are deleted.
         """
         started = time.monotonic()
-        yield STARTED
+        yield Started()
         parsed = self.endpoint.input.model_validate(job_input)
         with download_folder() as folder:
             media = await download_all(parsed.media(), self.fetch_settings, folder)
@@ -46,15 +46,12 @@ class Preprocess:
                     yield note
         for warning in work.product.notes:
             yield Note(warning, "WARN")
-        yield Done(time.monotonic() - started)
-        yield work.product
+        yield Done(work.product, time.monotonic() - started)
 
-    async def saved(self, checkpoint: CheckpointRef) -> Stream:
-        """The finished latents in a checkpoint, and a note that they were found. Without them there is no product."""
-        yield STARTED
+    async def saved(self, checkpoint: CheckpointRef) -> Stream[Latents | None]:
+        """The finished latents in a checkpoint, with a note that they were found; None if it has none."""
+        yield Started()
         latents = await self.checkpoints.latents(checkpoint.name)
         if latents is not None:
             yield Note("resumed after the last step")
-        yield Done(0.0)
-        if latents is not None:
-            yield latents
+        yield Done(latents, 0.0)

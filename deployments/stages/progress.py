@@ -1,4 +1,4 @@
-"""How far a stage of a job is, for a person to read and for a program, and how long it will take by its own pace so far."""
+"""How far a stage of a job is, for people and for programs, and how long the rest will take at its pace so far."""
 
 import math
 import time
@@ -35,9 +35,9 @@ class StageProgress:
 
 
 class Estimate:
-    """When a stage will end, from the fractions of its work that it tells. clock: seconds.
+    """Estimates when a stage will end, from the fractions of its work that it reports. clock: in seconds.
 
-    The pace is counted from the first of them: loading files is no part of it, nor are the steps before a checkpoint.
+    The pace is measured from the first report on: it includes neither the loading of files nor steps before a checkpoint.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -45,7 +45,7 @@ class Estimate:
         self._first: tuple[float, float] | None = None  # when, fraction
 
     def eta_s(self, fraction: float) -> float | None:
-        """Seconds until the work is done; None where nothing has been done yet to judge by."""
+        """Seconds until the work is done; None until some of it has been done."""
         now = self._clock()
         began_at, began_with = self._first = self._first or (now, fraction)
         if fraction <= began_with:

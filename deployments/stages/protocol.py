@@ -1,34 +1,39 @@
 """How a dispatcher reaches the three stages of an endpoint.
 
-Each answers with a stream: `STARTED`, notes for the caller's log, then `Done`, then its product. Conditioning and latents stay
-where they were made and go on as references: their bytes never visit the dispatcher. The clip does, to be stored.
+Each stage answers with a stream: `Started`, notes for the caller's log, then `Done` with its product. The dispatcher gets
+conditioning and latents as references only, which it passes on to the next stage: the bytes go from replica to replica. It reads
+the clip, to store it.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from deployments.stages.progress import StageProgress
 from engines.spec import Clip
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first item of every stream: the call's turn has come, and the stage works on it."""
+
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the caller's log. level: one of fal's (INFO, WARN, ...). progress: what the line says, if it is of that."""
+    """A line for the caller's log. level: one of fal's (INFO, WARN, ...). progress: the same for programs."""
 
     message: str
     level: str = "INFO"
     progress: StageProgress | None = None
 
 
-STARTED = Note("")
-"""The first note of every stage: its turn has come. It has no line in the log."""
-
-
 @dataclass(frozen=True)
-class Done:
-    """The product follows. seconds: of work, without waiting for a turn."""
+class Done(Generic[T]):
+    """The last item of every stream. seconds: spent working, without the wait for the call's turn."""
 
+    product: T
     seconds: float
 
 
@@ -40,9 +45,11 @@ class CheckpointRef:
     used: bool
 
 
-OnNote = Callable[[Note], Awaitable[None]]
-Stream = AsyncIterator[Any]
-"""`STARTED`, notes, then `Done`, then the product."""
+Stream = AsyncGenerator[Started | Note | Done[T], None]
+"""`Started`, any number of notes, then `Done`."""
+
+OnNote = Callable[[Started | Note], Awaitable[None]]
+"""Is given the items of a stream before its `Done`."""
 
 
 class Stages(Protocol):
@@ -51,18 +58,18 @@ class Stages(Protocol):
     Every call raises `ReelrayError`, retryable if the runner and not the request was at fault.
     """
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
-        """The conditioning for a validated input, and the seconds of work in it."""
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+        """The conditioning for a validated input."""
         ...
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
-        """The latents, and the seconds. It goes on where an earlier attempt has stopped."""
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+        """The latents. Goes on from the checkpoint of an earlier attempt, if there is one."""
         ...
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:
-        """The latents, where an earlier attempt has finished them."""
+        """The latents, if an earlier attempt has finished them."""
         ...
 
-    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        """The encoded clip itself, and the seconds."""
+    async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
+        """The encoded clip itself."""
         ...

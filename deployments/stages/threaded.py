@@ -1,7 +1,7 @@
-"""A stage's call in a thread: its progress comes out as notes, and whoever stops listening stops it.
+"""Runs a stage's call in a thread: its progress becomes notes, and it is stopped when nobody waits for it any more.
 
-A stage computes for seconds or minutes and cannot be interrupted from outside, so it is asked to stop between its units of
-work; the replica's event loop stays free to hear the cancel, and for Serve's health checks.
+A stage computes for seconds or minutes and cannot be interrupted from outside, so it asks between its units of work whether to
+stop. The replica's event loop meanwhile stays free to receive a cancel, and for Serve's health checks.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class InThread(Generic[T]):
-    """`async with` starts the call and ends when its thread has ended; in between it is iterated over for the notes.
+    """`async with` starts the call, and at its end waits for the thread. In between, iterate over it for the notes.
 
-    stage: which one the call is of.
-    call: takes what it tells its progress to, and what it asks whether to stop. Left before its end (cancelled, closed), the
-    call is stopped; left at its end, its error is raised. product, seconds: of the call, once it is left.
+    If the block is left early (cancelled, closed), the call is stopped; else the call's error, if any, is raised.
+    stage: the one that is called. call: is given a function to report its progress to, and one that says whether to stop.
+    product, seconds: the call's result and duration, after the block.
     """
 
     def __init__(self, stage: Stage, call: Callable[[OnProgress, ShouldStop], T]):
@@ -46,7 +46,7 @@ class InThread(Generic[T]):
                 return self._call(throttle, self._stop.is_set)
 
         self._started = time.monotonic()
-        # A thread of its own: a few calls of minutes would fill asyncio's pool, and downloads could not be written meanwhile
+        # Not asyncio's pool: a few calls of minutes would use up its threads, and downloads could not be written meanwhile
         thread = ThreadPoolExecutor(1)
         self._work = loop.run_in_executor(thread, call)
         thread.shutdown(wait=False)  # ends with the call
@@ -64,14 +64,15 @@ class InThread(Generic[T]):
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         cancelled: asyncio.CancelledError | None = None
-        while not self._work.done():  # the caller's turn ends when the GPU is free, not before, however often it is cancelled
+        while not self._work.done():  # also if cancelled again: the caller gives up its turn when the GPU is free, not before
             try:
                 await asyncio.wait([self._work])
             except asyncio.CancelledError as again:
                 cancelled = again
         self.seconds = time.monotonic() - self._started
         error = self._work.exception()
-        # Its traceback holds the stage's locals, gigabytes of a GPU, in a cycle with our own frame: the next call needs them now
+        # The error's traceback holds the stage's local variables, gigabytes of GPU memory, in a cycle with our own frame. The
+        # next call needs that memory now, not when the garbage collector runs.
         if error is not None:
             traceback.clear_frames(error.__traceback__)
         try:

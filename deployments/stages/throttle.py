@@ -1,7 +1,7 @@
-"""A stage's progress as notes, their rate limited where the work is done: 100,000 of them need not travel to be dropped.
+"""Turns a stage's progress into notes at a limited rate, in the replica: no 100,000 notes are sent only to be dropped.
 
-Units of work come in a burst, then one a second: a job of four steps shows each. What goes on within a unit is told once a
-second at most, if nothing else was told. What was held back last is told at the end.
+The first ten units of work are all noted, so a job of four steps shows each; after them, one a second. Progress within a unit is
+noted once a second at most, and only if nothing else was. At the end, the last progress that was held back is noted.
 """
 
 import time
@@ -18,7 +18,7 @@ INTERVAL_S = 1.0
 
 
 class Throttle:
-    """`with` gives what a stage tells its progress to. tell: is given the notes. clock: seconds."""
+    """A context manager that a stage calls with its progress. tell: is given the notes. clock: in seconds."""
 
     def __init__(self, stage: Stage, tell: Callable[[Note], None], clock: Callable[[], float] = time.monotonic):
         self._stage = stage
@@ -36,7 +36,7 @@ class Throttle:
         self._tell_held()
 
     def __call__(self, progress: Progress) -> None:
-        """Makes it a note now, or perhaps never."""
+        """Passes the progress on as a note, or holds it back."""
         self._held = StageProgress(self._stage, progress, self._estimate.eta_s(progress.fraction))
         within = progress.within is not None
         if (self._clock() - self._told_at >= INTERVAL_S) if within else self._bucket.take(INTERVAL_S):

@@ -1,11 +1,11 @@
-"""A token bucket: a short burst at once, and after it one in a while."""
+"""A token bucket: allows a short burst, and after it one event per interval."""
 
 import time
 from collections.abc import Callable
 
 
 class TokenBucket:
-    """Full at first. burst: the most that it holds. clock: seconds."""
+    """Full at first. burst: the most tokens that it holds. clock: in seconds."""
 
     def __init__(self, burst: int, clock: Callable[[], float] = time.monotonic):
         self._burst = burst
@@ -14,7 +14,7 @@ class TokenBucket:
         self._filled_at = clock()
 
     def take(self, every_s: float = 1.0) -> bool:
-        """Whether there was one to take. every_s: seconds in which one is added, since the last call."""
+        """Takes a token; False if there is none. every_s: seconds in which one is added, for the time since the last call."""
         self._fill(every_s)
         if self._tokens < 1:
             return False
@@ -22,7 +22,7 @@ class TokenBucket:
         return True
 
     def due_in_s(self, every_s: float = 1.0) -> float:
-        """Seconds until there is one to take."""
+        """Seconds until there is a token to take."""
         self._fill(every_s)
         return max(0.0, (1 - self._tokens) * every_s)
 

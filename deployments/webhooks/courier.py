@@ -1,7 +1,7 @@
-"""Delivers the webhook outbox: at least once, by any number of couriers, and no receiver waits for another's troubles.
+"""Delivers the webhook outbox: at least once, by any number of couriers, and no receiver waits because another is slow.
 
-Any 2xx acknowledges; everything else is tried again, ten times in about two hours. Refused addresses too: whether a name leads
-to the inside or nowhere at all is not told apart, neither in words nor by what happens next. Bodies of answers are not read.
+Any 2xx acknowledges a webhook; after anything else it is tried again, ten times in about two hours. So are refused addresses:
+neither words nor behaviour show whether a name leads into the operator's network or nowhere. Bodies of answers are not read.
 """
 
 import asyncio
@@ -26,38 +26,38 @@ RETRIES = 10
 FIRST_RETRY_S = 7.0
 """Doubled from retry to retry: the tenth comes 7 s * (2^10 - 1), which is two hours, after the first attempt."""
 JITTER = 0.2
-"""Either way, so that what failed together does not come back together."""
+"""A delay varies by this share either way, so that deliveries that failed together are not all tried again at once."""
 LEASE_S = 60.0
-"""Longer than an attempt, with the store away for a while before it."""
+"""Longer than an attempt, even if the database is not available for a while before it."""
 LOOK_S = 1.0
-"""How often to look for retries that have come due, of which nobody tells."""
+"""How often to look for retries that come due without a notification."""
 GRACE_S = 5.0
-"""How long a courier that is told to stop lets its attempts end: one that is broken off may have arrived, and is sent again."""
+"""How long a stopping courier lets its attempts end. One that is cut off may have arrived, and will be sent again."""
 OUTAGE_PAUSE_S = 1.0
 
 
 class DeliveryLimits(Protocol):
-    """What an operator allows deliveries; see `WebhookSettings`."""
+    """The operator's limits on deliveries; see `WebhookSettings`."""
 
     @property
     def timeout_s(self) -> float:
-        """From looking up the receiver's name to the head of its answer, in seconds."""
+        """From looking up the receiver's name to the end of its answer's headers, in seconds."""
         ...
 
     @property
     def max_in_flight(self) -> int:
-        """Deliveries at once of one courier."""
+        """Concurrent deliveries of one courier."""
         ...
 
     @property
     def max_per_receiver(self) -> int:
-        """Deliveries at once to one host and port, of all couriers."""
+        """Concurrent deliveries to one host and port, of all couriers together."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an attempt, for its receiver's owner to read. error: None if it was acknowledged."""
+    """The result of an attempt, for its job's owner to read. error: None if it was acknowledged."""
 
     status: int | None
     error: str | None
@@ -71,8 +71,8 @@ def retry_delay_s(tries: int, jitter: float) -> float | None:
 class Courier:
     """Delivers what is due in `outbox`.
 
-    allow_private: also to the operator's own network. public_url: goes before the URLs of files where the job does not know the
-    address that its caller used. clock: seconds since 1970, for the signature.
+    allow_private: also to addresses in the operator's own network. public_url: put before the URLs of files if the address that
+    the job was submitted to is not known. clock: in seconds since 1970, for the signature.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Courier:
         try:
             return await self.outbox.claim(room, self.limits.max_per_receiver, LEASE_S) if room else []
         except StoreAway:
-            logger.exception("no webhooks claimed", extra={"action": "webhook_claim_failed"})
+            logger.exception("no webhooks could be claimed", extra={"action": "webhook_claim_failed"})
             await asyncio.sleep(OUTAGE_PAUSE_S)
             return []
 
@@ -124,14 +124,14 @@ class Courier:
             if body is None:
                 return
             outcome = await self._attempt(delivery, body)
-        except StoreAway:  # it goes on when its lease ends, here or elsewhere
-            logger.warning("webhook put off", exc_info=True, extra=_fields(delivery, "webhook_put_off"))
+        except StoreAway:  # it is tried again when its lease ends, here or elsewhere
+            logger.warning("webhook postponed", exc_info=True, extra=_fields(delivery, "webhook_put_off"))
             return
         except asyncio.CancelledError:
             with suppress(StoreAway):
                 await self.outbox.release(delivery)
             raise
-        except Exception:  # a mistake of ours over one webhook must not keep the others
+        except Exception:  # a bug of ours in one webhook must not hold up the others
             logger.exception("webhook not sent", extra=_fields(delivery, "webhook_error"))
             outcome = Outcome(None, "The webhook could not be sent.")
         if outcome.error is not None:
@@ -139,7 +139,7 @@ class Courier:
         await self._write_down(delivery, outcome, time.monotonic() - began)
 
     async def _settled_body(self, delivery: Delivery) -> bytes | None:
-        """What to send; None: the webhook is no longer ours."""
+        """What to send; None: another courier has taken the webhook over."""
         if delivery.body is not None:
             return delivery.body
         service_url = delivery.service_url or self.public_url or ""
@@ -170,12 +170,12 @@ class Courier:
 
     async def _write_down(self, delivery: Delivery, outcome: Outcome, duration_s: float) -> None:
         retry_in_s = None if outcome.error is None else retry_delay_s(delivery.tries, random.uniform(-1, 1))
-        while True:  # a webhook that has arrived should not be sent again because the database is away
+        while True:  # else a webhook that has arrived would be sent again
             try:
                 await self.outbox.finish(delivery, outcome.status, outcome.error, duration_s, retry_in_s)
                 return
             except StoreAway:
-                logger.exception("webhook not written down", extra=_fields(delivery, "webhook_finish_failed"))
+                logger.exception("the outcome of a webhook was not written", extra=_fields(delivery, "webhook_finish_failed"))
                 await asyncio.sleep(OUTAGE_PAUSE_S)
 
 

@@ -1,4 +1,4 @@
-"""How webhooks look to the owner of their jobs: pages to catch up by, and one with the log of its attempts."""
+"""Webhooks as the owner of their jobs sees them: a list in pages, and one webhook with the log of its attempts."""
 
 import json
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def limit(value: str) -> int:
 
 
 def page(webhooks: Sequence[Webhook], after: tuple[datetime, UUID]) -> dict[str, Any]:
-    """A page. Its cursor is never null: after the last page it is where later webhooks will follow."""
+    """A page of the list. Its cursor is never null: the last page's leads to the webhooks that come later."""
     created_at, job_id = (webhooks[-1].created_at, webhooks[-1].job_id) if webhooks else after
     cursor = f"{(created_at - _EPOCH) // timedelta(microseconds=1)}-{job_id.hex}"
     return {"deliveries": [entry(webhook) for webhook in webhooks], "next_cursor": cursor}
 
 
 def entry(webhook: Webhook) -> dict[str, Any]:
-    """A webhook; `webhook` is what is sent, null until that is first tried."""
+    """A webhook in the list. `webhook` is its body, null before the first attempt."""
     return {
         "request_id": str(webhook.job_id),
         "url": webhook.url,
@@ -57,7 +57,7 @@ def entry(webhook: Webhook) -> dict[str, Any]:
 
 
 def log(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
-    """The attempts; one whose courier died is missing."""
+    """A webhook's attempts; one whose courier died is missing."""
     return [
         {
             "at": _iso(tried.at),

@@ -1,10 +1,10 @@
-"""What a webhook says and how it is signed: fal-queue-protocol.md, section 5.
+"""The body of a webhook and its signature: fal-queue-protocol.md, section 5.
 
-Signed are the very bytes that are sent, together with the request, the user and the time. A receiver takes no signature that is
-older than five minutes, so every attempt is signed anew; the body is rendered once and kept.
+The signature covers the exact bytes that are sent, the request's id, the user's id and the time. Receivers refuse signatures
+older than five minutes, so every attempt is signed again; the body is rendered once and stored.
 
-The private keys lie in the database as they are: whoever reads it can sign. They are shared that way by all couriers, and a
-key to decrypt them would have to lie on the same machines.
+The private keys are stored unencrypted in the database, where all couriers find them: whoever can read it can sign. Encryption
+would not help, because the key for it would have to be on the same machines.
 """
 
 import base64
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from deployments.schemas.responses import with_absolute_urls
 
 ANYBODY = "anonymous"
-"""The user's id where the service knows no users; an empty one would be lost on the way."""
+"""The user's id in an open service, which has no users; an empty header could be dropped on the way."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SigningKey:
 
     @classmethod
     def generate(cls) -> "SigningKey":
-        """A new one. Its id is the begin of its public half's hash."""
+        """A new pair. Its id is the first 16 hex digits of the public key's SHA-256."""
         private = Ed25519PrivateKey.generate()
         public = private.public_key().public_bytes_raw()
         return cls(hashlib.sha256(public).hexdigest()[:16], private.private_bytes_raw(), public)
@@ -41,8 +41,8 @@ class SigningKey:
 def webhook_body(job_id: UUID, result: dict[str, Any] | None, failure: dict[str, Any] | None, service_url: str) -> bytes:
     """The JSON to send for an ended job: what the result request would answer, as `payload`.
 
-    failure: a `Failure` as stored; None for a job that succeeded. service_url: goes before the URLs of its files. Pure ASCII: a
-    lone surrogate that a caller has sent, and an error echoes, has no UTF-8.
+    failure: a `Failure` as stored; None for a job that succeeded. service_url: put before the URLs of its files. Pure ASCII: an
+    error may quote a lone surrogate from the caller's input, which UTF-8 cannot encode.
     """
     body: dict[str, Any] = {"request_id": str(job_id), "gateway_request_id": str(job_id)}
     if failure is None:
@@ -67,10 +67,10 @@ def signed_headers(key: SigningKey, job_id: UUID, owner: str | None, body: bytes
 
 
 def jwks(keys: list[SigningKey]) -> dict[str, Any]:
-    """The public halves as a JSON Web Key Set (RFC 7517, 8037).
+    """The public keys as a JSON Web Key Set (RFC 7517, 8037).
 
-    `x` keeps its padding, against RFC 7515: the verifier in fal's documentation decodes it by Python's `urlsafe_b64decode`, which
-    refuses 43 characters, and takes the key for none.
+    `x` keeps its padding, against RFC 7515: the verifier in fal's documentation decodes it with Python's `urlsafe_b64decode`,
+    which raises without the padding, and then it skips the key.
     """
     return {
         "keys": [

@@ -29,7 +29,7 @@ from deployments.hosting.logs import configure_logging
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.settings import Settings, load_settings
-from deployments.stages.protocol import CheckpointRef, Note, OnNote
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote
 from deployments.webhooks import courier
 from deployments.webhooks.outbox import Outbox
 from engines.errors import RunnerDisconnected
@@ -60,27 +60,27 @@ class SocketStages:
         self.sockets = sockets
         self.trace = trace
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
         return await self._call("preprocess", job_input, on_note)
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
         return await self._call("denoise", conditioning, on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
         """These stages keep nothing."""
 
-    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        product, seconds = await self._call("decode", latents, on_note)
-        return Clip(product["mp4"].encode(), 16, 64, 64, 8, product["seed"]), seconds
+    async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
+        done = await self._call("decode", latents, on_note)
+        return Done(Clip(done.product["mp4"].encode(), 16, 64, 64, 8, done.product["seed"]), done.seconds)
 
-    async def _call(self, stage: str, given: Any, on_note: OnNote) -> tuple[Any, float]:
+    async def _call(self, stage: str, given: Any, on_note: OnNote) -> Done[Any]:
         reader, writer = await self._connected()
         try:
             writer.write(json.dumps({"stage": stage, "given": given}).encode() + b"\n")
             while line := await reader.readline():
                 said = json.loads(line)
                 if "done" in said:
-                    return said["product"], said["done"]
+                    return Done(said["product"], said["done"])
                 await on_note(Note(said["note"]))
         except (ConnectionError, json.JSONDecodeError) as exc:
             raise RunnerDisconnected from exc

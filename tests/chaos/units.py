@@ -10,11 +10,11 @@ from itertools import count
 from typing import Any
 
 from deployments.stages.progress import Stage
-from deployments.stages.protocol import STARTED, CheckpointRef, Done, OnNote, Stream
+from deployments.stages.protocol import CheckpointRef, Done, OnNote, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.errors import Cancelled
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
-from tests.fakes import product
+from tests.fakes import done_of
 
 UNITS = {"preprocess": 2, "denoise": 4, "decode": 2}
 
@@ -47,20 +47,20 @@ class UnitStages:
         """Replicas that are somebody's."""
         return sum(turn.locked() for turns in self._turns.values() for turn in turns)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> tuple[Any, float]:
-        return await product(self._run("preprocess", job_input), on_note)
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+        return await done_of(self._run("preprocess", job_input), on_note)
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
-        return await product(self._run("denoise", conditioning), on_note)
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+        return await done_of(self._run("denoise", conditioning), on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
         """These stages keep nothing."""
 
-    async def decode(self, latents: Any, on_note: OnNote) -> tuple[Clip, float]:
-        _, seconds = await product(self._run("decode", latents), on_note)
-        return Clip(b"a clip", 1, 64, 64, 8, latents["seed"]), seconds
+    async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
+        done = await done_of(self._run("decode", latents), on_note)
+        return Done(Clip(b"a clip", 1, 64, 64, 8, latents["seed"]), done.seconds)
 
-    async def _run(self, stage: Stage, job: dict[str, Any]) -> Stream:
+    async def _run(self, stage: Stage, job: dict[str, Any]) -> Stream[dict[str, Any]]:
         def work(tell: OnProgress, should_stop: ShouldStop) -> dict[str, Any]:
             self.working.add((job["seed"], stage))
             try:
@@ -78,9 +78,8 @@ class UnitStages:
 
         turns = self._turns[stage]
         async with turns[next(self._next) % len(turns)]:
-            yield STARTED
+            yield Started()
             async with InThread(stage, work) as working:
                 async for note in working:
                     yield note
-        yield Done(working.seconds)
-        yield working.product
+        yield Done(working.product, working.seconds)

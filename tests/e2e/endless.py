@@ -6,7 +6,6 @@ from ray import serve
 
 from deployments import app
 from deployments.settings import Settings
-from deployments.stages.decode import Decode
 from engines.spec import Clip, Latents
 from tests.fakes import EndlessStage
 
@@ -23,15 +22,15 @@ class EndlessFor:
         return (self.endless if latents.seed == ENDLESS_SEED else self.stage).decode(latents, **options)
 
 
-class EndlessDecode(Decode):
+class EndlessReplica(app.DecodeReplica):
     """The wrapper is the real one."""
 
-    def __init__(self, model: str, config: Any):
-        super().__init__(model, config)
-        self.stage = EndlessFor(self.stage)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.wrapper.stage = EndlessFor(self.wrapper.stage)
 
 
-app.Decode = EndlessDecode  # type: ignore[misc]  # in whichever process imports this file
+app.DecodeReplica = EndlessReplica  # type: ignore[misc]  # in whichever process imports this file
 
 
 def build(args: Settings) -> serve.Application:

@@ -13,7 +13,7 @@ from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore, StoreAway
 from deployments.settings import QueueSettings, RetentionSettings, Settings
 from deployments.stages.progress import StageProgress
-from deployments.stages.protocol import CheckpointRef, Note, OnNote, Stages
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages
 from engines.errors import FileDownloadError, RunnerDisconnected
 from engines.spec import Progress
 from tests.conftest import execute
@@ -394,7 +394,7 @@ class ChattyStages(ScriptedStages):
 
     notes = 100_000
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
         for k in range(self.notes // 2):
             progress = StageProgress("denoise", Progress("step", k, self.notes // 2))
             await on_note(Note(progress.message, progress=progress))
@@ -426,11 +426,11 @@ async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: 
 
 async def test_notes_that_are_not_written_keep_an_attempt_from_standing_still(store: JobStore, files: FileStore):
     class Steady(ScriptedStages):
-        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> tuple[Any, float]:
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
             for k in range(200):
                 await on_note(Note("", progress=StageProgress("denoise", Progress("step", k, 200))))
                 await asyncio.sleep(0.01)
-            return conditioning, 0.5
+            return Done(conditioning, 0.5)
 
     async with dispatching(store, files, Steady(nothing), with_deadlines(idle_s=1.0)):
         job = await ended(store, await submit(store))

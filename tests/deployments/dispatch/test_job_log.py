@@ -142,7 +142,7 @@ async def test_a_database_that_does_not_answer_holds_up_the_end_for_a_while_only
     monkeypatch.setattr("deployments.dispatch.job_log.FLUSH_S", 0.05)
     async with asyncio.timeout(5), JobLog(store, claim) as job_log:
         job_log.note(step(1))
-    assert "last lines not written" in caplog.text
+    assert "the last log lines were not written" in caplog.text
 
 
 async def test_lines_that_come_faster_than_they_can_be_written_are_counted(store: JobStore, claim: Claim):

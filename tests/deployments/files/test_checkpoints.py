@@ -15,7 +15,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings
 from deployments.stages.denoise import Denoise
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import STARTED, CheckpointRef, Done, Note
+from deployments.stages.protocol import CheckpointRef, Done, Note, Started
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Conditioning, Latents, Progress
@@ -97,7 +97,7 @@ async def listen(replica: Denoise, checkpoint: CheckpointRef, seed: int = 1) -> 
 
 async def interrupt(replica: Denoise, after: str, seed: int = 1) -> None:
     """Stops listening after a note."""
-    async with aclosing(replica.run(asked(seed), FIRST)) as stream:  # type: ignore[type-var]
+    async with aclosing(replica.run(asked(seed), FIRST)) as stream:
         async for item in stream:
             if plain(item) == Note(after):
                 return
@@ -109,11 +109,11 @@ def slowly(_: int) -> None:
 
 async def test_the_latents_are_kept_before_they_are_handed_on(replica: Callable[..., Denoise]):
     one = replica(Stage(), checkpoint_s=60)
-    *_, last = await listen(one, FIRST)
+    *_, done = await listen(one, FIRST)
     kept = await one.checkpoints.latents(NAME)
     assert kept is not None
-    assert torch.equal(kept.values, last.values)
-    assert kept.seed == last.seed
+    assert torch.equal(kept.values, done.product.values)
+    assert kept.seed == done.product.seed
 
 
 async def test_the_turn_is_over_while_the_latents_are_written(replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +156,9 @@ async def test_a_slow_disk_holds_up_no_step_and_gets_the_newest(
     assert notes[-1] == Note(f"step {STEPS}/{STEPS}")
     assert written == [], "the first one is still being written"
     put.done.set()
-    assert [type(item) async for item in stream] == [Done, Latents]
+    [done] = [item async for item in stream]
+    assert isinstance(done, Done)
+    assert isinstance(done.product, Latents)
     assert written == [1, "latents"]
 
 
@@ -175,7 +177,7 @@ async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Call
     assert len(written) == 1
     assert written[0] in (3, 4), "one may have begun while the word travelled"
     items = await listen(one, AGAIN)
-    assert items[:3] == [STARTED, Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
+    assert items[:3] == [Started(), Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
     assert stage.began_at == [0, written[0]]
 
 
@@ -270,9 +272,9 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
             assert data is not None
             await files.put_checkpoint(NAME, data[:-10])
     stage.began_at.clear()
-    *_, last = await listen(one, AGAIN)
+    *_, done = await listen(one, AGAIN)
     assert stage.began_at == [0]
-    assert isinstance(last, Latents)
+    assert isinstance(done.product, Latents)
     warned = [record for record in caplog.records if record.getMessage() == "checkpoint not used"]
     assert len(warned) == (found not in (None, "latents"))
 
@@ -288,8 +290,8 @@ async def test_a_file_store_that_is_away_costs_no_job(
         raise BucketAway
 
     monkeypatch.setattr(f"deployments.files.file_store.FileStore.{refuses}", refuse)
-    *_, last = await listen(replica(Stage(slowly)), AGAIN)
-    assert isinstance(last, Latents)
+    *_, done = await listen(replica(Stage(slowly)), AGAIN)
+    assert isinstance(done.product, Latents)
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
@@ -298,8 +300,8 @@ async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
 ):
     monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", FileStorePut().slow)
-    *_, last = await listen(replica(Stage()), FIRST)
-    assert isinstance(last, Latents)
+    *_, done = await listen(replica(Stage()), FIRST)
+    assert isinstance(done.product, Latents)
 
 
 async def test_finished_latents_are_found_without_the_conditioning(
@@ -312,17 +314,17 @@ async def test_finished_latents_are_found_without_the_conditioning(
     async def saved(config: Any = CONFIG, name: str = NAME) -> list[Any]:
         return [item async for item in preprocess(config).saved(CheckpointRef(name, used=True))]
 
-    assert await saved() == [STARTED, Done(0.0)]
+    assert await saved() == [Started(), Done(None, 0.0)]
     one = replica(Stage(slowly), checkpoint_s=60)
     await interrupt(one, f"step 3/{STEPS}")
-    assert await saved() == [STARTED, Done(0.0)], "a step is not the end"
-    *_, last = await listen(one, AGAIN)
-    turn, note, done, latents = await saved()
-    assert (turn, note, done) == (STARTED, Note("resumed after the last step"), Done(0.0))
-    assert torch.equal(latents.values, last.values)
-    assert await saved(AnimateDiffConfig(dtype="float64")) == [STARTED, Done(0.0)], "these are of another model"
+    assert await saved() == [Started(), Done(None, 0.0)], "a step is not the end"
+    *_, done = await listen(one, AGAIN)
+    turn, note, found = await saved()
+    assert (turn, note, found.seconds) == (Started(), Note("resumed after the last step"), 0.0)
+    assert torch.equal(found.product.values, done.product.values)
+    assert await saved(AnimateDiffConfig(dtype="float64")) == [Started(), Done(None, 0.0)], "these are of another model"
     data = await one.checkpoints._files.get_checkpoint(NAME)
     assert data is not None
     another = NAME.replace("01/", "02/")
     await one.checkpoints._files.put_checkpoint(another, data)
-    assert await saved(name=another) == [STARTED, Done(0.0)], "these are another job's"
+    assert await saved(name=another) == [Started(), Done(None, 0.0)], "these are another job's"

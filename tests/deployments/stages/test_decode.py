@@ -6,7 +6,7 @@ import torch
 
 from deployments.settings import Settings
 from deployments.stages.decode import Decode
-from deployments.stages.protocol import STARTED, Done
+from deployments.stages.protocol import Done, Started
 from deployments.stages.throttle import BURST
 from engines.errors import Cancelled
 from engines.spec import Latents, Progress
@@ -25,30 +25,30 @@ async def test_the_clip_comes_after_its_progress(monkeypatch: pytest.MonkeyPatch
                 on_progress(Progress("frame", done, 100))
             return CLIP
 
-    begun, *notes, done, clip = [item async for item in replica(monkeypatch, Stage()).run(None)]  # type: ignore[arg-type]
-    assert begun == STARTED
+    begun, *notes, done = [item async for item in replica(monkeypatch, Stage()).run(None)]  # type: ignore[arg-type]
+    assert begun == Started()
     done_of = [note.progress.at.done for note in notes]
     assert (done_of[0], done_of[-1]) == (1, 100)
     assert len(done_of) <= BURST + 2
     assert isinstance(done, Done)
-    assert clip is CLIP
+    assert done.product is CLIP
 
 
 async def test_one_call_at_a_time_is_worked_on_and_a_cancelled_one_makes_room(monkeypatch: pytest.MonkeyPatch):
     stage = EndlessStage()
     wrapper = replica(monkeypatch, stage)
     first, second = wrapper.run(None), wrapper.run(None)  # type: ignore[arg-type]
-    assert await anext(first) == STARTED
+    assert await anext(first) == Started()
     await anext(first)
     waiting = asyncio.ensure_future(anext(second))
     await asyncio.sleep(0.05)
     assert (stage.running, waiting.done()) == (1, False)
-    await first.aclose()  # type: ignore[attr-defined]
+    await first.aclose()
     async with asyncio.timeout(5):
-        assert await waiting == STARTED
+        assert await waiting == Started()
         assert (await anext(second)).message == "decode: frame 1/1000000"
     assert stage.running == 1
-    await second.aclose()  # type: ignore[attr-defined]
+    await second.aclose()
     assert stage.running == 0
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.stages.handles import ServeStages, translated
-from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote
+from deployments.stages.handles import ServeStages, crossing, translated
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
 
@@ -50,7 +50,7 @@ async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
     return await (stages.denoise(None, CHECKPOINT, on_note) if stage == "denoise" else getattr(stages, stage)(None, on_note))
 
 
-async def nobody(_: Note) -> None:
+async def nobody(_: Started | Note) -> None:
     pass
 
 
@@ -85,11 +85,11 @@ async def test_notes_are_passed_on_and_only_the_clip_comes_by_value(stage: str):
     async def on_note(note: Note) -> None:
         told.append(note.message)
 
-    stages = stages_with(Response(Note("frame 1/2"), Note("frame 2/2"), Done(0.5), CLIP))
-    product, seconds = await call(stages, stage, on_note)
+    stages = stages_with(Response(Note("frame 1/2"), Note("frame 2/2"), Done(None, 0.5), CLIP))
+    done = await call(stages, stage, on_note)
     assert told == ["frame 1/2", "frame 2/2"]
-    assert seconds == 0.5
-    assert (product is CLIP) == (stage == "decode")
+    assert done.seconds == 0.5
+    assert (done.product is CLIP) == (stage == "decode")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -109,14 +109,38 @@ async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
     assert response.cancelled
 
 
-@pytest.mark.parametrize("items", [(Note("frame 1/2"), ActorDiedError()), (Done(0.5), ActorDiedError()), (Note("frame 1/2"),)])
+@pytest.mark.parametrize(
+    "items", [(Note("frame 1/2"), ActorDiedError()), (Done(None, 0.5), ActorDiedError()), (Note("frame 1/2"),)]
+)
 async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
     with pytest.raises(RunnerDisconnected):
         await stages_with(Response(*items)).decode(None, nobody)
 
 
 async def test_finished_latents_come_unread_and_their_absence_is_no_error():
-    assert await stages_with(Response(Done(0.0))).saved(CHECKPOINT, nobody) is None
-    assert await (await stages_with(Response(Note("resumed"), Done(0.0), CLIP)).saved(CHECKPOINT, nobody)) is CLIP  # type: ignore[misc]
+    assert await stages_with(Response(Done(None, 0.0))).saved(CHECKPOINT, nobody) is None
+    assert await (await stages_with(Response(Note("resumed"), Done(None, 0.0), CLIP)).saved(CHECKPOINT, nobody)) is CLIP  # type: ignore[misc]
     with pytest.raises(RunnerDisconnected):
         await stages_with(Response(ActorDiedError())).saved(CHECKPOINT, nobody)
+
+
+@pytest.mark.parametrize(("product", "crosses"), [(CLIP, [CLIP]), (None, [])])
+async def test_a_product_crosses_ray_as_an_item_of_its_own_behind_its_end(product: Any, crosses: list[Any]):
+    closed: list[bool] = []
+
+    async def stream() -> Stream[Any]:
+        try:
+            yield Started()
+            yield Note("frame 1/1")
+            yield Done(product, 0.5)
+        finally:
+            closed.append(True)
+
+    items = [item async for item in crossing(stream())]
+    assert items == [Started(), Note("frame 1/1"), Done(None, 0.5), *crosses]
+    left = crossing(stream())
+    await anext(left)
+    await left.aclose()
+    assert closed == [True, True]
+    found = await stages_with(Response(*items)).saved(CHECKPOINT, nobody)
+    assert (found and await found) is product  # type: ignore[misc]

@@ -12,7 +12,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings, Settings
 from deployments.stages.preprocess import Preprocess
 from deployments.stages.progress import StageProgress
-from deployments.stages.protocol import STARTED, Done, Note, Stream
+from deployments.stages.protocol import Done, Note, Started, Stream
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError
 from engines.spec import Progress
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
@@ -50,7 +50,7 @@ def left(temporary: Path) -> list[Path]:
     return list(temporary.iterdir())
 
 
-async def listen(stream: Stream) -> list[Any]:
+async def listen(stream: Stream[Any]) -> list[Any]:
     return [item async for item in stream]
 
 
@@ -63,12 +63,12 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
             seen.extend(downloads(temporary))
             return Conditioned()
 
-    begun, *notes, done, product = await listen(replica(Stage()).run(INPUT))
-    assert begun == STARTED
+    begun, *notes, done = await listen(replica(Stage()).run(INPUT))
+    assert begun == Started()
     progress = StageProgress("preprocess", Progress("pose", 1, 1))
     assert notes == [Note("preprocess: pose 1/1", progress=progress), Note("the prompt was cut", "WARN")]
     assert isinstance(done, Done)
-    assert isinstance(product, Conditioned)
+    assert isinstance(done.product, Conditioned)
     assert seen == [b"hi"]
     assert left(temporary) == []
 
@@ -79,7 +79,7 @@ async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
 ):
     stage = EndlessStage()
     stream = replica(stage).run(INPUT)
-    assert await anext(stream) == STARTED
+    assert await anext(stream) == Started()
     assert (await anext(stream)).message == "preprocess: frame 1/1000000"
     assert stage.running
     assert downloads(temporary) == [b"hi"]
@@ -90,7 +90,7 @@ async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
         with pytest.raises(asyncio.CancelledError):
             await listening
     else:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
     assert not stage.running
     assert left(temporary) == []
 
@@ -111,9 +111,9 @@ async def test_a_call_that_fails_leaves_no_files(
 async def test_several_calls_are_worked_on_at_once(replica: Callable[[Any], Preprocess]):
     stage = EndlessStage()
     wrapper = replica(stage)
-    async with aclosing(wrapper.run(INPUT)) as one, aclosing(wrapper.run(INPUT)) as other:  # type: ignore[type-var]
+    async with aclosing(wrapper.run(INPUT)) as one, aclosing(wrapper.run(INPUT)) as other:
         for stream in (one, other):
-            assert await anext(stream) == STARTED
+            assert await anext(stream) == Started()
             await anext(stream)
         assert stage.running == 2
 
