@@ -219,14 +219,14 @@ def keys_create(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Make a key and print its secret, this once."""
-    _print(_in_store(config, lambda store: store.create_key(name, max_running, list(dict.fromkeys(scope)))))
+    _print(_in_store(config, lambda store: store.keys.create(name, max_running, list(dict.fromkeys(scope)))))
 
 
 @keys.command("list")
 def keys_list(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
     table = Table("id", "name", "scopes", "max running", "created", "old secret until", "revoked")
-    for key in _in_store(config, lambda store: store.list_keys()):
+    for key in _in_store(config, lambda store: store.keys.list_all()):
         limit = str(key.max_running or "")
         times = (f"{time:%Y-%m-%d %H:%M}" if time else "" for time in (key.created_at, key.old_secret_until, key.revoked_at))
         table.add_row(key.id, key.name, ", ".join(key.scopes), limit, *times)
@@ -243,7 +243,7 @@ def keys_rotate(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Give a key another secret and print it, this once; its jobs stay its own."""
-    secret = _in_store(config, lambda store: store.rotate_key(key_id, overlap_h * 3600))
+    secret = _in_store(config, lambda store: store.keys.rotate(key_id, overlap_h * 3600))
     if secret is None:
         raise typer.Exit(_fail(f"there is no key {key_id}"))
     _print(secret)
@@ -252,7 +252,7 @@ def keys_rotate(
 @keys.command("revoke")
 def keys_revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
     """End a key; it is refused within seconds."""
-    if not _in_store(config, lambda store: store.revoke_key(key_id)):
+    if not _in_store(config, lambda store: store.keys.revoke(key_id)):
         raise typer.Exit(_fail(f"there is no key {key_id}"))
 
 
@@ -377,7 +377,7 @@ def webhooks_show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> Non
     job_id = _job_id(request_id)
 
     async def read(store: "JobStore") -> tuple[Webhook | None, list[Attempt]]:
-        return await Outbox(store).get(job_id), await Outbox(store).attempts(job_id)
+        return await Outbox(store.database).get(job_id), await Outbox(store.database).attempts(job_id)
 
     webhook, attempts = _in_store(config, read)
     if webhook is None:
@@ -398,7 +398,7 @@ def webhooks_redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -
     from deployments.webhooks.outbox import Outbox
 
     job_id = _job_id(request_id)
-    if not _in_store(config, lambda store: Outbox(store).redeliver(job_id)):
+    if not _in_store(config, lambda store: Outbox(store.database).redeliver(job_id)):
         raise typer.Exit(_fail(f"there is no webhook of {request_id}"))
 
 
@@ -418,7 +418,7 @@ def webhooks_rotate_key(
     """Make a new key to sign webhooks with, and print its id."""
     from deployments.webhooks.outbox import Outbox
 
-    _print(_in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)
+    _print(_in_store(config, lambda store: Outbox(store.database).rotate_key(overlap_h * 3600)).id)
 
 
 def read_input(path: Path) -> Any:
