@@ -51,7 +51,10 @@ class DispatcherReplica:
             settings, files = self.settings, FileStore(self.settings.files_url)
             dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)
             courier = Courier(
-                Outbox(store), settings.webhooks, allow_private=settings.fetch.allow_private, public_url=settings.public_url
+                Outbox(store.database),
+                settings.webhooks,
+                allow_private=settings.fetch.allow_private,
+                public_url=settings.public_url,
             )
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())

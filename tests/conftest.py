@@ -17,7 +17,8 @@ import pytest
 
 from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url, stop_embedded
-from deployments.jobs.store import JobStore, migrate
+from deployments.jobs.database import migrate
+from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 
 TEMPLATE = "reelray_test_template"

@@ -24,14 +24,14 @@ def create(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Create a key and print its secret, which is not shown again."""
-    print_line(in_store(config, lambda store: store.create_key(name, max_running, list(dict.fromkeys(scope)))))
+    print_line(in_store(config, lambda store: store.keys.create(name, max_running, list(dict.fromkeys(scope)))))
 
 
 @keys.command("list")
 def list_all(config: Config = DEFAULT_CONFIG) -> None:
     """Show every key, without its secret."""
     table = Table("id", "name", "scopes", "max running", "created", "old secret until", "revoked")
-    for key in in_store(config, lambda store: store.list_keys()):
+    for key in in_store(config, lambda store: store.keys.list_all()):
         limit = str(key.max_running or "")
         times = (f"{time:%Y-%m-%d %H:%M}" if time else "" for time in (key.created_at, key.old_secret_until, key.revoked_at))
         table.add_row(key.id, key.name, ", ".join(key.scopes), limit, *times)
@@ -48,7 +48,7 @@ def rotate(
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Give a key a new secret, and print it: it is not shown again. The key keeps its jobs."""
-    secret = in_store(config, lambda store: store.rotate_key(key_id, overlap_h * 3600))
+    secret = in_store(config, lambda store: store.keys.rotate(key_id, overlap_h * 3600))
     if secret is None:
         raise typer.Exit(fail(f"there is no key {key_id}"))
     print_line(secret)
@@ -57,5 +57,5 @@ def rotate(
 @keys.command()
 def revoke(key_id: str, config: Config = DEFAULT_CONFIG) -> None:
     """Revoke a key; it is refused within seconds."""
-    if not in_store(config, lambda store: store.revoke_key(key_id)):
+    if not in_store(config, lambda store: store.keys.revoke(key_id)):
         raise typer.Exit(fail(f"there is no key {key_id}"))

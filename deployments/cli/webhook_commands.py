@@ -21,7 +21,7 @@ def show(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
     job_id = job_id_of(request_id)
 
     async def read(store: "JobStore") -> tuple[Webhook | None, list[Attempt]]:
-        return await Outbox(store).get(job_id), await Outbox(store).attempts(job_id)
+        return await Outbox(store.database).get(job_id), await Outbox(store.database).attempts(job_id)
 
     webhook, attempts = in_store(config, read)
     if webhook is None:
@@ -42,7 +42,7 @@ def redeliver(request_id: RequestId, config: Config = DEFAULT_CONFIG) -> None:
     from deployments.webhooks.outbox import Outbox
 
     job_id = job_id_of(request_id)
-    if not in_store(config, lambda store: Outbox(store).redeliver(job_id)):
+    if not in_store(config, lambda store: Outbox(store.database).redeliver(job_id)):
         raise typer.Exit(fail(f"there is no webhook of {request_id}"))
 
 
@@ -63,4 +63,4 @@ def rotate_key(
     """Create a new key for signing webhooks, and print its id."""
     from deployments.webhooks.outbox import Outbox
 
-    print_line(in_store(config, lambda store: Outbox(store).rotate_key(overlap_h * 3600)).id)
+    print_line(in_store(config, lambda store: Outbox(store.database).rotate_key(overlap_h * 3600)).id)

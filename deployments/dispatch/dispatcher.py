@@ -15,10 +15,11 @@ from typing import Any, Literal, Protocol, TypeVar
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
@@ -126,7 +127,7 @@ class Dispatcher:
     async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
         """Runs one endpoint's jobs, as many at once as its stages have room for. Other endpoints' long jobs do not delay them."""
         room = asyncio.Semaphore(self.queue.max_in_flight)
-        async with self.store.watch_work() as work:
+        async with self.store.claims.watch_work() as work:
             while True:
                 await room.acquire()
                 claim = await self._next_claim(endpoint, work)
@@ -136,7 +137,7 @@ class Dispatcher:
         while True:
             try:
                 run_s = self.queue.deadlines_of(endpoint).run_s
-                if claim := await self.store.claim([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
+                if claim := await self.store.claims.take([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
                     return claim
                 await work.changed(IDLE_WAIT_S)
             except StoreAway:
@@ -146,7 +147,7 @@ class Dispatcher:
     async def _sweep_forever(self) -> None:
         while True:
             try:
-                if swept := await self.store.sweep():
+                if swept := await self.store.claims.sweep():
                     logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
             except StoreAway:
                 logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
@@ -156,9 +157,9 @@ class Dispatcher:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
-                files = await self.store.expire_files(self.files.delete)
-                jobs = await self.store.expire_jobs(self.retention.jobs_s)
-                await self.store.expire_secrets()
+                files = await self.store.retention.expire_files(self.files.delete)
+                jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
+                await self.store.keys.expire_secrets()
             except StoreAway:
                 logger.exception("nothing expired could be deleted", extra={"action": "expiry_failed"})
                 files = jobs = 0
@@ -176,12 +177,12 @@ class Dispatcher:
         except asyncio.CancelledError:
             if not renewing.done():
                 await self._close(
-                    claim, lambda: store.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
+                    claim, lambda: store.claims.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
                 )
                 raise
             reason = renewing.result()
             if reason == "cancelled":
-                await self._close(claim, lambda: store.cancel(claim))
+                await self._close(claim, lambda: store.claims.cancel(claim))
             elif reason != "lost":
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
                 await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
@@ -193,7 +194,7 @@ class Dispatcher:
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
             await self._close(claim, lambda: self._end_attempt(claim, error, metrics))
         else:
-            await self._close(claim, lambda: store.succeed(claim, result, metrics.fields))
+            await self._close(claim, lambda: store.claims.succeed(claim, result, metrics.fields))
         finally:
             renewing.cancel()
 
@@ -201,13 +202,13 @@ class Dispatcher:
         """After an error: queues another attempt, or fails the job."""
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
         if wait_s is None:
-            await self.store.fail(claim, error_failure(error), metrics.fields)
+            await self.store.claims.fail(claim, error_failure(error), metrics.fields)
         else:
-            await self.store.requeue(claim, error.message, counted=True, wait_s=wait_s)
+            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """Renders the job and writes the stages' notes to its log; returns its output."""
-        async with JobLog(self.store, claim) as job_log:
+        async with JobLog(self.store.claims, claim) as job_log:
             return await self._render(claim, metrics, watchdog, job_log)
 
     async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
@@ -241,7 +242,7 @@ class Dispatcher:
     async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
         name = self.files.new_name("video", "video/mp4")
         if (keep_s := self.retention.keep_file_s(claim.files_s)) is not None:
-            await self.store.add_file(name, keep_s)
+            await self.store.retention.add_file(name, keep_s)
         try:
             return await self.files.put("video", clip.mp4, "video/mp4", name)
         except OSError as exc:  # e.g. a full disk, or a bucket that does not answer: worth another attempt
@@ -255,7 +256,7 @@ class Dispatcher:
         async with self.store.watch(claim.job_id) as changes:
             while reason is None:
                 try:
-                    if await self.store.heartbeat(claim, self.queue.lease_s):
+                    if await self.store.claims.heartbeat(claim, self.queue.lease_s):
                         reason = "cancelled"
                     elif (reason := watchdog.overdue()) is None:
                         await changes.changed(min(self.queue.lease_s / 3, watchdog.due_in_s()))

@@ -14,8 +14,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from deployments.jobs.claims import Claims
 from deployments.jobs.job import Claim
-from deployments.jobs.store import JobStore
 from deployments.stages.protocol import Note
 from deployments.stages.token_bucket import TokenBucket
 
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class JobLog:
     """The log of one attempt. When `async with` ends, all notes have been written. clock: in seconds."""
 
-    def __init__(self, store: JobStore, claim: Claim, clock: Callable[[], float] = time.monotonic):
-        self._store = store
+    def __init__(self, claims: Claims, claim: Claim, clock: Callable[[], float] = time.monotonic):
+        self._claims = claims
         self._claim = claim
         self._clock = clock
         self._began_at = clock()
@@ -100,7 +100,7 @@ class JobLog:
         while True:
             if note := self._next():
                 progress = None if note.progress is None else note.progress.fields()
-                self._full = not await self._store.log(self._claim, note.message, note.level, progress)
+                self._full = not await self._claims.log(self._claim, note.message, note.level, progress)
             elif self._ending:
                 return
             else:

@@ -88,7 +88,7 @@ async def identify(request: Request, store: JobStore, app: str | None = None) ->
     if "authorization" in request.headers or app is None:
         return _caller(await shown_secret(request, store))
     token = tokens.read(request.query_params.get("fal_jwt_token", ""))
-    secret = await store.get_secret(token.secret_id) if token else None
+    secret = await store.keys.get_secret(token.secret_id) if token else None
     if token is None or secret is None or not token.is_genuine(secret):
         raise Unauthorized
     if not token.allows(app):
@@ -107,7 +107,7 @@ def issued_token(secret: KeySecret | None, asked: TokenRequest) -> str:
 async def shown_secret(request: Request, store: JobStore) -> KeySecret:
     """The API key in the request's header. Raises `Unauthorized`."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    found = await store.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None
+    found = await store.keys.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None
     if found is None:
         raise Unauthorized
     return found

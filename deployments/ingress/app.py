@@ -18,7 +18,8 @@ from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
 from deployments.ingress.middleware import add_middleware, failure_response
 from deployments.ingress.request_context import OUTAGES, UnknownRequest
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.database import StoreAway
+from deployments.jobs.store import JobStore
 from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import Settings
 from engines.errors import ReelrayError

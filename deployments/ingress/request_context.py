@@ -11,7 +11,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import to_json
 
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.database import StoreAway
+from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
 from engines.errors import BadRequest, BodyTooLarge
@@ -61,7 +62,7 @@ def store_of(request: Request) -> JobStore:
 
 def outbox_of(request: Request) -> Outbox:
     """The webhooks in the job store's database. Raises `StoreAway` before it is open."""
-    return Outbox(store_of(request))
+    return Outbox(store_of(request).database)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

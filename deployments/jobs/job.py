@@ -1,4 +1,4 @@
-"""The states of a job and the only ways between them.
+"""The states of a job and the only transitions between them.
 
                     ┌────────── requeue ──────────┐
                     v                             │
@@ -7,8 +7,8 @@
                   │ └──────────> FAILED <────────┘   │
                   └────────────> CANCELLED <─────────┘
 
-The database refuses every other way (`sql/migrations/`). fal's wire knows three words for these five: IN_QUEUE, IN_PROGRESS, and
-COMPLETED for every end.
+The database refuses every other transition (`sql/functions.sql`). fal's protocol has three words for these five: IN_QUEUE,
+IN_PROGRESS, and COMPLETED for every end.
 """
 
 from dataclasses import dataclass
@@ -45,14 +45,14 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 
 class LeaseLost(Exception):
-    """The attempt is no longer this worker's: its lease ran out and the job went on without it."""
+    """The attempt is no longer this worker's: its lease ended and the job went on without it."""
 
 
 @dataclass(frozen=True)
 class Idempotency:
     """Makes a submission repeatable: for `keep_s` seconds its owner's `key` stands for one job.
 
-    fingerprint: of what was submitted; another one under the same key is a mistake of the caller's.
+    fingerprint: of what was submitted; the same key with another fingerprint is refused.
     """
 
     key: str
@@ -64,8 +64,8 @@ class Idempotency:
 class NewJob:
     """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
 
-    files_s: how long its files are kept, in seconds; None: as long as the operator says. store_io: false lets its input go at
-    its end, and the rest within hours.
+    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. store_io: False deletes its
+    input at its end, and the rest within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
     """
 
@@ -86,7 +86,7 @@ class NewJob:
 class LogLine:
     """A line a caller sees. seq: 1, 2, 3, ... within a job, over all its attempts. level: one of fal's (INFO, WARN, ERROR, ...).
 
-    progress: what a line of progress says, for programs; see `StageProgress.fields`.
+    progress: machine-readable progress, for progress lines; see `StageProgress.fields`.
     """
 
     seq: int
@@ -120,10 +120,32 @@ class Job:
 
 
 @dataclass(frozen=True)
+class JobEvent:
+    """The job came to `state`. attempt: its last one so far; 0 before the first. reason: where the state does not say it. UTC."""
+
+    at: datetime
+    state: JobState
+    attempt: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """A job in a list. attempt: its last one so far; 0 before the first. Times are UTC."""
+
+    id: UUID
+    endpoint: str
+    state: JobState
+    created_at: datetime
+    attempt: int
+    max_attempts: int
+
+
+@dataclass(frozen=True)
 class Claim:
     """One attempt at a job. Only the holder of `token` may report on it.
 
-    checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier one.
+    checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier attempt.
     """
 
     job_id: UUID

@@ -1,6 +1,8 @@
-"""What the database says aloud: one LISTEN connection, reopened when it breaks, that wakes whoever waits for a subject.
+"""PostgreSQL's NOTIFY, shared by all waiters of a process: one LISTEN connection, reopened when it breaks, that wakes those who
+wait for a subject.
 
-Waking is a courtesy: what is said while nobody listens is lost, so who waits looks again after a while anyhow.
+Notifications only save time: one that is sent while nobody listens is lost, so every waiter also looks again after a while.
+The subjects have their texts here. The statements in `sql/` that notify repeat them, and a test compares the two.
 """
 
 import asyncio
@@ -8,37 +10,52 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import UUID
 
 import asyncpg
 
 CHANNEL = "reelray"
+WORK = "work"
+"""Subject: there is a job to claim, of any endpoint."""
+WEBHOOKS = "webhooks"
+"""Subject: a webhook is due."""
 REOPEN_S = 0.5
 PROBE_S = 30.0
-"""How often a silent connection is asked whether it is still there: a vanished host closes nothing."""
+"""How often a silent connection is checked: a host that vanishes closes nothing."""
 
 _BROKEN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 logger = logging.getLogger(__name__)
 
 
+def job_subject(job_id: UUID) -> str:
+    """Subject: the job's state has changed, or its caller wants it cancelled."""
+    return str(job_id)
+
+
+def lines_subject(job_id: UUID) -> str:
+    """Subject: the job's log has another line."""
+    return f"lines {job_id}"
+
+
 class Changes:
-    """Whether something was said about a subject since last asked."""
+    """Whether there was a notification about some subjects since the last call."""
 
     def __init__(self) -> None:
-        self._said = asyncio.Event()
+        self._notified = asyncio.Event()
 
     def tell(self) -> None:
-        """Something was said."""
-        self._said.set()
+        """There was one."""
+        self._notified.set()
 
     async def changed(self, timeout_s: float) -> bool:
-        """Waits until something is said, at most `timeout_s` seconds; at once if it was said since the last call."""
+        """Waits for a notification, at most `timeout_s` seconds; returns at once if there was one since the last call."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._said.wait()
+                await self._notified.wait()
         except TimeoutError:
             return False
-        self._said.clear()
+        self._notified.clear()
         return True
 
 
@@ -62,7 +79,7 @@ class Listener:
 
     @contextmanager
     def subscribed(self, *subjects: str) -> Iterator[Changes]:
-        """Hears everything said about any of the subjects from now on, until left."""
+        """Collects every notification about any of the subjects until the context ends."""
         changes = Changes()
         for subject in subjects:
             self._subscribers[subject].add(changes)
@@ -100,7 +117,7 @@ class Listener:
                 connection.terminate()
             logger.warning("the listening connection broke", extra={"action": "listener_lost"})
             connection = await self._reopen()
-            self._tell_everybody()  # something may have been said in the meantime
+            self._tell_everybody()  # notifications of the meantime are lost
 
     async def _until_closed(self, connection: asyncpg.Connection) -> None:
         closed = asyncio.Event()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import httpx
 
 from deployments.files.download import CONNECTION_ERRORS, Refused, new_client, send
-from deployments.jobs.store import StoreAway
+from deployments.jobs.database import StoreAway
 from deployments.webhooks.outbox import Delivery, Outbox
 from deployments.webhooks.signing import signed_headers, webhook_body
 

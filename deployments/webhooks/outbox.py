@@ -1,6 +1,6 @@
-"""The webhooks to be delivered, beside the jobs they tell of: a row each, written in the transaction that ends its job.
+"""The webhooks to be delivered, in the jobs' database: a row each, written in the transaction that ends its job.
 
-A courier holds a row by a lease and writes with that delivery's token. What it sends is kept before it is sent first, so that
+A courier holds a row by a lease and writes with that delivery's token. The body is stored before it is first sent, so that
 every delivery of a job, by whichever courier, sends the same bytes.
 """
 
@@ -8,32 +8,31 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 
-from deployments.jobs.listener import Changes
-from deployments.jobs.store import JobStore, load_queries
+from deployments.jobs.database import Database, load_statements
+from deployments.jobs.listener import WEBHOOKS, Changes
 from deployments.webhooks.signing import SigningKey
 
 SETTLE_S = 5.0
-"""A webhook is listed at this age: longer than its commit takes, so that a reader who goes on from its last place misses none."""
+"""A webhook is listed at this age, which is longer than its commit takes: readers who continue from the last one miss none."""
 
 OVERLAP_S = 25 * 3600.0
 """How long a new key is published before it signs, and an old one after it has: fal lets receivers keep the keys for 24 hours,
 and we let caches on the way keep them for one more."""
 
-_SQL = load_queries(files("deployments.jobs").joinpath("sql", "webhooks.sql").read_text())
+_SQL = load_statements("webhooks.sql")
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One attempt at a webhook, in the hand of a courier. Only the holder of `token` may report on it.
+    """One attempt at a webhook, held by a courier. Only the holder of `token` may report on it.
 
-    tries: with this one, since it was queued. body: what to send, if that is settled; else `result` or `failure`, as the job
-    ended. service_url: where the job's caller reached the service; None of a job older than that is known.
+    tries: with this one, since it was queued. body: what to send, if it is stored already; otherwise there is `result` or
+    `failure`. service_url: where the job's caller reached the service; None if the job was submitted without it.
     """
 
     job_id: UUID
@@ -49,7 +48,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Webhook:
-    """How it stands with a job's webhook. next_attempt_at: None once it is over. Times are UTC."""
+    """The state of a job's webhook. next_attempt_at: None once it is over. Times are UTC."""
 
     job_id: UUID
     owner: str | None
@@ -82,20 +81,20 @@ class Attempt:
 
 
 class Outbox:
-    """The webhooks in a job store's database; see `JobStore` for what its calls outlast."""
+    """The webhooks in a database. Every call may raise `StoreAway`."""
 
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     # For couriers.
 
     async def claim(self, at_most: int, per_receiver: int, lease_s: float) -> list[Delivery]:
-        """Takes webhooks that are due, of all receivers in turn. per_receiver: in hand of one receiver, by all couriers."""
+        """Takes webhooks that are due, of all receivers in turn. per_receiver: how many of one receiver all couriers may hold."""
         rows = await self._fetch("claim", uuid4(), at_most, per_receiver, lease_s)
         return [Delivery(**row) for row in rows]
 
     async def keep_body(self, delivery: Delivery, body: bytes) -> bytes | None:
-        """Settles what is sent, unless that is; answers what it is. None: the delivery is no longer this courier's."""
+        """Stores the body if none is stored yet; returns the stored body. None: the delivery is no longer this courier's."""
         rows = await self._fetch("keep_body", delivery.job_id, delivery.token, body)
         return bytes(rows[0]["body"]) if rows else None
 
@@ -106,13 +105,13 @@ class Outbox:
         await self._fetch("finish", delivery.job_id, delivery.token, status, error, duration_s, retry_in_s)
 
     async def release(self, delivery: Delivery) -> None:
-        """Gives back what was not sent to its end, at no cost to its tries."""
+        """Gives back a delivery that was interrupted; it does not count as a try."""
         await self._fetch("release", delivery.job_id, delivery.token)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[Changes]:
         """Hears of every webhook that is queued from now on."""
-        async with self._store.watch_subject("webhooks") as changes:
+        with self._database.watch(WEBHOOKS) as changes:
             yield changes
 
     # For the door and the operator.
@@ -127,7 +126,7 @@ class Outbox:
         return [Attempt(**row) for row in await self._fetch("attempts", job_id)]
 
     async def page(self, owner: str | None, after: tuple[datetime, UUID], limit: int) -> list[Webhook]:
-        """An owner's webhooks that lie after a place in their order, which is (created_at, job_id)."""
+        """An owner's webhooks after a place in their order, which is (created_at, job_id)."""
         return [Webhook(**row) for row in await self._fetch("list", owner, *after, limit, SETTLE_S)]
 
     async def redeliver(self, job_id: UUID) -> bool:
@@ -141,12 +140,12 @@ class Outbox:
         return (await self._keys("signing_key"))[0]
 
     async def published_keys(self) -> list[SigningKey]:
-        """What a signature may be made with, now or soon."""
+        """The keys with which signatures are made, now or soon."""
         return await self._keys("published_keys")
 
     async def rotate_key(self, overlap_s: float = OVERLAP_S) -> SigningKey:
-        """Makes a key, which signs in `overlap_s`; the others are published for that long once more. At 0 they end now."""
-        await self.signing_key()  # there is one to go on with
+        """Makes a key, which signs in `overlap_s`; the others are published for as long again after that. At 0 they end now."""
+        await self.signing_key()  # makes the first key where there is none, which signs until then
         key = SigningKey.generate()
 
         async def rotate(connection: asyncpg.Connection) -> list[asyncpg.Record]:
@@ -155,7 +154,7 @@ class Outbox:
                 await connection.execute(_SQL["retire_keys"], key.id, overlap_s)
                 return list(await connection.fetch(_SQL["add_key"], key.id, key.private_key, key.public_key, overlap_s))
 
-        await self._store.outlast(rotate)
+        await self._database.run(rotate)
         return key
 
     async def _keys(self, name: str) -> list[SigningKey]:
@@ -166,4 +165,4 @@ class Outbox:
         return [SigningKey(**row) for row in rows]
 
     async def _fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
-        return await self._store.outlast(lambda connection: connection.fetch(_SQL[name], *args))
+        return await self._database.fetch(_SQL[name], *args)

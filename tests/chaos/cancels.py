@@ -24,8 +24,9 @@ from rich.table import Table
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.hosting.embedded_postgres import database_url
+from deployments.jobs.database import migrate
 from deployments.jobs.job import Job, JobState
-from deployments.jobs.store import JobStore, migrate
+from deployments.jobs.store import JobStore
 from deployments.settings import QueueSettings, RetentionSettings
 from tests.chaos.units import UNITS, Unit, UnitStages
 from tests.conftest import embedded
@@ -177,7 +178,7 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
         took_s = time.monotonic() - began
         faults = cancels.faults
         await asyncio.sleep(1)  # what was closed is also to be put away
-        listening = {subject for subject in store._listener._subscribers if subject != "work"}
+        listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
         for left, what in (
             (cancels.stages.working, "threads at work"),
             (cancels.stages.turns_taken, "replicas taken"),

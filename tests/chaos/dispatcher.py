@@ -26,8 +26,9 @@ from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.logs import configure_logging
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.settings import Settings, load_settings
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote
 from deployments.webhooks import courier
@@ -127,7 +128,7 @@ async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
         dispatcher = TracedDispatcher(trace, store, files, stages, settings.queue, settings.retention)
         async with asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run())
-            group.create_task(courier_of(Outbox(store), settings).run())
+            group.create_task(courier_of(Outbox(store.database), settings).run())
     finally:
         await store.close()
 

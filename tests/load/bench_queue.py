@@ -103,7 +103,7 @@ async def claims(settings: Settings, seconds: float) -> Rate:
 
     async def claim() -> None:
         while (began := time.perf_counter()) < end:
-            taken.append(await store.claim([ENDPOINT], 600))
+            taken.append(await store.claims.take([ENDPOINT], 600))
             latencies.append(time.perf_counter() - began)
 
     began = time.perf_counter()
@@ -112,7 +112,7 @@ async def claims(settings: Settings, seconds: float) -> Rate:
         rate = Rate.of(latencies, time.perf_counter() - began)
         for job in taken:
             if job is not None:
-                await store.requeue(job, "only counted", counted=False)
+                await store.claims.requeue(job, "only counted", counted=False)
     finally:
         await store.close()
     return rate

@@ -110,7 +110,7 @@ def python_client(base_url: str) -> Iterator[fal_client.AsyncClient]:
 async def waiting_seeds(store: JobStore) -> dict[UUID, int]:
     """Of every waiting job, each of which is claimed."""
     seeds = {}
-    while claim := await store.claim([ENDPOINT], TIMEOUT_S):
+    while claim := await store.claims.take([ENDPOINT], TIMEOUT_S):
         seeds[claim.job_id] = claim.input["seed"]
     return seeds
 

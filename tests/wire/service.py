@@ -97,7 +97,7 @@ async def working(store: JobStore, files: FileStore, step_s: float = 0.05) -> As
 
 async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
     while True:
-        if claim := await store.claim([ENDPOINT], LEASE_S):
+        if claim := await store.claims.take([ENDPOINT], LEASE_S):
             await _render(store, files, claim, step_s)
         else:
             await asyncio.sleep(0.02)
@@ -109,16 +109,16 @@ async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float
     while step < 4 or claim.input["prompt"] == "endless":
         step += 1
         progress = StageProgress("denoise", Progress("step", step, 4))
-        await store.log(claim, f"step {step}/4", progress=progress.fields())
+        await store.claims.log(claim, f"step {step}/4", progress=progress.fields())
         await asyncio.sleep(step_s)
         job = await store.get(claim.job_id)
         if job is None or job.cancel_requested:
-            await store.cancel(claim)
+            await store.claims.cancel(claim)
             return
     if claim.input["prompt"] == "unreadable":
         error = ImageLoadError("The image could not be decoded.", ("body", "keyframe_0_image_url"))
-        await store.fail(claim, error_failure(error), {"inference_time": 4 * step_s})
+        await store.claims.fail(claim, error_failure(error), {"inference_time": 4 * step_s})
         return
     kept = await files.put("video.mp4", VIDEO, "video/mp4")
     video = {"url": kept.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": kept.size}
-    await store.succeed(claim, {"video": video, "seed": claim.input["seed"]}, {"inference_time": 4 * step_s})
+    await store.claims.succeed(claim, {"video": video, "seed": claim.input["seed"]}, {"inference_time": 4 * step_s})

@@ -58,10 +58,10 @@ async def test_a_stream_tells_each_change_as_it_happens_and_ends_with_the_job(ba
         async with http.stream("GET", submitted["status_url"] + "/stream") as stream:
             lines = stream.aiter_lines()
             assert (await _event(lines))["status"] == "IN_QUEUE"
-            claim = await store.claim([ENDPOINT], LEASE_S)
+            claim = await store.claims.take([ENDPOINT], LEASE_S)
             assert claim is not None
             assert (await _event(lines))["status"] == "IN_PROGRESS"
-            await store.succeed(claim, {"video": {"url": "/files/x"}}, {"inference_time": 1.0})
+            await store.claims.succeed(claim, {"video": {"url": "/files/x"}}, {"inference_time": 1.0})
             assert (await _event(lines))["status"] == "COMPLETED"
             assert [line async for line in lines if line] == []
 

@@ -203,7 +203,7 @@ async def test_submit_of_unknown_outcome_is_not_repeated(
 async def test_a_page_follows_a_request_with_a_token_in_place_of_the_key(
     settings: Settings, store: JobStore, files: FileStore
 ) -> None:
-    secret = await store.create_key("studio")
+    secret = await store.keys.create("studio")
     wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
     async with listening(wire) as url, working(store, files):
         page = PageClient(url, key=secret)
@@ -219,14 +219,14 @@ async def test_a_page_follows_a_request_with_a_token_in_place_of_the_key(
 async def test_a_missing_scope_is_told_and_not_retried(settings: Settings, store: JobStore) -> None:
     wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
     async with listening(wire) as url:
-        refused = await PageClient(url, key=await store.create_key("r", scopes=["read"]))("submit", ENDPOINT, input=INPUT)
+        refused = await PageClient(url, key=await store.keys.create("r", scopes=["read"]))("submit", ENDPOINT, input=INPUT)
     assert refused.error is not None
     assert (refused.error["status"], refused.error["body"]["error_type"]) == (403, "forbidden")
     assert wire.count("POST", ENDPOINT) == 1
 
 
 async def test_keys(settings: Settings, store: JobStore, page_client: Callable[[str], PageClient]) -> None:
-    secret = await store.create_key("studio")
+    secret = await store.keys.create("studio")
     async with listening(create_app(settings.model_copy(update={"auth": "keys"}), store)) as url:
         refused = await page_client(url)("submit", ENDPOINT, input=INPUT)
         assert refused.error is not None

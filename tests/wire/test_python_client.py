@@ -79,7 +79,7 @@ async def test_token_is_taken_in_place_of_the_key(settings: Settings, store: Job
     async with listening(create_app(settings.model_copy(update={"auth": "keys"}), store)) as url:
         monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{url}/queue/")
         monkeypatch.setattr(fal_client.client, "REST_URL", f"{url}/rest")
-        client = fal_client.AsyncClient(key=await store.create_key("studio"))
+        client = fal_client.AsyncClient(key=await store.keys.create("studio"))
         handle = await client.submit(ENDPOINT, INPUT)
         token = await client._get_realtime_token(ENDPOINT)  # `realtime` begins with it, and goes on to what we do not serve yet
         await (await client._client).aclose()
@@ -95,7 +95,7 @@ async def test_missing_scope_is_told_and_not_retried(
     wire = Wire(create_app(settings.model_copy(update={"auth": "keys"}), store))
     async with listening(wire) as url:
         monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{url}/queue/")
-        client = fal_client.AsyncClient(key=await store.create_key("reader", scopes=["read"]))
+        client = fal_client.AsyncClient(key=await store.keys.create("reader", scopes=["read"]))
         with pytest.raises(fal_client.FalClientHTTPError) as caught:
             await client.submit(ENDPOINT, INPUT)
         await (await client._client).aclose()

@@ -37,7 +37,7 @@ async def claim(store: JobStore) -> Claim:
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim([ENDPOINT], LEASE_S)
+    claim = await store.claims.take([ENDPOINT], LEASE_S)
     assert claim is not None
     return claim
 
@@ -71,11 +71,11 @@ async def test_an_events_id_is_the_number_of_its_last_line(base_url: str, store:
     async with streaming(base_url, claim.job_id) as stream:
         first = await anext(stream)
         assert (first.id, first.messages) == (None, [])
-        await store.log(claim, "one")
+        await store.claims.log(claim, "one")
         second = await anext(stream)
         assert (second.id, second.messages) == ("1", ["one"])
-        await store.log(claim, "two")
-        await store.succeed(claim, {}, {})
+        await store.claims.log(claim, "two")
+        await store.claims.succeed(claim, {}, {})
         rest = [event async for event in stream]
     assert [message for event in rest for message in event.messages] == ["two"]
     assert (rest[-1].id, rest[-1].data["status"]) == ("2", "COMPLETED")
@@ -86,13 +86,13 @@ async def test_who_connects_again_gets_what_is_new(
     base_url: str, store: JobStore, claim: Claim, seen: str | None, new: list[str]
 ) -> None:
     for message in ("one", "two", "three"):
-        await store.log(claim, message)
+        await store.claims.log(claim, message)
     async with streaming(base_url, claim.job_id, seen) as stream:
         first = await anext(stream)
         assert (first.id, first.messages) == ("3", new)
-        await store.log(claim, "four")
+        await store.claims.log(claim, "four")
         assert (await anext(stream)).messages == ["four"]
-        await store.succeed(claim, {}, {})
+        await store.claims.succeed(claim, {}, {})
     async with streaming(base_url, claim.job_id, "4") as stream:
         [last] = [event async for event in stream]
     assert (last.data["status"], last.messages) == ("COMPLETED", [])
@@ -100,8 +100,8 @@ async def test_who_connects_again_gets_what_is_new(
 
 @pytest.mark.parametrize("nonsense", ["", "x", "-1", "1.5", "9" * 40, "²"])
 async def test_an_event_id_that_is_none_of_ours_is_none(base_url: str, store: JobStore, claim: Claim, nonsense: str) -> None:
-    await store.log(claim, "one")
-    await store.succeed(claim, {}, {})
+    await store.claims.log(claim, "one")
+    await store.claims.succeed(claim, {}, {})
     headers = {"last-event-id": nonsense.encode()}
     async with httpx.AsyncClient(base_url=base_url) as http:
         answer = await http.get(f"/queue/{ENDPOINT}/requests/{claim.job_id}/status/stream?logs=1", headers=headers)
@@ -113,8 +113,8 @@ async def test_a_job_that_logs_fast_wakes_a_stream_a_few_times_a_second(base_url
         assert (await anext(stream)).messages == []
         began = asyncio.get_running_loop().time()
         for k in range(400):
-            await store.log(claim, f"line {k}")
-        await store.succeed(claim, {}, {})
+            await store.claims.log(claim, f"line {k}")
+        await store.claims.succeed(claim, {}, {})
         rest = [event async for event in stream]
         took = asyncio.get_running_loop().time() - began
     assert [message for event in rest for message in event.messages] == [f"line {k}" for k in range(400)]
@@ -125,8 +125,8 @@ async def test_the_end_is_told_at_once(base_url: str, store: JobStore, claim: Cl
     monkeypatch.setattr("deployments.ingress.status_stream.STREAM_PAUSE_S", 60.0)
     async with streaming(base_url, claim.job_id) as stream:
         await anext(stream)
-        await store.log(claim, "one")
-        await store.succeed(claim, {}, {})
+        await store.claims.log(claim, "one")
+        await store.claims.succeed(claim, {}, {})
         [last] = [event async for event in stream]
     assert (last.data["status"], last.messages) == ("COMPLETED", ["one"])
 
@@ -142,10 +142,10 @@ async def test_no_line_is_told_twice_or_left_out_over_retries_and_a_full_log(
         while said < 2100:
             for _ in range(300):
                 said += 1
-                await store.log(held, f"line {said}")
-            await store.requeue(held, "the runner died", counted=False)
+                await store.claims.log(held, f"line {said}")
+            await store.claims.requeue(held, "the runner died", counted=False)
             held = await claimed(store)
-        await store.succeed(held, {}, {})
+        await store.claims.succeed(held, {}, {})
 
     seqs: list[int] = []
     async with asyncio.TaskGroup() as group:
@@ -169,8 +169,8 @@ async def test_a_stream_without_logs_has_no_ids_and_sleeps_through_lines(base_ur
     async with streaming(base_url, claim.job_id, logs=0) as stream:
         first = await anext(stream)
         for k in range(10):
-            await store.log(claim, f"line {k}")
-        await store.succeed(claim, {}, {})
+            await store.claims.log(claim, f"line {k}")
+        await store.claims.succeed(claim, {}, {})
         rest = [event async for event in stream]
     assert [event.id for event in (first, *rest)] == [None, None]
     assert [event.data["logs"] for event in (first, *rest)] == [None, None]

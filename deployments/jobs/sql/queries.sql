@@ -3,9 +3,9 @@
 
 -- name: submit
 -- One durable job at the end of its owner's line: its turn follows the owner's last, or is the one being served. Where
--- nothing waits, running jobs tell the turn, so that one of them that comes back keeps its place. Says nothing if the id is
--- taken: the caller has lost the answer and asks again. Nor if the caller's idempotency key $9 is: a job stands for it already,
--- see `repeated`. A key is free again when its time is over, or for another body when its own was no valid input ($12).
+-- nothing waits, the turn is that of the running jobs, so that one of them that comes back keeps its place. No row if the id is
+-- taken: the answer was lost and the call is repeated. No row either if the caller's idempotency key $9 already stands for a job, see
+-- `repeated`. A key is free again when its time is over, or for another body if its own was no valid input ($12).
 WITH kept AS (
     INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
     SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
@@ -41,7 +41,7 @@ RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attem
 SELECT job_id, fingerprint = $3 AS same FROM idempotency_keys WHERE owner = coalesce($1, '') AND key = $2 AND expires_at > now()
 
 -- name: sweep_keys
--- Forgets idempotency keys whose time is over. One that is just being taken again is not deleted: it is locked.
+-- Forgets idempotency keys whose time is over, except one that is just being used again: its row is locked.
 DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM idempotency_keys WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 ))
@@ -51,8 +51,8 @@ DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
 UPDATE jobs SET state = 'failed', failure = $2 WHERE id = $1 AND state = 'queued'
 
 -- name: get
--- What callers may see of some jobs, each with its lines after one already seen ($2; null: without). The input stays behind: it may
--- be megabytes, and this is what clients poll. Of those ahead it counts no more than 200: a status costs the same in any queue.
+-- What callers may see of some jobs, each with its lines after one already seen ($2; null: without). The input is left out: it may be
+-- megabytes, and clients poll this. Of the jobs ahead it counts no more than 200, so a status costs the same in any queue.
 SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
     priority, turn, number,
     CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS ahead,
@@ -62,7 +62,7 @@ SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_
 FROM unnest($1::uuid[], $2::bigint[]) WITH ORDINALITY AS asked (id, after, place) JOIN jobs ON jobs.id = asked.id
 
 -- name: marks
--- Every two hundredth job in line, from the first: what tells a place beyond where `jobs_ahead` counts.
+-- Every 200th job in line, beginning with the first: they tell a position beyond the 200 that `jobs_ahead` counts.
 SELECT priority, turn, number FROM (
     SELECT priority, turn, number, row_number() OVER (ORDER BY priority, turn, number) AS place
     FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $1
@@ -70,7 +70,7 @@ SELECT priority, turn, number FROM (
 WHERE place % 200 = 1 ORDER BY place
 
 -- name: request_cancel
--- A queued job ends here; a running one is flagged, and whoever watches it is told. Answers the state that was found.
+-- Cancels a queued job, or marks a running one and notifies those who watch it. Returns the state that was found.
 WITH found AS (
     SELECT id, state FROM jobs WHERE id = $1 FOR UPDATE
 ), changed AS (
@@ -88,8 +88,8 @@ SELECT state, pg_notify('reelray', id::text) FROM found
 SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND endpoint = $1 LIMIT $2) AS waiting
 
 -- name: claim
--- Starts an attempt at the next job. The function says which that is, and what a row of nulls means. The first attempt notes the
--- job's checkpoint, so that it goes when the job ends.
+-- Starts an attempt at the next job. The function explains which job that is, and what a row of nulls means. The first attempt lists
+-- the job's checkpoint among the stored files, so that it is deleted after the job's end.
 WITH claimed AS (
     SELECT * FROM claim_job($1, $2, $3, $4, $5, $6)
 ), noted AS (
@@ -108,9 +108,9 @@ WHERE id = $1 AND token = $2 AND state = 'running'
 RETURNING cancel_requested
 
 -- name: log
--- Adds a line, unless the log is full, and answers whether it did. The lock keeps the attempt from ending under it, and makes the
--- order of `seq` the order of commits, so that a reader who asks for the lines after one misses none. On disk before anyone reads
--- it: were lines lost in a crash, others would take their numbers, and a reader who has seen those would miss them.
+-- Adds a line unless the log is full, and returns whether it did. The lock keeps the attempt from ending meanwhile, and makes the
+-- order of `seq` the order of commits, so a reader who asks for the lines after one misses none. The line is on disk before anyone
+-- reads it: if a crash lost lines, others would get their numbers, and readers who have seen those numbers would miss them.
 WITH attempt AS (
     SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = 'running' FOR NO KEY UPDATE
 ), line AS (
@@ -121,7 +121,7 @@ WITH attempt AS (
 SELECT told.job_id IS NOT NULL AS added FROM attempt LEFT JOIN told ON told.job_id = attempt.id
 
 -- name: close
--- Ends a job with its outcome; answers a row also to the same attempt that asks again because it lost the answer.
+-- Ends a job with its outcome. Returns a row also when the same attempt repeats the call because the answer was lost.
 WITH closed AS (
     UPDATE jobs SET state = $3, result = $4, failure = $5, metrics = $6, reason = NULL
     WHERE id = $1 AND token = $2 AND state = 'running'
@@ -130,8 +130,8 @@ WITH closed AS (
 SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = $3
 
 -- name: requeue
--- Gives a job back, to go where a lost attempt goes, and not to be tried again for $6 seconds; $5 holds the failures by state.
--- What its worker gave back without fault (not $4) has started in time, whenever it goes on. Answers as `close` does.
+-- Gives a job back: its next state is that after a lost attempt ($5 holds the failures by state), and it is not tried again for $6
+-- seconds. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
 WITH returned AS (
     UPDATE jobs SET
         state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
@@ -147,8 +147,8 @@ SELECT id FROM returned UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = 
 
 -- name: sweep_leases
 -- Takes jobs from workers that fell silent; $1 holds the failures by state, and as `overran` that of a job which its worker
--- should have ended. A job that somebody else is just writing is left for the next sweep. The token goes: whatever that worker
--- still has to say comes too late.
+-- should have ended. A job whose row is locked is left for the next sweep. The token is removed, so whatever that worker still
+-- writes has no effect.
 WITH due AS (
     SELECT
         id,
@@ -182,11 +182,11 @@ WITH due AS (
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: add_file
--- A file that is about to be written. Asked again by a caller who has lost the answer, it says nothing: names are not used twice.
+-- A file that is about to be written. A repeated call has no effect, because names are not used twice.
 INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2)) ON CONFLICT (name) DO NOTHING
 
 -- name: expired_files
--- Files whose time is over and which nobody else is just deleting.
+-- Files whose time is over and which no other process is deleting.
 SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
 
 -- name: forget_files
@@ -194,7 +194,7 @@ SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMI
 DELETE FROM stored_files WHERE name = ANY ($1::text[])
 
 -- name: postpone_files
--- Those that could not be deleted do not stand in the way of the others.
+-- Those that could not be deleted are tried again in an hour, so that they do not hold up the others.
 UPDATE stored_files SET expires_at = now() + interval '1 hour' WHERE name = ANY ($1::text[])
 
 -- name: expire_jobs
@@ -219,11 +219,11 @@ WITH due AS (
 DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
 
 -- name: pause
--- From its commit on no job of the endpoint is claimed. A pause that is repeated began when it did.
+-- From its commit on no job of the endpoint is claimed. A repeated pause does not change when it began.
 INSERT INTO paused_endpoints (endpoint) VALUES ($1) ON CONFLICT (endpoint) DO NOTHING
 
 -- name: resume
--- Ends a pause and tells whoever waits for work.
+-- Ends a pause and notifies those who wait for work.
 WITH resumed AS (DELETE FROM paused_endpoints WHERE endpoint = $1 RETURNING endpoint)
 SELECT endpoint, pg_notify('reelray', 'work') FROM resumed
 
@@ -235,6 +235,17 @@ SELECT
     (SELECT count(*) FROM jobs WHERE state = 'running' AND endpoint = $1) AS running,
     (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
 
+-- name: timeline
+-- Every state of a job, in order.
+SELECT at, state, attempt, reason FROM job_events WHERE job_id = $1 ORDER BY id
+
+-- name: recent
+-- The newest jobs: ids begin with the time of their submission, so the primary key has them in that order. With a filter ($2, $3;
+-- null: none) it reads back as far as it must, through the whole index if too few jobs match (a second per million jobs).
+SELECT id, endpoint, state, created_at, attempt, max_attempts FROM jobs
+WHERE ($2::text IS NULL OR endpoint = $2) AND ($3::text IS NULL OR state = $3)
+ORDER BY id DESC LIMIT $1
+
 -- name: create_key
 -- A key with its first secret. Changes nothing if the id is taken, see `submit`.
 WITH made AS (
@@ -243,7 +254,7 @@ WITH made AS (
 INSERT INTO api_key_secrets (key_id, hash) SELECT id, $3 FROM made
 
 -- name: lock_key
--- One rotation of a key at a time: each sees the secret that the one before has made.
+-- One rotation of a key at a time: each sees the secret that the one before made.
 SELECT id FROM api_keys WHERE id = $1 AND revoked_at IS NULL FOR UPDATE
 
 -- name: retire_secrets
@@ -265,7 +276,7 @@ FROM api_keys ORDER BY created_at, id
 UPDATE api_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL RETURNING id
 
 -- name: expire_secrets
--- Forgets secrets that nobody can use any more.
+-- Forgets secrets that have ended.
 DELETE FROM api_key_secrets WHERE expires_at <= now() RETURNING id
 
 -- name: find_secret

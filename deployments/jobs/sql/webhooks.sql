@@ -40,11 +40,11 @@ RETURNING webhook_outbox.job_id, webhook_outbox.token, url, webhook_outbox.owner
     CASE WHEN body IS NULL THEN result END AS result, CASE WHEN body IS NULL THEN failure END AS failure, service_url
 
 -- name: keep_body
--- What every delivery sends; the first that asks decides.
+-- The bytes that every delivery sends: those of the first that asked.
 UPDATE webhook_outbox SET body = coalesce(body, $3) WHERE job_id = $1 AND token = $2 RETURNING body
 
 -- name: finish
--- Writes down an attempt and when the next one is due (null: none is). The token goes: asked twice, it is written once.
+-- Records an attempt and when the next one is due (null: none is). The token is removed, so a repeated call records nothing.
 WITH tried AS (
     UPDATE webhook_outbox SET
         token = NULL,
@@ -60,13 +60,13 @@ INSERT INTO webhook_deliveries (job_id, at, attempt, status, error, duration_s)
 SELECT job_id, clock_timestamp() - make_interval(secs => $5), attempts, $3, $4, $5 FROM tried
 
 -- name: release
--- Gives a webhook back whose attempt was broken off, as if it had not begun.
+-- Gives back a webhook whose attempt was interrupted, as if it had not begun.
 UPDATE webhook_outbox SET
     token = NULL, lease_until = NULL, next_attempt_at = now(), attempts = attempts - 1, tries = tries - 1
 WHERE job_id = $1 AND token = $2
 
 -- name: redeliver
--- Queues a webhook again with all its tries. One that is just being sent is not sent twice for that.
+-- Queues a webhook again with all its tries. One that is being sent at this moment is not sent twice.
 WITH queued AS (
     UPDATE webhook_outbox SET next_attempt_at = CASE WHEN lease_until > now() THEN next_attempt_at ELSE now() END, tries = 0
     WHERE job_id = $1 RETURNING job_id
@@ -92,7 +92,7 @@ WHERE coalesce(owner, '') = coalesce($1, '') AND (created_at, job_id) > ($2, $3)
 ORDER BY created_at, job_id LIMIT $4
 
 -- name: signing_key
--- The newest of the keys that sign by now; should a clock have been set back before all of them, the one that will first.
+-- The newest of the keys that sign by now. If there is none, because a clock was set back, the one that signs first.
 SELECT id, private_key, public_key FROM signing_keys WHERE retired_at IS NULL OR retired_at > now()
 ORDER BY signs_from <= now() DESC, abs(extract(epoch FROM signs_from - now())), created_at DESC LIMIT 1
 
@@ -101,11 +101,11 @@ ORDER BY signs_from <= now() DESC, abs(extract(epoch FROM signs_from - now())), 
 SELECT id, private_key, public_key FROM signing_keys WHERE retired_at IS NULL OR retired_at > now() ORDER BY created_at DESC, id
 
 -- name: retire_keys
--- Says when the keys before this one go: those that have no end yet; at no overlap, all at once.
+-- Sets the end of the keys before this one that have none yet; without an overlap, all of them end at once.
 UPDATE signing_keys SET retired_at = now() + 2 * make_interval(secs => $2)
 WHERE id <> $1 AND (retired_at IS NULL OR retired_at > now() + 2 * make_interval(secs => $2))
 
 -- name: add_key
--- A new newest key. Says nothing if there is one: another process was faster.
+-- A new newest key. No row if there is one: another process was faster.
 INSERT INTO signing_keys (id, private_key, public_key, signs_from)
 VALUES ($1, $2, $3, now() + make_interval(secs => $4)) ON CONFLICT DO NOTHING RETURNING id

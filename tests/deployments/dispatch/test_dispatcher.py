@@ -9,8 +9,9 @@ import pytest
 
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Job, JobState, NewJob
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.settings import QueueSettings, RetentionSettings, Settings
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages
@@ -186,7 +187,7 @@ async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, fi
 
 async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(store: JobStore, files: FileStore, monkeypatch):
     async with dispatching(store, files, ScriptedStages(nothing)):
-        monkeypatch.setattr(store, "log", _away)
+        monkeypatch.setattr(store.claims, "log", _away)
         job_id = await submit(store)
         await until(store, job_id, lambda job: job.attempt == 1)
         await asyncio.sleep(0.2)
@@ -338,7 +339,7 @@ async def test_a_dispatcher_that_shuts_down_gives_its_jobs_back_at_no_cost(store
 
 async def test_a_dead_dispatchers_job_is_swept_up_by_another(store: JobStore, files: FileStore):
     job_id = await submit(store)
-    assert await store.claim([ENDPOINT], lease_s=0.3)  # and never heard of again
+    assert await store.claims.take([ENDPOINT], lease_s=0.3)  # and never heard of again
     async with dispatching(store, files, ScriptedStages(nothing)):
         job = await ended(store, job_id)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
@@ -350,7 +351,7 @@ async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: J
         job_id = await submit(store)
         await started(store, job_id)
         stages.act = nothing  # of the attempts after this one
-        monkeypatch.setattr(store, "heartbeat", _away)  # the network between the dispatcher and the store is cut
+        monkeypatch.setattr(store.claims, "heartbeat", _away)  # the network between the dispatcher and the store is cut
         await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
         monkeypatch.undo()
         job = await ended(store, job_id)
@@ -367,8 +368,8 @@ async def _away(*_: object) -> bool:
 
 async def test_a_store_that_is_away_for_a_while_stops_nothing(store: JobStore, files: FileStore, monkeypatch):
     monkeypatch.setattr("deployments.dispatch.dispatcher.OUTAGE_PAUSE_S", 0.05)
-    monkeypatch.setattr(store, "claim", _away)
-    monkeypatch.setattr(store, "sweep", _away)
+    monkeypatch.setattr(store.claims, "take", _away)
+    monkeypatch.setattr(store.claims, "sweep", _away)
     async with dispatching(store, files, ScriptedStages(nothing)):
         job_id = await submit(store)
         await asyncio.sleep(0.3)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from deployments.dispatch.job_log import BURST, MOST_WAITING, JobLog
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim, LeaseLost, LogLine, NewJob
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.stages.progress import Stage, StageProgress
 from deployments.stages.protocol import Note
 from engines.errors import RunnerFailed
@@ -24,7 +25,7 @@ def step(done: int, total: int = 100_000, stage: Stage = "denoise") -> Note:
 @pytest.fixture
 async def claim(store: JobStore) -> Claim:
     await store.submit(NewJob(ENDPOINT, {"prompt": "a"}))
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
     return claim
 
@@ -42,14 +43,14 @@ async def messages(store: JobStore, claim: Claim) -> list[str]:
 
 async def test_lines_are_there_in_their_order_when_it_ends(store: JobStore, claim: Claim):
     said = [f"warning {k}" for k in range(50)]
-    async with JobLog(store, claim) as job_log:
+    async with JobLog(store.claims, claim) as job_log:
         for message in said:
             job_log.note(Note(message, "WARN"))
     assert await messages(store, claim) == said
 
 
 async def test_a_short_job_shows_each_of_its_steps(store: JobStore, claim: Claim):
-    async with JobLog(store, claim) as job_log:
+    async with JobLog(store.claims, claim) as job_log:
         for done in range(5):
             job_log.note(step(done, 4))
     told = await lines(store, claim)
@@ -65,7 +66,7 @@ async def test_a_short_job_shows_each_of_its_steps(store: JobStore, claim: Claim
 async def test_of_too_much_progress_the_first_and_the_last_of_each_stage_are_told(store: JobStore, claim: Claim):
     stages: tuple[Stage, ...] = ("preprocess", "denoise", "decode")
     began = time.monotonic()
-    async with JobLog(store, claim) as job_log:
+    async with JobLog(store.claims, claim) as job_log:
         for stage in stages:
             for done in range(1000):
                 job_log.note(step(done, stage=stage))
@@ -81,7 +82,7 @@ async def test_of_too_much_progress_the_first_and_the_last_of_each_stage_are_tol
 async def test_the_latest_progress_is_told_as_soon_as_it_may(store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deployments.dispatch.job_log.BURST", 1)
     began = time.monotonic()
-    async with JobLog(store, claim) as job_log:
+    async with JobLog(store.claims, claim) as job_log:
         for done in range(100):
             job_log.note(step(done))
             await asyncio.sleep(0.001)
@@ -111,15 +112,15 @@ async def test_progress_is_told_less_often_the_older_the_attempt_is(store: JobSt
 
 
 async def test_a_slow_database_does_not_slow_the_stage(store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch):
-    log, answered = store.log, asyncio.Event()
+    log, answered = store.claims.log, asyncio.Event()
     began = time.monotonic()
 
     async def slow(*given: Any) -> bool:
         await answered.wait()
         return await log(*given)
 
-    monkeypatch.setattr(store, "log", slow)
-    async with JobLog(store, claim) as job_log:
+    monkeypatch.setattr(store.claims, "log", slow)
+    async with JobLog(store.claims, claim) as job_log:
         for done in range(1000):
             job_log.note(step(done))
             await asyncio.sleep(0)
@@ -138,15 +139,15 @@ async def test_a_database_that_does_not_answer_holds_up_the_end_for_a_while_only
         await asyncio.Event().wait()
         return True
 
-    monkeypatch.setattr(store, "log", never)
+    monkeypatch.setattr(store.claims, "log", never)
     monkeypatch.setattr("deployments.dispatch.job_log.FLUSH_S", 0.05)
-    async with asyncio.timeout(5), JobLog(store, claim) as job_log:
+    async with asyncio.timeout(5), JobLog(store.claims, claim) as job_log:
         job_log.note(step(1))
     assert "the last log lines were not written" in caplog.text
 
 
 async def test_lines_that_come_faster_than_they_can_be_written_are_counted(store: JobStore, claim: Claim):
-    async with JobLog(store, claim) as job_log:
+    async with JobLog(store.claims, claim) as job_log:
         for k in range(100_000):
             job_log.note(Note(f"warning {k}", "WARN"))
     told = await messages(store, claim)
@@ -161,8 +162,8 @@ async def test_a_full_log_is_written_to_no_more(store: JobStore, claim: Claim, m
         tried.append(message)
         return False
 
-    monkeypatch.setattr(store, "log", full)
-    async with JobLog(store, claim) as job_log:
+    monkeypatch.setattr(store.claims, "log", full)
+    async with JobLog(store.claims, claim) as job_log:
         for k in range(100):
             job_log.note(Note(f"warning {k}"))
             await asyncio.sleep(0)
@@ -177,7 +178,7 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
         raise trouble
 
     async def work(*, notes: int, error: Exception | None = None) -> None:
-        async with JobLog(store, claim) as job_log:
+        async with JobLog(store.claims, claim) as job_log:
             for done in range(notes):
                 job_log.note(step(done))
                 await asyncio.sleep(0.01)
@@ -185,7 +186,7 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
             if error is not None:
                 raise error
 
-    monkeypatch.setattr(store, "log", fail)
+    monkeypatch.setattr(store.claims, "log", fail)
     with pytest.raises(trouble):
         await work(notes=1)
     with pytest.raises(trouble):
@@ -196,7 +197,7 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
 
 async def test_what_a_failed_stage_had_told_is_written(store: JobStore, claim: Claim, caplog: pytest.LogCaptureFixture):
     async def fail() -> None:
-        async with JobLog(store, claim) as job_log:
+        async with JobLog(store.claims, claim) as job_log:
             job_log.note(step(1))
             job_log.note(step(2))
             raise RunnerFailed

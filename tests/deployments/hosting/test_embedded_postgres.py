@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from deployments.hosting.embedded_postgres import SERVICE_USER, database_url, stop_embedded
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import JobState, LeaseLost, NewJob
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from tests.conftest import embedded
 
@@ -97,11 +98,11 @@ async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store
 
     assert {(await store.get(job.id)).state for job in kept} == {JobState.QUEUED}  # type: ignore[union-attr]
     assert (await store.submit(NEW)).position == 20
-    claim = await store.claim([NEW.endpoint], 60)
+    claim = await store.claims.take([NEW.endpoint], 60)
     assert claim is not None
     async with store.watch_lines(claim.job_id) as changes:
         for _ in range(50):  # the listener takes a moment to come back
-            await store.log(claim, "still here")
+            await store.claims.log(claim, "still here")
             if await changes.changed(0.2):
                 break
         else:
@@ -120,7 +121,7 @@ async def test_store_opened_while_the_database_is_away_waits_for_it(home: Settin
 
 
 async def test_store_is_not_opened_on_a_database_that_stays_away(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
     url = database_url(home)
     stop_embedded(home)
     with pytest.raises(StoreAway):
@@ -140,7 +141,7 @@ async def test_call_made_while_the_database_is_away_waits_for_it(home: Settings)
 
 
 async def test_database_that_stays_away_is_said_to_be_away(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
     store = await JobStore.open(database_url(home))
     stop_embedded(home)
     with pytest.raises(StoreAway):
@@ -161,9 +162,9 @@ async def test_no_submit_is_lost_or_doubled_when_the_database_is_killed_under_lo
         closed = 0
         while closed < 40:
             try:
-                claim = await store.claim([NEW.endpoint], 60)
+                claim = await store.claims.take([NEW.endpoint], 60)
                 if claim is not None:
-                    await store.succeed(claim, {}, {})
+                    await store.claims.succeed(claim, {}, {})
                     closed += 1
             except LeaseLost:  # committed by the crash's first try, or swept
                 pass

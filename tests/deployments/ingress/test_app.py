@@ -18,9 +18,10 @@ from fastapi import FastAPI
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes
 from deployments.ingress.app import create_app
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.keys import Scope
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import QueueSettings, Settings
@@ -84,7 +85,7 @@ async def submitted(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim([ENDPOINT], LEASE_S)
+    claim = await store.claims.take([ENDPOINT], LEASE_S)
     assert claim is not None
     return claim
 
@@ -355,14 +356,14 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
     assert early.json()["detail"] == "Request is still in progress"
     assert early.headers["x-fal-request-id"] == request_id
 
-    await store.log(claim, "step 1/4")
+    await store.claims.log(claim, "step 1/4")
     code, body = await status()
     [line] = body["logs"]
     assert (code, line["message"], line["level"], line["source"], line["seq"]) == (202, "step 1/4", "INFO", "USER", 1)
     assert "progress" not in line
     assert line["timestamp"].endswith("+00:00")
 
-    await store.succeed(claim, {"video": {"url": "/files/x/video.mp4"}, "seed": 1}, {"inference_time": 2.5})
+    await store.claims.succeed(claim, {"video": {"url": "/files/x/video.mp4"}, "seed": 1}, {"inference_time": 2.5})
     code, body = await status()
     assert (code, body) == (200, {"status": "COMPLETED", "logs": [line], "metrics": {"inference_time": 2.5}, **urls})
     result = await client.get(links["response_url"])
@@ -376,7 +377,7 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
 
 async def test_a_failed_job_answers_its_failure(client: httpx.AsyncClient, store: JobStore) -> None:
     links = await submitted(client)
-    await store.fail(await claimed(store), error_failure(RunnerFailed("The GPU is on fire.")), {"inference_time": 1.0})
+    await store.claims.fail(await claimed(store), error_failure(RunnerFailed("The GPU is on fire.")), {"inference_time": 1.0})
     status = (await client.get(links["status_url"])).json()
     assert (status["status"], status["error"], status["error_type"]) == (
         "COMPLETED",
@@ -404,7 +405,7 @@ async def test_cancel(client: httpx.AsyncClient, store: JobStore) -> None:
     claim = await claimed(store)
     assert (await client.put(running["cancel_url"])).status_code == 202
     assert (await client.get(running["status_url"])).json()["status"] == "IN_PROGRESS"
-    await store.cancel(claim)
+    await store.claims.cancel(claim)
     assert (await client.get(running["response_url"])).status_code == 499
 
 
@@ -445,9 +446,9 @@ async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 async def test_stream_of_a_job_that_ended_is_one_event(client: httpx.AsyncClient, store: JobStore) -> None:
     links = await submitted(client)
     claim = await claimed(store)
-    await store.log(claim, "one")
-    await store.log(claim, "two")
-    await store.succeed(claim, {}, {})
+    await store.claims.log(claim, "one")
+    await store.claims.log(claim, "two")
+    await store.claims.succeed(claim, {}, {})
     response = await client.get(links["status_url"] + "/stream", params={"logs": "1"})
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-fal-request-id"] == links["request_id"]
@@ -458,14 +459,14 @@ async def test_stream_of_a_job_that_ended_is_one_event(client: httpx.AsyncClient
 
 async def test_stream_without_logs_says_null(client: httpx.AsyncClient, store: JobStore) -> None:
     links = await submitted(client)
-    await store.succeed(await claimed(store), {}, {})
+    await store.claims.succeed(await claimed(store), {}, {})
     [event] = [event async for event in events(await client.get(links["status_url"] + "/stream"))]
     assert event["logs"] is None
 
 
 async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     links = await submitted(client)
-    await store.succeed(await claimed(store), {}, {})
+    await store.claims.succeed(await claimed(store), {}, {})
     get, reads = store.get, list[UUID]()
 
     async def away_then_back(job_id: UUID, lines_after: int | None = None) -> Job | None:
@@ -541,7 +542,7 @@ async def test_public_url_wins_over_what_the_caller_used(settings: Settings, sto
     async with calling(create_app(public, store)) as client:
         links = await submitted(client)
         assert links["status_url"].startswith(f"https://video.example/queue/{ENDPOINT}/requests/")
-        await store.succeed(await claimed(store), {"video": {"url": "/files/x/video.mp4"}}, {})
+        await store.claims.succeed(await claimed(store), {"video": {"url": "/files/x/video.mp4"}}, {})
         result = await client.get(f"{SUBMIT}/requests/{links['request_id']}")
         assert result.json() == {"video": {"url": "https://video.example/files/x/video.mp4"}}
 
@@ -560,7 +561,7 @@ async def test_under_a_route_prefix(settings: Settings, store: JobStore) -> None
 
 async def test_keys_keep_callers_apart(settings: Settings, store: JobStore) -> None:
     app = create_app(settings.model_copy(update={"auth": "keys"}), store)
-    one, other = await store.create_key("one"), await store.create_key("other")
+    one, other = await store.keys.create("one"), await store.keys.create("other")
     async with calling(app) as client:
         for refused in ({}, {"authorization": "Key wrong"}, {"authorization": f"Basic {one}"}, {"authorization": "Key"}):
             response = await client.post(SUBMIT, json=INPUT, headers=refused)
@@ -598,14 +599,14 @@ async def changed_scopes(scope: str, connection: Any) -> Any:
 
 
 async def test_a_key_does_what_its_scopes_say(closed: httpx.AsyncClient, store: JobStore) -> None:
-    secret = await store.create_key("both")
+    secret = await store.keys.create("both")
     links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(secret))).json()
     status, stream, response = links["status_url"], f"{links['status_url']}/stream", links["response_url"]
     reads = [("GET", status), ("GET", stream), ("GET", response), ("GET", "/webhooks/deliveries")]
     writes = [("POST", SUBMIT), ("PUT", links["cancel_url"])]
     for scope, allowed, refused in (("submit", writes, reads), ("read", reads, writes)):
-        await store.outlast(partial(changed_scopes, scope))
-        store._secrets.clear()
+        await store.database.run(partial(changed_scopes, scope))
+        store.keys._known.clear()
         for method, url in refused:
             assert is_forbidden(await closed.request(method, url, headers=bearing(secret))), (scope, method, url)
         for method, url in allowed:
@@ -617,7 +618,7 @@ async def test_a_key_does_what_its_scopes_say(closed: httpx.AsyncClient, store: 
 async def test_a_job_out_of_reach_is_unknown_whatever_the_scopes(
     scope: Scope, closed: httpx.AsyncClient, store: JobStore
 ) -> None:
-    mine, other = await store.create_key("mine"), await store.create_key("other", scopes=[scope])
+    mine, other = await store.keys.create("mine"), await store.keys.create("other", scopes=[scope])
     links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
     for method, url in (("GET", links["status_url"]), ("GET", links["response_url"]), ("PUT", links["cancel_url"])):
         foreign = await closed.request(method, url, headers=bearing(other))
@@ -625,8 +626,8 @@ async def test_a_job_out_of_reach_is_unknown_whatever_the_scopes(
 
 
 async def test_an_admin_reads_every_job_and_cancels_if_it_may_submit(closed: httpx.AsyncClient, store: JobStore) -> None:
-    mine = await store.create_key("mine")
-    reader, operator = await store.create_key("r", scopes=["admin"]), await store.create_key("o", scopes=["admin", "submit"])
+    mine = await store.keys.create("mine")
+    reader, operator = await store.keys.create("r", scopes=["admin"]), await store.keys.create("o", scopes=["admin", "submit"])
     links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
     assert (await closed.get(links["status_url"], headers=bearing(reader))).status_code == 202
     assert is_forbidden(await closed.put(links["cancel_url"], headers=bearing(reader)))
@@ -636,13 +637,13 @@ async def test_an_admin_reads_every_job_and_cancels_if_it_may_submit(closed: htt
 
 
 async def test_a_rotated_key_keeps_its_jobs(closed: httpx.AsyncClient, store: JobStore) -> None:
-    old = await store.create_key("studio")
+    old = await store.keys.create("studio")
     links = (await closed.post(SUBMIT, json=INPUT, headers=bearing(old))).json()
-    new = await store.rotate_key(old.partition(":")[0], 3600)
+    new = await store.keys.rotate(old.partition(":")[0], 3600)
     assert new is not None
     for secret in (old, new):
         assert (await closed.get(links["status_url"], headers=bearing(secret))).status_code == 202
-    assert await store.rotate_key(old.partition(":")[0], 0) is not None
+    assert await store.keys.rotate(old.partition(":")[0], 0) is not None
     for secret in (old, new):
         assert (await closed.get(links["status_url"], headers=bearing(secret))).status_code == 401
 
@@ -751,7 +752,7 @@ async def test_these_pages_may_submit(
     settings_of: dict[str, Any], origin: str | None, host: str, settings: Settings, store: JobStore
 ) -> None:
     headers = {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}", "host": host} | ({"origin": origin} if origin else {})
-    headers |= bearing(await store.create_key("studio"))
+    headers |= bearing(await store.keys.create("studio"))
     async with calling(create_app(settings.model_copy(update=settings_of), store)) as client:
         assert (await client.post("/api/fal/proxy", json=INPUT, headers=headers)).status_code == 200
 
@@ -888,7 +889,7 @@ async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_
 ) -> None:
     url = urlsplit(database)
     sockets = tmp_path / "sockets"  # where the server's folder will be
-    monkeypatch.setattr("deployments.jobs.store.RIDE_OUT_S", 0.1)
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
     monkeypatch.setattr("deployments.ingress.app.START_S", 0.3)
     app = create_app(settings, url._replace(query=f"host={quote(str(sockets))}&port=5432").geturl())
     async with app.router.lifespan_context(app), calling(app) as client:

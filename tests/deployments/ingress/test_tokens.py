@@ -70,13 +70,13 @@ async def test_token_is_given_to_a_key_wherever_a_client_asks(
     url: str, headers: dict[str, str], asked: dict[str, Any], client: httpx.AsyncClient, store: JobStore
 ) -> None:
     assert (await client.post(url, json=asked, headers=headers)).status_code == 401
-    secret = await store.create_key("studio")
+    secret = await store.keys.create("studio")
     answer = await client.post(url, json=asked, headers=headers | bearing(secret))
     assert (await submit_with(client, answer.json())).status_code == 200
 
 
 async def test_token_does_for_its_app_what_the_key_may(client: httpx.AsyncClient, store: JobStore) -> None:
-    secret = await store.create_key("studio")
+    secret = await store.keys.create("studio")
     used = {"fal_jwt_token": await token_for(client, secret)}
     links = (await client.post(SUBMIT, json=INPUT, params=used)).json()
     assert (await client.get(links["status_url"], params=used)).status_code == 202
@@ -87,7 +87,7 @@ async def test_token_does_for_its_app_what_the_key_may(client: httpx.AsyncClient
 
 
 async def test_token_is_for_no_other_app(client: httpx.AsyncClient, store: JobStore) -> None:
-    secret = await store.create_key("studio")
+    secret = await store.keys.create("studio")
     links = (await client.post(SUBMIT, json=INPUT, headers=bearing(secret))).json()
     for apps in (["controlnext"], ["fal-ai/controlnext"], ["someone/animatediff-sparsectrl-lcm"], ["fal-ai"], ["*"]):
         used = {"fal_jwt_token": await token_for(client, secret, allowed_apps=apps)}
@@ -99,18 +99,18 @@ async def test_token_is_for_no_other_app(client: httpx.AsyncClient, store: JobSt
 
 
 async def test_token_has_the_scopes_of_its_key_and_never_admin(client: httpx.AsyncClient, store: JobStore) -> None:
-    mine = await store.create_key("mine")
+    mine = await store.keys.create("mine")
     links = (await client.post(SUBMIT, json=INPUT, headers=bearing(mine))).json()
-    reader = await token_for(client, await store.create_key("r", scopes=["read"]))
+    reader = await token_for(client, await store.keys.create("r", scopes=["read"]))
     assert (await submit_with(client, reader)).status_code == 403
     for scopes in (["admin"], ["admin", "submit"]):
-        used = {"fal_jwt_token": await token_for(client, await store.create_key("o", scopes=scopes))}
+        used = {"fal_jwt_token": await token_for(client, await store.keys.create("o", scopes=scopes))}
         for method, url in (("GET", links["status_url"]), ("PUT", links["cancel_url"])):
             assert (await client.request(method, url, params=used)).status_code == 404
 
 
 async def test_token_ends_in_time(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = await token_for(client, await store.create_key("studio"), token_expiration=30)
+    token = await token_for(client, await store.keys.create("studio"), token_expiration=30)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 28)
     assert (await submit_with(client, token)).status_code == 200
@@ -120,23 +120,23 @@ async def test_token_ends_in_time(client: httpx.AsyncClient, store: JobStore, mo
 
 
 async def test_token_ends_with_its_key_or_its_secret(client: httpx.AsyncClient, store: JobStore) -> None:
-    old = await store.create_key("studio")
+    old = await store.keys.create("studio")
     key_id = old.partition(":")[0]
     of_old = await token_for(client, old)
-    new = await store.rotate_key(key_id, 3600)
+    new = await store.keys.rotate(key_id, 3600)
     assert new is not None
     of_new = await token_for(client, new)
     assert [(await submit_with(client, token)).status_code for token in (of_old, of_new)] == [200, 200]
-    newest = await store.rotate_key(key_id, 0)  # the others were stolen
+    newest = await store.keys.rotate(key_id, 0)  # the others were stolen
     assert newest is not None
     of_newest = await token_for(client, newest)
     assert [(await submit_with(client, token)).status_code for token in (of_old, of_new, of_newest)] == [401, 401, 200]
-    await store.revoke_key(key_id)
+    await store.keys.revoke(key_id)
     assert (await submit_with(client, of_newest)).status_code == 401
 
 
 async def test_token_opens_nothing_but_the_queue(client: httpx.AsyncClient, store: JobStore) -> None:
-    token = await token_for(client, await store.create_key("studio"))
+    token = await token_for(client, await store.keys.create("studio"))
     used = {"fal_jwt_token": token}
     assert (await client.post("/rest/tokens/", json=ASKED, params=used)).status_code == 401
     assert (await client.post("/rest/tokens/", json=ASKED, headers={"authorization": f"Bearer {token}"})).status_code == 401
@@ -145,7 +145,7 @@ async def test_token_opens_nothing_but_the_queue(client: httpx.AsyncClient, stor
 
 
 async def test_wrong_key_is_not_saved_by_a_good_token(client: httpx.AsyncClient, store: JobStore) -> None:
-    used = {"fal_jwt_token": await token_for(client, await store.create_key("studio"))}
+    used = {"fal_jwt_token": await token_for(client, await store.keys.create("studio"))}
     assert (await client.post(SUBMIT, json=INPUT, params=used, headers=bearing("wrong"))).status_code == 401
 
 
@@ -165,7 +165,7 @@ async def test_wrong_key_is_not_saved_by_a_good_token(client: httpx.AsyncClient,
 )
 async def test_what_no_token_can_be_is_told(asked: dict[str, Any], client: httpx.AsyncClient, store: JobStore) -> None:
     assert (await client.post("/rest/tokens/", json=asked)).status_code == 401  # a stranger is told nothing of the rules
-    answer = await client.post("/rest/tokens/", json=asked, headers=bearing(await store.create_key("studio")))
+    answer = await client.post("/rest/tokens/", json=asked, headers=bearing(await store.keys.create("studio")))
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"][0] == "body"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 import httpx
 import pytest
 
@@ -18,11 +17,11 @@ from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.ingress.app import create_app
 from deployments.jobs.job import NewJob
-from deployments.jobs.store import _RESOURCES, JobStore
+from deployments.jobs.store import JobStore
 from deployments.settings import FetchSettings, Settings
 from deployments.webhooks.outbox import SETTLE_S, Outbox
 from engines.errors import ImageLoadError
-from tests.conftest import execute, of_database
+from tests.conftest import execute
 from tests.deployments.webhooks.receiver import Receiver, answering, courier_of, is_signed, receiving
 from tests.fakes import ScriptedStages, for_ever
 
@@ -68,7 +67,7 @@ async def working(store: JobStore, files: FileStore, settings: Settings) -> Asyn
             group.create_task(
                 Dispatcher(store, files, {ENDPOINT: ScriptedStages(act)}, settings.queue, settings.retention).run()
             ),
-            group.create_task(courier_of(Outbox(store), settings).run()),
+            group.create_task(courier_of(Outbox(store.database), settings).run()),
         ]
         yield
         for task in tasks:
@@ -149,7 +148,7 @@ async def test_keys_are_published_for_caches_and_where_receivers_know_them(
 ) -> None:
     response = await client.get("/.well-known/jwks.json")
     assert response.headers["cache-control"] == "public, max-age=3600"
-    assert [key["kid"] for key in response.json()["keys"]] == [(await Outbox(store).signing_key()).id]
+    assert [key["kid"] for key in response.json()["keys"]] == [(await Outbox(store.database).signing_key()).id]
     assert set(response.json()["keys"][0]) == {"kty", "crv", "x", "kid", "use", "alg"}
     async with calling(settings, store, "https://rest.fal.ai") as as_fal:
         assert (await as_fal.get("/.well-known/jwks.json")).json() == response.json()
@@ -240,8 +239,8 @@ async def test_a_key_sees_and_redelivers_as_its_scopes_say(
     store: JobStore, settings: Settings, database: str, receiver: Receiver
 ) -> None:
     closed = settings.model_copy(update={"auth": "keys"})
-    mine = await store.create_key("mine", scopes=["submit"])
-    reader, operator = await store.create_key("r", scopes=["admin"]), await store.create_key("o", scopes=["admin", "submit"])
+    mine = await store.keys.create("mine", scopes=["submit"])
+    reader, operator = await store.keys.create("r", scopes=["admin"]), await store.keys.create("o", scopes=["admin", "submit"])
     async with calling(closed, store) as client:
 
         async def answers(secret: str) -> list[int]:
@@ -259,7 +258,7 @@ async def test_a_key_sees_and_redelivers_as_its_scopes_say(
 
 async def test_another_keys_webhooks_are_unknown(store: JobStore, settings: Settings, database: str, receiver: Receiver) -> None:
     closed = settings.model_copy(update={"auth": "keys"})
-    mine, other = await store.create_key("mine"), await store.create_key("other")
+    mine, other = await store.keys.create("mine"), await store.keys.create("other")
     async with (
         calling(closed, store, authorization=f"Key {mine}") as client,
         calling(closed, store, authorization=f"Key {other}") as stranger,
@@ -283,36 +282,10 @@ async def test_another_keys_webhooks_are_unknown(store: JobStore, settings: Sett
         assert (await nobody.get("/.well-known/jwks.json")).status_code == 200
 
         async with receiving(answering(200)), asyncio.TaskGroup() as group:
-            task = group.create_task(courier_of(Outbox(store), closed).run())
+            task = group.create_task(courier_of(Outbox(store.database), closed).run())
             await receiver.arrival()
             task.cancel()
     assert receiver.received[0].headers["x-fal-webhook-user-id"] == mine.partition(":")[0]
-
-
-async def test_jobs_that_ended_before_the_courier_existed_are_told(postgres: str, receiver: Receiver, settings: Settings) -> None:
-    await execute(postgres, "CREATE DATABASE old")
-    url = of_database(postgres, "old")
-    connection = await asyncpg.connect(url)
-    await connection.execute("CREATE TABLE schema_migrations (name text PRIMARY KEY, applied_at timestamptz DEFAULT now())")
-    await connection.execute(_RESOURCES.joinpath("migrations", "0001_jobs.sql").read_text())
-    await connection.execute("INSERT INTO schema_migrations (name) VALUES ('0001_jobs.sql')")
-    await connection.execute(
-        "INSERT INTO jobs (id, endpoint, owner, priority, turn, state, input, max_attempts, webhook_url)"
-        " VALUES (gen_random_uuid(), 'e', 'ann', 0, 0, 'queued', '{}', 1, $1)",
-        receiver.url(),
-    )
-    await connection.execute("""UPDATE jobs SET state = 'cancelled', failure = '{"status": 499, "body": {"detail": "x"}}'""")
-    await connection.close()
-    store = await JobStore.open(url)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(courier_of(Outbox(store), settings).run())
-        await receiver.arrival()
-        task.cancel()
-    await store.close()
-    await execute(postgres, "DROP DATABASE old WITH (FORCE)")
-    [request] = receiver.received
-    assert request.headers["x-fal-webhook-user-id"] == "ann"
-    assert request.json["payload"] == {"detail": "x"}
 
 
 async def test_a_webhook_without_a_courier_waits(store: JobStore, client: httpx.AsyncClient, receiver: Receiver) -> None:

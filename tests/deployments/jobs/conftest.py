@@ -20,7 +20,7 @@ import asyncpg
 import pytest
 
 from deployments.hosting.embedded_postgres import SERVICE_USER
-from deployments.jobs.store import OLDEST_SERVER
+from deployments.jobs.database import OLDEST_SERVER
 from tests.conftest import template
 
 

@@ -7,8 +7,8 @@ a clock that stands still until it is moved.
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from deployments.jobs.claims import LOW_SHARE
 from deployments.jobs.job import Claim, Idempotency, JobState, LeaseLost, NewJob
-from deployments.jobs.store import LOW_SHARE
 from engines.errors import IdempotencyKeyReused
 
 Event = tuple[str, int, str | None]

@@ -7,8 +7,9 @@ from uuid import UUID
 
 import asyncpg
 
+from deployments.jobs.claims import LOW_SHARE
 from deployments.jobs.job import Claim, Job, NewJob
-from deployments.jobs.store import LOW_SHARE, JobStore
+from deployments.jobs.store import JobStore
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -16,7 +17,7 @@ LOW = replace(NEW, priority=1)
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
     return claim
 
@@ -34,7 +35,7 @@ async def age(sql: asyncpg.Connection, hours: int = 1) -> None:
 
 
 async def limited(store: JobStore, max_running: int | None) -> str:
-    secret = await store.create_key("limited", max_running)
+    secret = await store.keys.create("limited", max_running)
     return secret.partition(":")[0]
 
 
@@ -77,36 +78,36 @@ async def test_jobs_over_their_keys_limit_wait_and_block_nobody(store: JobStore)
     others = await submitted(store, replace(NEW, owner="other"), 2)
     open_jobs = await submitted(store, NEW, 2)
     claims = [await claimed(store) for _ in range(6)]
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
     started = {claim.job_id for claim in claims}
     assert started == {*limited_jobs[:2], *others, *open_jobs}
     ended = next(claim for claim in claims if claim.job_id == limited_jobs[0])
-    async with store.watch_work() as work:
-        await store.succeed(ended, {}, {})
+    async with store.claims.watch_work() as work:
+        await store.claims.succeed(ended, {}, {})
         assert await work.changed(5), "whoever waits for work looks again"
     assert await claimed_ids(store, 1) == [limited_jobs[2]]
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
 
 
 async def test_limit_counts_the_jobs_of_all_endpoints(store: JobStore) -> None:
     owner = await limited(store, 1)
     await store.submit(replace(NEW, owner=owner, endpoint="fal-ai/other"))
     await store.submit(replace(NEW, owner=owner))
-    assert await store.claim(["fal-ai/other"], 60)
-    assert await store.claim([ENDPOINT, "fal-ai/other"], 60) is None
+    assert await store.claims.take(["fal-ai/other"], 60)
+    assert await store.claims.take([ENDPOINT, "fal-ai/other"], 60) is None
 
 
 async def test_requeued_cancelled_and_swept_jobs_give_their_room_back(store: JobStore, sql: asyncpg.Connection) -> None:
     owner = await limited(store, 1)
     await submitted(store, replace(NEW, owner=owner), 4)
-    await store.requeue(await claimed(store), "the runner died", counted=True)
+    await store.claims.requeue(await claimed(store), "the runner died", counted=True)
     claim = await claimed(store)
     await store.request_cancel(claim.job_id)
-    await store.cancel(claim)
+    await store.claims.cancel(claim)
     await claimed(store)
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
     await sql.execute("UPDATE jobs SET lease_until = now()")
-    await store.sweep()
+    await store.claims.sweep()
     await claimed(store)
 
 
@@ -118,7 +119,7 @@ async def test_job_that_came_back_goes_before_its_owners_newer_one_also_beside_a
     older = await store.submit(replace(NEW, owner="other"))
     claim = await claimed(store)
     newer = await store.submit(replace(NEW, owner="other"))
-    await store.requeue(claim, "the runner died", counted=True)
+    await store.claims.requeue(claim, "the runner died", counted=True)
     assert await claimed_ids(store, 2) == [older.id, newer.id]
 
 
@@ -144,7 +145,7 @@ async def test_concurrent_claimers_never_exceed_a_limit_and_leave_nothing_behind
 
     async def work(through: JobStore) -> None:
         while len(done) < len(jobs):
-            if (claim := await through.claim([ENDPOINT], 60)) is None:
+            if (claim := await through.claims.take([ENDPOINT], 60)) is None:
                 await asyncio.sleep(0.01)
                 continue
             job = await through.get(claim.job_id)
@@ -154,7 +155,7 @@ async def test_concurrent_claimers_never_exceed_a_limit_and_leave_nothing_behind
             await asyncio.sleep(0.001)
             running[job.owner] -= 1
             done.append(claim.job_id)
-            await through.succeed(claim, {}, {})
+            await through.claims.succeed(claim, {}, {})
 
     async with asyncio.timeout(60):
         await asyncio.gather(*(work(through) for through in (store, other) for _ in range(5)))
@@ -195,14 +196,14 @@ async def test_paused_endpoint_accepts_and_starts_nothing_until_it_is_resumed(st
     await store.pause(ENDPOINT)
     (job,) = await submitted(store, NEW, 1)
     other = await store.submit(replace(NEW, endpoint="fal-ai/other"))
-    assert await store.claim([ENDPOINT], 60) is None
-    open_claim = await store.claim([ENDPOINT, "fal-ai/other"], 60)
+    assert await store.claims.take([ENDPOINT], 60) is None
+    open_claim = await store.claims.take([ENDPOINT, "fal-ai/other"], 60)
     assert open_claim is not None
     assert open_claim.job_id == other.id
     status = await store.queue_status(ENDPOINT)
     assert (status.queued, status.running, status.paused_at is None) == (1, 1, False)
-    await store.succeed(claim, {}, {})
-    async with store.watch_work() as work:
+    await store.claims.succeed(claim, {}, {})
+    async with store.claims.watch_work() as work:
         assert await store.resume(ENDPOINT) is True
         assert await work.changed(5), "every dispatcher is told at once"
     assert await claimed_ids(store, 1) == [job]
@@ -214,13 +215,13 @@ async def test_paused_endpoint_accepts_and_starts_nothing_until_it_is_resumed(st
 async def test_pause_is_seen_by_every_dispatcher_with_its_next_claim(database: str, store: JobStore) -> None:
     other = await JobStore.open(database)
     await submitted(store, NEW, 2)
-    assert await other.claim([ENDPOINT], 60)
+    assert await other.claims.take([ENDPOINT], 60)
     await store.pause(ENDPOINT)
-    assert await other.claim([ENDPOINT], 60) is None
+    assert await other.claims.take([ENDPOINT], 60) is None
     await other.close()
 
 
 async def test_limit_is_shown_with_its_key(store: JobStore) -> None:
     await limited(store, 3)
     await limited(store, None)
-    assert [key.max_running for key in await store.list_keys()] == [3, None]
+    assert [key.max_running for key in await store.keys.list_all()] == [3, None]

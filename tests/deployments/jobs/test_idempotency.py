@@ -31,9 +31,9 @@ async def test_simultaneous_repeats_make_one_job(database: str, store: JobStore)
 
 async def test_repeat_finds_its_job_after_that_has_ended(store: JobStore) -> None:
     job = await store.submit(ONCE)
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
-    await store.succeed(claim, {"seed": 7}, {})
+    await store.claims.succeed(claim, {"seed": 7}, {})
     again = await store.submit(ONCE)
     assert (again.id, again.state, again.result) == (job.id, JobState.SUCCEEDED, {"seed": 7})
 
@@ -65,7 +65,7 @@ async def test_sweep_forgets_keys_whose_time_is_over(store: JobStore, sql: async
     await store.submit(ONCE)
     kept = await store.submit(replace(ONCE, owner="other"))
     await sql.execute("UPDATE idempotency_keys SET expires_at = now() WHERE owner = ''")
-    await store.sweep()
+    await store.claims.sweep()
     assert await sql.fetchval("SELECT array_agg(job_id) FROM idempotency_keys") == [kept.id]
 
 

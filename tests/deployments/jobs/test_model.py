@@ -31,8 +31,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from deployments.jobs.database import SQL, migrate
 from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, JobState, LeaseLost, NewJob
-from deployments.jobs.store import _RESOURCES, JobStore, migrate
+from deployments.jobs.store import JobStore
 from deployments.schemas.failures import Failure
 from engines.errors import IdempotencyKeyReused
 from tests.conftest import execute, of_database
@@ -134,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
         self.run(self.sql.execute("UPDATE clock SET at = $1", BEGAN))
         self.stores = [self.run(JobStore.open(self.url, max_connections=3)) for _ in range(PROCESSES)]
-        limits = {self.run(self.stores[0].create_key("limited", most)).partition(":")[0]: most for most in (1, 2)}
+        limits = {self.run(self.stores[0].keys.create("limited", most)).partition(":")[0]: most for most in (1, 2)}
         self.owners = [None, "free", *limits]
         self.model = Model(limits)
         self.call(0, wishes, None)
@@ -259,7 +260,7 @@ class StoreMachine(RuleBasedStateMachine):
         claimed, served = self.claimed[which % PROCESSES], tuple(endpoints)
         for _ in range(times):
             allowed = self.model.next(endpoints, claimed[served], low_after_s)
-            claim = self.run(self.store(which).claim(endpoints, lease_s, run_s, low_after_s))
+            claim = self.run(self.store(which).claims.take(endpoints, lease_s, run_s, low_after_s))
             assert (claim.job_id in allowed) if claim else not allowed
             if claim:
                 claimed[served] += 1
@@ -269,7 +270,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Workers of all processes: each gets a job of its own as long as there are any, whoever is first."""
 
         async def claims() -> list[Claim | None]:
-            return await asyncio.gather(*(self.store(worker).claim(endpoints, lease_s) for worker in range(workers)))
+            return await asyncio.gather(*(self.store(worker).claims.take(endpoints, lease_s) for worker in range(workers)))
 
         answers = self.run(claims())
         for worker, claim in enumerate(answers):
@@ -300,20 +301,20 @@ class StoreMachine(RuleBasedStateMachine):
         if what == "crash":
             self.claims.remove(held)
         elif what == "heartbeat":
-            self.agree(lambda: model.heartbeat(held, 30), store.heartbeat(held, 30))
+            self.agree(lambda: model.heartbeat(held, 30), store.claims.heartbeat(held, 30))
         elif what == "log":
-            self.agree(lambda: model.log(held, "step 1/4"), store.log(held, "step 1/4"))
+            self.agree(lambda: model.log(held, "step 1/4"), store.claims.log(held, "step 1/4"))
         elif what == "succeed":
-            self.agree(lambda: model.close(held, JobState.SUCCEEDED, None), store.succeed(held, {}, {}))
+            self.agree(lambda: model.close(held, JobState.SUCCEEDED, None), store.claims.succeed(held, {}, {}))
         elif what == "fail":
-            self.agree(lambda: model.close(held, JobState.FAILED, FAILURE.error_type), store.fail(held, FAILURE, {}))
+            self.agree(lambda: model.close(held, JobState.FAILED, FAILURE.error_type), store.claims.fail(held, FAILURE, {}))
         elif what == "cancel":
-            self.agree(lambda: model.close(held, JobState.CANCELLED, "client_cancelled"), store.cancel(held))
+            self.agree(lambda: model.close(held, JobState.CANCELLED, "client_cancelled"), store.claims.cancel(held))
         else:
             counted = what == "requeue"
             self.agree(
                 lambda: model.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
-                store.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
+                store.claims.requeue(held, "the runner died", counted=counted, wait_s=wait_s),
             )
 
     # Time, the sweep, the operator.
@@ -329,7 +330,7 @@ class StoreMachine(RuleBasedStateMachine):
         """sweeping: so many processes sweep then, at once."""
 
         async def sweeps() -> int:
-            return sum(await asyncio.gather(*(self.store(which + process).sweep() for process in range(sweeping))))
+            return sum(await asyncio.gather(*(self.store(which + process).claims.sweep() for process in range(sweeping))))
 
         self.model.now += seconds
         self.run(self.sql.execute("UPDATE clock SET at = $1", at(self.model.now)))
@@ -351,7 +352,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.run(self.stores[process].resume(endpoint)) == (endpoint in self.model.paused)
             self.model.paused.discard(endpoint)
         else:
-            self.agree(lambda: self.model.expire_jobs(KEEP_JOBS_S), self.stores[process].expire_jobs(KEEP_JOBS_S))
+            self.agree(lambda: self.model.expire_jobs(KEEP_JOBS_S), self.stores[process].retention.expire_jobs(KEEP_JOBS_S))
 
     # What always holds.
 
@@ -418,11 +419,7 @@ def test_store_does_what_its_model_does(embedded_server: str) -> None:
 
 
 def test_store_reads_no_clock_that_the_model_does_not_move() -> None:
-    files = [
-        *_RESOURCES.joinpath("migrations").iterdir(),
-        _RESOURCES.joinpath("queries.sql"),
-        _RESOURCES.joinpath("webhooks.sql"),
-    ]
+    files = [*SQL.iterdir(), *SQL.joinpath("migrations").iterdir()]
     other = re.compile(
         r"current_(date|time)|(statement|transaction)_timestamp|localtime|timeofday|'now'|pg_catalog\.now", re.IGNORECASE
     )

@@ -8,7 +8,8 @@ import asyncpg
 import pytest
 
 from deployments.jobs.job import Claim, Idempotency, NewJob
-from deployments.jobs.store import EXPIRY_BATCH, UNSTORED_S, JobStore
+from deployments.jobs.retention import EXPIRY_BATCH, UNSTORED_S
+from deployments.jobs.store import JobStore
 from deployments.schemas.failures import error_failure
 from engines.errors import GenerationFailed
 
@@ -21,15 +22,15 @@ End = Callable[[JobStore, asyncpg.Connection, Claim], Awaitable[None]]
 
 async def running(store: JobStore, new: NewJob = NEW) -> Claim:
     await store.submit(new)
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
     return claim
 
 
 async def done(store: JobStore, new: NewJob = NEW) -> UUID:
     claim = await running(store, new)
-    await store.log(claim, "step 1/4")
-    await store.succeed(claim, {"seed": 1}, {})
+    await store.claims.log(claim, "step 1/4")
+    await store.claims.succeed(claim, {"seed": 1}, {})
     return claim.job_id
 
 
@@ -53,11 +54,11 @@ async def input_of(sql: asyncpg.Connection, job_id: UUID) -> str:
 async def test_job_goes_with_all_that_belongs_to_it_when_its_time_is_over(store: JobStore, sql: asyncpg.Connection) -> None:
     await done(store, replace(NEW, webhook_url="https://h.example/", idempotency=Idempotency("key", b"")))
     await age(sql, 29 * DAY_S)
-    assert await store.expire_jobs(30 * DAY_S) == 0
+    assert await store.retention.expire_jobs(30 * DAY_S) == 0
     await age(sql, DAY_S)
-    assert await store.expire_jobs(30 * DAY_S) == 0, "its webhook is still to be delivered"
+    assert await store.retention.expire_jobs(30 * DAY_S) == 0, "its webhook is still to be delivered"
     await sql.execute("UPDATE webhook_outbox SET next_attempt_at = NULL")
-    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.retention.expire_jobs(30 * DAY_S) == 1
     assert await counts(sql) == [0] * 5
 
 
@@ -67,8 +68,8 @@ async def test_jobs_that_have_not_ended_and_those_kept_for_ever_stay(store: JobS
     await store.submit(NEW)
     await sql.execute("UPDATE jobs SET created_at = created_at - interval '10 years'")
     await age(sql, 3650 * DAY_S)
-    assert await store.expire_jobs(None) == 0
-    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.retention.expire_jobs(None) == 0
+    assert await store.retention.expire_jobs(30 * DAY_S) == 1
 
 
 async def test_jobs_expire_in_batches_and_once_each_whoever_sweeps(
@@ -78,7 +79,7 @@ async def test_jobs_expire_in_batches_and_once_each_whoever_sweeps(
         await done(store)
     await sql.execute("UPDATE jobs SET finished_at = finished_at - interval '1 year'")
     other = await JobStore.open(database)
-    expired = await asyncio.gather(*(through.expire_jobs(DAY_S) for _ in range(3) for through in (store, other)))
+    expired = await asyncio.gather(*(through.retention.expire_jobs(DAY_S) for _ in range(3) for through in (store, other)))
     await other.close()
     assert sum(expired) == 8
     assert EXPIRY_BATCH < 1000
@@ -91,11 +92,11 @@ async def test_input_that_is_not_to_be_stored_goes_with_the_jobs_end_and_not_bef
     store: JobStore, sql: asyncpg.Connection
 ) -> None:
     claim = await running(store, UNSTORED)
-    await store.requeue(claim, "the runner died", counted=True)
-    again = await store.claim([ENDPOINT], 60)
+    await store.claims.requeue(claim, "the runner died", counted=True)
+    again = await store.claims.take([ENDPOINT], 60)
     assert again is not None
     assert again.input == NEW.input
-    await store.succeed(again, {"seed": 1}, {})
+    await store.claims.succeed(again, {"seed": 1}, {})
     assert await input_of(sql, again.job_id) == "{}"
     job = await store.get(again.job_id)
     assert job is not None
@@ -117,12 +118,12 @@ async def test_job_that_is_not_to_be_stored_goes_when_its_result_could_be_fetche
     await done(store)
     plain = await done(store, UNSTORED)
     hooked = await done(store, replace(UNSTORED, webhook_url="https://h.example/"))
-    assert await store.expire_jobs(30 * DAY_S) == 0
+    assert await store.retention.expire_jobs(30 * DAY_S) == 0
     await age(sql, UNSTORED_S)
-    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.retention.expire_jobs(30 * DAY_S) == 1
     assert await store.get(plain) is None
     await sql.execute("UPDATE webhook_outbox SET next_attempt_at = NULL")
-    assert await store.expire_jobs(30 * DAY_S) == 1
+    assert await store.retention.expire_jobs(30 * DAY_S) == 1
     assert await store.get(hooked) is None
     assert (await counts(sql))[0] == 1
 
@@ -136,20 +137,20 @@ async def test_files_are_deleted_when_their_time_is_over_and_not_before(store: J
     async def delete(name: str) -> None:
         deleted.append(name)
 
-    await store.add_file("a/video.mp4", DAY_S)
-    await store.add_file("b/video.mp4", 2 * DAY_S)
-    assert await store.expire_files(delete) == 0
+    await store.retention.add_file("a/video.mp4", DAY_S)
+    await store.retention.add_file("b/video.mp4", 2 * DAY_S)
+    assert await store.retention.expire_files(delete) == 0
     await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '1 day'")
-    assert await store.expire_files(delete) == 1
-    assert await store.expire_files(delete) == 0
+    assert await store.retention.expire_files(delete) == 1
+    assert await store.retention.expire_files(delete) == 0
     assert deleted == ["a/video.mp4"]
 
 
 async def test_file_whose_noting_was_answered_into_a_broken_connection_is_noted_again(
     store: JobStore, sql: asyncpg.Connection
 ) -> None:
-    await store.add_file("a/video.mp4", DAY_S)
-    await store.add_file("a/video.mp4", DAY_S)
+    await store.retention.add_file("a/video.mp4", DAY_S)
+    await store.retention.add_file("a/video.mp4", DAY_S)
     assert await sql.fetchval("SELECT count(*) FROM stored_files") == 1
 
 
@@ -164,10 +165,10 @@ async def test_file_that_cannot_be_deleted_is_tried_again_later_and_stops_no_oth
         deleted.append(name)
 
     for name in ("a", "b"):
-        await store.add_file(name, DAY_S)
+        await store.retention.add_file(name, DAY_S)
     await sql.execute("UPDATE stored_files SET expires_at = now()")
-    assert await store.expire_files(delete) == 2
-    assert await store.expire_files(delete) == 0
+    assert await store.retention.expire_files(delete) == 2
+    assert await store.retention.expire_files(delete) == 0
     assert deleted == ["b"]
     assert [row["name"] for row in await sql.fetch("SELECT name FROM stored_files WHERE expires_at > now()")] == ["a"]
 
@@ -180,10 +181,10 @@ async def test_concurrent_sweeps_delete_each_file_once(database: str, store: Job
         deleted.append(name)
 
     for i in range(EXPIRY_BATCH + 20):
-        await store.add_file(f"{i:04}", DAY_S)
+        await store.retention.add_file(f"{i:04}", DAY_S)
     await sql.execute("UPDATE stored_files SET expires_at = now()")
     other = await JobStore.open(database)
-    while sum(await asyncio.gather(*(through.expire_files(delete) for through in (store, other)))):
+    while sum(await asyncio.gather(*(through.retention.expire_files(delete) for through in (store, other)))):
         pass
     await other.close()
     assert sorted(deleted) == [f"{i:04}" for i in range(EXPIRY_BATCH + 20)]
@@ -205,49 +206,49 @@ async def test_first_attempt_notes_a_checkpoint_and_later_ones_find_it(store: Jo
     assert not first.resumes
     assert await left_s(sql, first) == inf
     for counted in (True, False):
-        claim = await store.claim([ENDPOINT], 60) or first
-        await store.requeue(claim, "the runner died", counted=counted)
-        again = await store.claim([ENDPOINT], 60)
+        claim = await store.claims.take([ENDPOINT], 60) or first
+        await store.claims.requeue(claim, "the runner died", counted=counted)
+        again = await store.claims.take([ENDPOINT], 60)
         assert again is not None
         assert (again.checkpoint, again.resumes) == (first.checkpoint, True)
         assert await left_s(sql, first) == inf
-        await store.requeue(again, "and again", counted=False)
+        await store.claims.requeue(again, "and again", counted=False)
     another = await running(store, replace(NEW, priority=-1))
     assert (another.checkpoint == first.checkpoint, another.resumes) == (False, False)
 
 
 async def succeed(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
-    await store.succeed(claim, {}, {})
+    await store.claims.succeed(claim, {}, {})
 
 
 async def fail(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
-    await store.fail(claim, error_failure(GenerationFailed()), {})
+    await store.claims.fail(claim, error_failure(GenerationFailed()), {})
 
 
 async def cancel(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
     await store.request_cancel(claim.job_id)
-    await store.cancel(claim)
+    await store.claims.cancel(claim)
 
 
 async def cancel_in_the_queue(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
-    await store.requeue(claim, "the runner died", counted=True)
+    await store.claims.requeue(claim, "the runner died", counted=True)
     await store.request_cancel(claim.job_id)
 
 
 async def lose_the_last_lease(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
     await sql.execute("UPDATE jobs SET lease_until = now() - interval '1 second', attempt = max_attempts")
-    await store.sweep()
+    await store.claims.sweep()
 
 
 async def miss_the_start(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
-    await store.requeue(claim, "the dispatcher shut down", counted=False)
+    await store.claims.requeue(claim, "the dispatcher shut down", counted=False)
     await sql.execute("UPDATE jobs SET start_by = now()")
-    await store.sweep()
+    await store.claims.sweep()
 
 
 async def overrun(store: JobStore, sql: asyncpg.Connection, claim: Claim) -> None:
     await sql.execute("UPDATE jobs SET lease_until = now() - interval '1 second', run_by = now()")
-    await store.sweep()
+    await store.claims.sweep()
 
 
 ENDS = [succeed, fail, cancel, cancel_in_the_queue, lose_the_last_lease, miss_the_start, overrun]
@@ -272,8 +273,8 @@ async def test_checkpoint_goes_ten_minutes_after_its_job_has_ended_however(
     left = await left_s(sql, claim)
     assert left is not None
     assert 590 < left <= 600
-    assert await store.expire_files(delete) == 0, "its worker may still write"
+    assert await store.retention.expire_files(delete) == 0, "its worker may still write"
     await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '10 minutes'")
-    assert await store.expire_files(delete) == 1
+    assert await store.retention.expire_files(delete) == 1
     assert deleted == [claim.checkpoint]
     assert await left_s(sql, another) == inf

@@ -48,7 +48,7 @@ def test_what_callers_are_told_is_retryable_is_what_is_retried() -> None:
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
     return claim
 
@@ -61,27 +61,27 @@ async def read(store: JobStore, job_id: UUID) -> Job:
 
 async def test_job_that_has_to_wait_is_passed_by_and_then_goes_first(store: JobStore, sql: asyncpg.Connection) -> None:
     jobs = [await store.submit(NEW) for _ in range(3)]
-    await store.requeue(await claimed(store), "a full disk", counted=True, wait_s=60)
+    await store.claims.requeue(await claimed(store), "a full disk", counted=True, wait_s=60)
     assert [(await read(store, job.id)).position for job in jobs] == [0, 0, 1]
     assert (await claimed(store)).job_id == jobs[1].id
-    await store.sweep()
+    await store.claims.sweep()
     assert (await read(store, jobs[0].id)).attempt == 1
     await sql.execute("UPDATE jobs SET not_before = now() WHERE not_before IS NOT NULL")
-    async with store.watch_work() as work:
-        await store.sweep()
+    async with store.claims.watch_work() as work:
+        await store.claims.sweep()
         assert await work.changed(5)
     assert [(await claimed(store)).job_id for _ in range(2)] == [jobs[0].id, jobs[2].id]
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
 
 
 async def test_waiting_job_is_still_counted_cancelled_and_timed_out(store: JobStore, sql: asyncpg.Connection) -> None:
     jobs = [await store.submit(replace(NEW, start_timeout_s=600)) for _ in range(2)]
     for claim in [await claimed(store) for _ in jobs]:
-        await store.requeue(claim, "a full disk", counted=True, wait_s=60)
+        await store.claims.requeue(claim, "a full disk", counted=True, wait_s=60)
     assert await store.queued(ENDPOINT) == 2
     assert await store.request_cancel(jobs[0].id) is JobState.QUEUED
     await sql.execute("UPDATE jobs SET start_by = now()")
-    await store.sweep()
+    await store.claims.sweep()
     assert [(await read(store, job.id)).state for job in jobs] == [JobState.CANCELLED, JobState.FAILED]
 
 
@@ -91,12 +91,12 @@ async def test_new_jobs_do_not_overtake_for_ever_one_that_waits_in_an_empty_queu
     for _ in range(5):
         await store.submit(NEW)
     claims = [await claimed(store) for _ in range(5)]
-    await store.requeue(claims[4], "a full disk", counted=True, wait_s=60)
+    await store.claims.requeue(claims[4], "a full disk", counted=True, wait_s=60)
     for claim in claims[:4]:
-        await store.succeed(claim, {}, {})
+        await store.claims.succeed(claim, {}, {})
     newer = [await store.submit(NEW) for _ in range(5)]
     await sql.execute("UPDATE jobs SET not_before = now() WHERE not_before IS NOT NULL")
-    await store.sweep()
+    await store.claims.sweep()
     assert (await claimed(store)).job_id == claims[4].job_id
     assert (await read(store, newer[0].id)).position == 0
 
@@ -105,5 +105,5 @@ async def test_lost_attempt_of_a_job_that_is_not_to_be_retried_is_its_end(store:
     job = await store.submit(replace(NEW, max_attempts=1))  # what X-Fal-No-Retry makes of it
     await claimed(store)
     await sql.execute("UPDATE jobs SET lease_until = now()")
-    await store.sweep()
+    await store.claims.sweep()
     assert (await read(store, job.id)).state is JobState.FAILED

@@ -1,17 +1,15 @@
 import asyncio
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
-from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, Job, JobState, LeaseLost, NewJob
-from deployments.jobs.store import _RESOURCES, JobStore, ServerTooOld, load_queries, migrate
+from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, Job, JobState, JobSummary, LeaseLost, NewJob
+from deployments.jobs.store import JobStore
 from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
-from tests.conftest import execute, of_database
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {"prompt": "a cat"}, webhook_url="https://example.com/hook")
@@ -20,7 +18,7 @@ METRICS = {"inference_time": 1.5}
 
 
 async def claimed(store: JobStore, lease_s: float = 60.0) -> Claim:
-    claim = await store.claim([ENDPOINT], lease_s)
+    claim = await store.claims.take([ENDPOINT], lease_s)
     assert claim is not None
     return claim
 
@@ -33,11 +31,6 @@ async def expired(store: JobStore, new: NewJob = NEW) -> tuple[Job, Claim]:
     job, claim = await store.submit(new), await claimed(store, lease_s=0.001)
     await asyncio.sleep(0.005)
     return job, claim
-
-
-async def found(store: JobStore, secret: str) -> str | None:
-    known = await store.find_secret(secret)
-    return known.key_id if known else None
 
 
 async def read(store: JobStore, job_id: UUID) -> Job:
@@ -76,7 +69,7 @@ async def test_failed_submission_is_recorded_closed_and_told(store: JobStore, sq
     assert (job.state, job.failure, job.position) == (JobState.FAILED, FAILURE, None)
     assert job.finished_at is not None
     assert await webhooks(sql, job.id) == [NEW.webhook_url]
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
 
 
 async def test_nul_and_lone_surrogates_survive(store: JobStore) -> None:
@@ -84,8 +77,8 @@ async def test_nul_and_lone_surrogates_survive(store: JobStore) -> None:
     job = await store.submit(replace(NEW, input=hostile))
     claim = await claimed(store)
     assert claim.input == hostile
-    await store.log(claim, "a\x00b\ud800c")
-    await store.fail(claim, replace(FAILURE, body=hostile, error="\x00\ud800"), {})
+    await store.claims.log(claim, "a\x00b\ud800c")
+    await store.claims.fail(claim, replace(FAILURE, body=hostile, error="\x00\ud800"), {})
     failed = await read(store, job.id)
     assert failed.failure is not None
     assert (failed.failure.body, failed.failure.error) == (hostile, "\x00\ud800")
@@ -146,10 +139,10 @@ async def test_owner_who_comes_late_does_not_wait_for_the_whole_line(store: JobS
 async def test_claim_serves_only_the_endpoints_asked_for(store: JobStore) -> None:
     other = await store.submit(replace(NEW, endpoint="fal-ai/other"))
     job = await store.submit(NEW)
-    assert await store.claim(["fal-ai/none"], 60) is None
-    assert await store.claim([], 60) is None
+    assert await store.claims.take(["fal-ai/none"], 60) is None
+    assert await store.claims.take([], 60) is None
     assert (await claimed(store)).job_id == job.id
-    both = await store.claim([ENDPOINT, "fal-ai/other"], 60)
+    both = await store.claims.take([ENDPOINT, "fal-ai/other"], 60)
     assert both is not None
     assert both.job_id == other.id
 
@@ -208,7 +201,7 @@ async def test_claim_starts_a_numbered_attempt_with_its_own_token(store: JobStor
     assert (first.job_id, first.attempt, first.max_attempts, first.input) == (job.id, 1, 10, NEW.input)
     started = await read(store, job.id)
     assert (started.state, started.position, started.attempt) == (JobState.RUNNING, None, 1)
-    await store.requeue(first, "the runner died", counted=True)
+    await store.claims.requeue(first, "the runner died", counted=True)
     assert (await read(store, job.id)).started_at is None
     second = await claimed(store)
     assert (second.job_id, second.attempt) == (job.id, 2)
@@ -221,7 +214,7 @@ async def test_claim_starts_a_numbered_attempt_with_its_own_token(store: JobStor
 
 async def test_success_closes_the_job_and_fills_the_outbox(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store)
-    await store.succeed(claim, {"seed": 7}, METRICS)
+    await store.claims.succeed(claim, {"seed": 7}, METRICS)
     ended = await read(store, job.id)
     assert (ended.state, ended.result, ended.metrics, ended.failure) == (JobState.SUCCEEDED, {"seed": 7}, METRICS, None)
     assert ended.finished_at is not None
@@ -231,7 +224,7 @@ async def test_success_closes_the_job_and_fills_the_outbox(store: JobStore, sql:
 
 async def test_failure_closes_the_job_with_what_the_caller_will_be_told(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store, replace(NEW, webhook_url=None))
-    await store.fail(claim, FAILURE, METRICS)
+    await store.claims.fail(claim, FAILURE, METRICS)
     ended = await read(store, job.id)
     assert (ended.state, ended.result, ended.metrics, ended.failure) == (JobState.FAILED, None, METRICS, FAILURE)
     assert await webhooks(sql, job.id) == []
@@ -241,7 +234,7 @@ async def test_requeued_job_keeps_its_place(store: JobStore) -> None:
     jobs = [await store.submit(replace(NEW, owner=owner)) for owner in ("a", "a", "b")]
     claim = await claimed(store)
     await store.submit(replace(NEW, owner="c"))
-    await store.requeue(claim, "the runner died", counted=True)
+    await store.claims.requeue(claim, "the runner died", counted=True)
     assert (await read(store, jobs[0].id)).position == 0
 
 
@@ -249,33 +242,33 @@ async def test_job_requeued_into_an_emptied_queue_goes_before_newer_ones(store: 
     jobs = [await store.submit(NEW) for _ in range(3)]
     claims = [await claimed(store) for _ in jobs]
     newer = await store.submit(NEW)
-    await store.requeue(claims[2], "the runner died", counted=True)
+    await store.claims.requeue(claims[2], "the runner died", counted=True)
     assert [(await read(store, job.id)).position for job in (jobs[2], newer)] == [0, 1]
 
 
 async def test_attempt_given_back_uncounted_never_fails_the_job(store: JobStore) -> None:
     job, claim = await running(store, replace(NEW, max_attempts=1))
-    await store.requeue(claim, "shutting down", counted=False)
+    await store.claims.requeue(claim, "shutting down", counted=False)
     requeued = await read(store, job.id)
     assert (requeued.state, requeued.attempt) == (JobState.QUEUED, 0)
 
 
 async def test_job_that_was_released_has_met_its_start_deadline(store: JobStore, sql: asyncpg.Connection) -> None:
     released, claim = await running(store, replace(NEW, start_timeout_s=60))
-    await store.requeue(claim, "shutting down", counted=False)
+    await store.claims.requeue(claim, "shutting down", counted=False)
     failed = await store.submit(replace(NEW, start_timeout_s=60, endpoint="fal-ai/other"))
-    other = await store.claim(["fal-ai/other"], 60)
+    other = await store.claims.take(["fal-ai/other"], 60)
     assert other is not None
-    await store.requeue(other, "the runner died", counted=True)
+    await store.claims.requeue(other, "the runner died", counted=True)
     await sql.execute("UPDATE jobs SET start_by = now() WHERE start_by IS NOT NULL")
-    await store.sweep()
+    await store.claims.sweep()
     assert [(await read(store, job.id)).state for job in (released, failed)] == [JobState.QUEUED, JobState.FAILED]
 
 
 async def test_last_counted_attempt_fails_the_job_as_disconnected(store: JobStore, sql: asyncpg.Connection) -> None:
     job, claim = await running(store, replace(NEW, max_attempts=2))
-    await store.requeue(claim, "the runner died", counted=True)
-    await store.requeue(await claimed(store), "the runner died", counted=True)
+    await store.claims.requeue(claim, "the runner died", counted=True)
+    await store.claims.requeue(await claimed(store), "the runner died", counted=True)
     failed = await read(store, job.id)
     assert (failed.state, failed.failure) == (JobState.FAILED, error_failure(RunnerDisconnected()))
     assert await webhooks(sql, job.id) == [NEW.webhook_url]
@@ -284,7 +277,7 @@ async def test_last_counted_attempt_fails_the_job_as_disconnected(store: JobStor
 async def test_requeued_job_whose_cancel_was_requested_is_cancelled(store: JobStore) -> None:
     job, claim = await running(store)
     await store.request_cancel(job.id)
-    await store.requeue(claim, "the runner died", counted=True)
+    await store.claims.requeue(claim, "the runner died", counted=True)
     assert (await read(store, job.id)).state == JobState.CANCELLED
 
 
@@ -294,9 +287,9 @@ async def test_concurrent_claimers_never_share_a_job(database: str, store: JobSt
     taken: Counter[UUID] = Counter()
 
     async def work(through: JobStore) -> None:
-        while claim := await through.claim([ENDPOINT], 60):
+        while claim := await through.claims.take([ENDPOINT], 60):
             taken[claim.job_id] += 1
-            await through.succeed(claim, {}, {})
+            await through.claims.succeed(claim, {}, {})
 
     await asyncio.gather(*(work(through) for through in (store, other) for _ in range(4)))
     await other.close()
@@ -305,14 +298,14 @@ async def test_concurrent_claimers_never_share_a_job(database: str, store: JobSt
 
 async def test_worker_whose_lease_expired_changes_nothing(store: JobStore) -> None:
     job, late = await expired(store)
-    assert await store.sweep() == 1
+    assert await store.claims.sweep() == 1
     writes = (
-        lambda: store.heartbeat(late, 60),
-        lambda: store.log(late, "late"),
-        lambda: store.succeed(late, {"late": True}, {}),
-        lambda: store.fail(late, FAILURE, {}),
-        lambda: store.cancel(late),
-        lambda: store.requeue(late, "late", counted=True),
+        lambda: store.claims.heartbeat(late, 60),
+        lambda: store.claims.log(late, "late"),
+        lambda: store.claims.succeed(late, {"late": True}, {}),
+        lambda: store.claims.fail(late, FAILURE, {}),
+        lambda: store.claims.cancel(late),
+        lambda: store.claims.requeue(late, "late", counted=True),
     )
     for write in writes:  # before the next attempt
         with pytest.raises(LeaseLost):
@@ -321,7 +314,7 @@ async def test_worker_whose_lease_expired_changes_nothing(store: JobStore) -> No
     for write in writes:  # while it runs
         with pytest.raises(LeaseLost):
             await write()
-    await store.succeed(current, {"late": False}, {})
+    await store.claims.succeed(current, {"late": False}, {})
     before = await read(store, job.id)
     for write in writes:  # and after it
         with pytest.raises(LeaseLost):
@@ -333,26 +326,26 @@ async def test_worker_whose_lease_expired_changes_nothing(store: JobStore) -> No
 
 async def test_outcome_may_be_reported_again_by_the_same_attempt_but_not_changed(store: JobStore) -> None:
     job, claim = await running(store)
-    await store.succeed(claim, {"seed": 7}, METRICS)
-    await store.succeed(claim, {"seed": 8}, {})
+    await store.claims.succeed(claim, {"seed": 7}, METRICS)
+    await store.claims.succeed(claim, {"seed": 8}, {})
     with pytest.raises(LeaseLost):
-        await store.fail(claim, FAILURE, {})
+        await store.claims.fail(claim, FAILURE, {})
     with pytest.raises(LeaseLost):
-        await store.requeue(claim, "confused", counted=True)
+        await store.claims.requeue(claim, "confused", counted=True)
     ended = await read(store, job.id)
     assert (ended.result, ended.metrics) == ({"seed": 7}, METRICS)
 
 
 async def test_heartbeat_keeps_the_job_from_the_sweep(store: JobStore) -> None:
     _, claim = await expired(store)
-    assert await store.heartbeat(claim, 60) is False
-    assert await store.sweep() == 0
+    assert await store.claims.heartbeat(claim, 60) is False
+    assert await store.claims.sweep() == 0
 
 
 async def test_log_lines_come_in_order_and_only_new_ones_when_asked(store: JobStore) -> None:
     job, claim = await running(store)
-    await store.log(claim, "one")
-    await store.log(claim, "two", "WARN")
+    await store.claims.log(claim, "one")
+    await store.claims.log(claim, "two", "WARN")
     first, second = await store.logs(job.id)
     assert [(line.level, line.message) for line in (first, second)] == [("INFO", "one"), ("WARN", "two")]
     assert await store.logs(job.id, after=first.seq) == [second]
@@ -361,12 +354,12 @@ async def test_log_lines_come_in_order_and_only_new_ones_when_asked(store: JobSt
 
 async def test_lines_are_counted_within_their_job_over_all_its_attempts(store: JobStore) -> None:
     job, first = await running(store)
-    await store.log(first, "one")
+    await store.claims.log(first, "one")
     _, beside = await running(store)
-    await store.log(beside, "another job's")
-    await store.requeue(first, "the runner died", counted=True)
+    await store.claims.log(beside, "another job's")
+    await store.claims.requeue(first, "the runner died", counted=True)
     again = await claimed(store)
-    await store.log(again, "two", progress={"stage": "denoise", "step": {"done": 1, "total": 4}, "eta_s": None})
+    await store.claims.log(again, "two", progress={"stage": "denoise", "step": {"done": 1, "total": 4}, "eta_s": None})
     one, two = await store.logs(job.id)
     assert [(line.seq, line.message) for line in (one, two)] == [(1, "one"), (2, "two")]
     assert (one.progress, two.progress) == (None, {"stage": "denoise", "step": {"done": 1, "total": 4}, "eta_s": None})
@@ -376,7 +369,7 @@ async def test_lines_are_counted_within_their_job_over_all_its_attempts(store: J
 async def test_lines_written_at_once_have_numbers_of_their_own(store: JobStore) -> None:
     job, claim = await running(store)
     said = {f"line {k}" for k in range(50)}
-    await asyncio.gather(*(store.log(claim, message) for message in said))
+    await asyncio.gather(*(store.claims.log(claim, message) for message in said))
     lines = await store.logs(job.id)
     assert [line.seq for line in lines] == list(range(1, 51))
     assert {line.message for line in lines} == said
@@ -387,10 +380,10 @@ async def test_a_log_that_is_full_says_so_once_and_takes_no_more(store: JobStore
     await sql.execute(
         "INSERT INTO job_logs (job_id, level, message) SELECT $1, 'INFO', 'line ' || k FROM generate_series(1, 1999) AS k", job.id
     )
-    assert await store.log(claim, "the last one") is True
-    assert await store.log(claim, "one too many", progress={"stage": "denoise"}) is True
+    assert await store.claims.log(claim, "the last one") is True
+    assert await store.claims.log(claim, "one too many", progress={"stage": "denoise"}) is True
     for _ in range(3):
-        assert await store.log(claim, "and more") is False
+        assert await store.claims.log(claim, "and more") is False
     lines = await store.logs(job.id)
     assert [line.seq for line in lines] == list(range(1, 2002))
     assert lines[-2].message == "the last one"
@@ -399,21 +392,21 @@ async def test_a_log_that_is_full_says_so_once_and_takes_no_more(store: JobStore
         "this log is full: lines after its first 2000 are not kept",
         None,
     )
-    await store.requeue(claim, "the runner died", counted=True)
-    assert await store.log(await claimed(store), "of the next attempt") is False
+    await store.claims.requeue(claim, "the runner died", counted=True)
+    assert await store.claims.log(await claimed(store), "of the next attempt") is False
 
 
 async def test_a_long_line_is_cut(store: JobStore) -> None:
     job, claim = await running(store)
-    await store.log(claim, "x" * 2000)
-    await store.log(claim, "x" * 1_000_000)
+    await store.claims.log(claim, "x" * 2000)
+    await store.claims.log(claim, "x" * 1_000_000)
     assert [line.message for line in await store.logs(job.id)] == ["x" * 2000, "x" * 1999 + "…"]
 
 
 async def test_number_that_json_cannot_say_is_refused_before_it_is_written(store: JobStore) -> None:
     job, claim = await running(store)
     with pytest.raises(asyncpg.DataError):
-        await store.succeed(claim, {"loss": float("nan")}, {})
+        await store.claims.succeed(claim, {"loss": float("nan")}, {})
     assert (await read(store, job.id)).state == JobState.RUNNING
 
 
@@ -425,7 +418,7 @@ async def test_cancel_of_a_queued_job_ends_it(store: JobStore, sql: asyncpg.Conn
     assert await store.request_cancel(job.id) == JobState.QUEUED
     ended = await read(store, job.id)
     assert (ended.state, ended.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
-    assert await store.claim([ENDPOINT], 60) is None
+    assert await store.claims.take([ENDPOINT], 60) is None
     assert await webhooks(sql, job.id) == [NEW.webhook_url]
 
 
@@ -436,8 +429,8 @@ async def test_cancel_of_a_running_job_flags_it_and_tells_its_worker(store: JobS
         assert await changes.changed(5)
     flagged = await read(store, job.id)
     assert (flagged.state, flagged.cancel_requested, flagged.failure) == (JobState.RUNNING, True, None)
-    assert await store.heartbeat(claim, 60) is True
-    await store.cancel(claim)
+    assert await store.claims.heartbeat(claim, 60) is True
+    await store.claims.cancel(claim)
     ended = await read(store, job.id)
     assert (ended.state, ended.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
 
@@ -446,9 +439,9 @@ async def test_cancel_of_a_running_job_flags_it_and_tells_its_worker(store: JobS
 async def test_cancel_of_an_ended_job_does_nothing(store: JobStore, end: JobState) -> None:
     job, claim = await running(store)
     ends = {
-        JobState.SUCCEEDED: lambda: store.succeed(claim, {}, {}),
-        JobState.FAILED: lambda: store.fail(claim, FAILURE, {}),
-        JobState.CANCELLED: lambda: store.cancel(claim),
+        JobState.SUCCEEDED: lambda: store.claims.succeed(claim, {}, {}),
+        JobState.FAILED: lambda: store.claims.fail(claim, FAILURE, {}),
+        JobState.CANCELLED: lambda: store.claims.cancel(claim),
     }
     await ends[end]()
     before = await read(store, job.id)
@@ -459,7 +452,7 @@ async def test_cancel_of_an_ended_job_does_nothing(store: JobStore, end: JobStat
 async def test_cancel_and_claim_at_once_leave_one_of_two_stories(store: JobStore) -> None:
     for _ in range(40):
         job = await store.submit(NEW)
-        found, claim = await asyncio.gather(store.request_cancel(job.id), store.claim([ENDPOINT], 60))
+        found, claim = await asyncio.gather(store.request_cancel(job.id), store.claims.take([ENDPOINT], 60))
         after = await read(store, job.id)
         if claim is None:
             assert (found, after.state) == (JobState.QUEUED, JobState.CANCELLED)
@@ -473,8 +466,8 @@ async def test_cancel_and_claim_at_once_leave_one_of_two_stories(store: JobStore
 async def test_sweep_returns_an_expired_job_to_its_place(store: JobStore, sql: asyncpg.Connection) -> None:
     job, _ = await expired(store)
     await store.submit(NEW)
-    assert await store.sweep() == 1
-    assert await store.sweep() == 0
+    assert await store.claims.sweep() == 1
+    assert await store.claims.sweep() == 0
     swept = await read(store, job.id)
     assert (swept.state, swept.attempt, swept.position) == (JobState.QUEUED, 1, 0)
     assert await sql.fetchval("SELECT reason FROM job_events ORDER BY id DESC LIMIT 1") == "lease expired"
@@ -482,7 +475,7 @@ async def test_sweep_returns_an_expired_job_to_its_place(store: JobStore, sql: a
 
 async def test_sweep_fails_a_job_that_has_used_its_attempts(store: JobStore, sql: asyncpg.Connection) -> None:
     job, _ = await expired(store, replace(NEW, max_attempts=1))
-    assert await store.sweep() == 1
+    assert await store.claims.sweep() == 1
     swept = await read(store, job.id)
     assert (swept.state, swept.failure) == (JobState.FAILED, error_failure(RunnerDisconnected()))
     assert await webhooks(sql, job.id) == [NEW.webhook_url]
@@ -491,7 +484,7 @@ async def test_sweep_fails_a_job_that_has_used_its_attempts(store: JobStore, sql
 async def test_sweep_cancels_a_job_whose_cancel_nobody_was_left_to_obey(store: JobStore) -> None:
     job, _ = await expired(store, replace(NEW, max_attempts=1))
     await store.request_cancel(job.id)
-    assert await store.sweep() == 1
+    assert await store.claims.sweep() == 1
     swept = await read(store, job.id)
     assert (swept.state, swept.failure) == (JobState.CANCELLED, error_failure(Cancelled()))
 
@@ -501,7 +494,7 @@ async def test_job_past_its_start_deadline_is_not_claimed_and_fails(store: JobSt
     patient = await store.submit(replace(NEW, start_timeout_s=60))
     await asyncio.sleep(0.005)
     assert (await claimed(store)).job_id == patient.id
-    assert await store.sweep() == 1
+    assert await store.claims.sweep() == 1
     failed = await read(store, late.id)
     assert (failed.state, failed.failure) == (JobState.FAILED, error_failure(StartTimeout()))
 
@@ -509,15 +502,15 @@ async def test_job_past_its_start_deadline_is_not_claimed_and_fails(store: JobSt
 async def test_start_deadline_does_not_bound_running_work(store: JobStore) -> None:
     job, claim = await running(store, replace(NEW, start_timeout_s=0.05))
     await asyncio.sleep(0.06)
-    assert await store.sweep() == 0
-    await store.succeed(claim, {}, {})
+    assert await store.claims.sweep() == 0
+    await store.claims.succeed(claim, {}, {})
     assert (await read(store, job.id)).state == JobState.SUCCEEDED
 
 
 async def test_concurrent_sweeps_change_each_job_once(store: JobStore, sql: asyncpg.Connection) -> None:
     for _ in range(30):
         await expired(store)
-    assert sum(await asyncio.gather(*(store.sweep() for _ in range(6)))) == 30
+    assert sum(await asyncio.gather(*(store.claims.sweep() for _ in range(6)))) == 30
     assert await sql.fetchval("SELECT count(*) FROM job_events WHERE reason = 'lease expired'") == 30
 
 
@@ -562,7 +555,7 @@ async def test_state_change_and_its_webhook_stand_or_fall_together(store: JobSto
     job, claim = await running(store)
     await sql.execute("DROP TABLE webhook_outbox")
     with pytest.raises(asyncpg.UndefinedTableError):
-        await store.succeed(claim, {}, {})
+        await store.claims.succeed(claim, {}, {})
     assert (await read(store, job.id)).state == JobState.RUNNING
     assert await events(sql, job.id) == ["queued", "running"]
 
@@ -574,10 +567,10 @@ async def test_watch_wakes_on_every_change_and_where_asked_to_on_lines(store: Jo
     job, claim = await running(store)
     other = await store.submit(NEW)
     async with store.watch(job.id) as changes, store.watch_lines(job.id) as lines_too:
-        await store.log(claim, "line")
+        await store.claims.log(claim, "line")
         assert await lines_too.changed(5)
         assert not await changes.changed(0.05)
-        await store.succeed(claim, {}, {})
+        await store.claims.succeed(claim, {}, {})
         assert await changes.changed(5)
         assert await lines_too.changed(5)
         await store.request_cancel(other.id)
@@ -588,23 +581,23 @@ async def test_watch_wakes_on_every_change_and_where_asked_to_on_lines(store: Jo
 async def test_watch_hears_what_happened_between_two_waits(store: JobStore) -> None:
     job, claim = await running(store)
     async with store.watch_lines(job.id) as first, store.watch_lines(job.id) as second:
-        await store.log(claim, "one")
+        await store.claims.log(claim, "one")
         assert await first.changed(5)
         assert await second.changed(5)
 
 
 async def test_work_is_announced_to_everybody_on_submit_and_on_requeue(store: JobStore) -> None:
-    async with store.watch_work() as one, store.watch_work() as other:
+    async with store.claims.watch_work() as one, store.claims.watch_work() as other:
         await store.submit(NEW)
         assert await one.changed(5)
         assert await other.changed(5)
         claim = await claimed(store)
-        await store.requeue(claim, "the runner died", counted=True)
+        await store.claims.requeue(claim, "the runner died", counted=True)
         assert await one.changed(5)
 
 
 async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
-    async with asyncio.timeout(5), store.watch_work() as work:
+    async with asyncio.timeout(5), store.claims.watch_work() as work:
         assert not await work.changed(0.01)
 
 
@@ -613,138 +606,45 @@ async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Con
     async with store.watch_lines(job.id) as changes:
         others = "datname = current_database() AND pid <> pg_backend_pid()"
         await sql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
-        await store.log(claim, "said while nobody listened")
+        await store.claims.log(claim, "said while nobody listened")
         assert await changes.changed(5)
         while await changes.changed(0.1):
             pass
-        await store.log(claim, "said to the new connection")
+        await store.claims.log(claim, "said to the new connection")
         assert await changes.changed(5)
     assert len(await store.logs(job.id)) == 2
 
 
-# Schema, queries and keys.
+# What the operator sees.
 
 
-async def test_stores_that_open_at_once_migrate_once(postgres: str) -> None:
-    await execute(postgres, "CREATE DATABASE empty")
-    url = of_database(postgres, "empty")
-    stores = await asyncio.gather(*(JobStore.open(url) for _ in range(4)))
-    job = await stores[0].submit(NEW)
-    assert (await read(stores[3], job.id)).id == job.id
-    connection = await asyncpg.connect(url)
-    applied = await connection.fetch("SELECT name FROM schema_migrations")
-    await connection.close()
-    names = [file.name for file in _RESOURCES.joinpath("migrations").iterdir() if file.name.endswith(".sql")]
-    assert sorted(row["name"] for row in applied) == sorted(names)
-    for opened in stores:
-        await opened.close()
-    await execute(postgres, "DROP DATABASE empty WITH (FORCE)")
+async def test_a_timeline_tells_every_state_with_its_attempt_and_reason(store: JobStore) -> None:
+    job, claim = await running(store)
+    await store.claims.requeue(claim, "the runner died", counted=True)
+    again = await claimed(store)
+    await store.claims.succeed(again, {"seed": 7}, METRICS)
+    timeline = await store.timeline(job.id)
+    assert [(event.state, event.attempt, event.reason) for event in timeline] == [
+        (JobState.QUEUED, 0, None),
+        (JobState.RUNNING, 1, None),
+        (JobState.QUEUED, 1, "the runner died"),
+        (JobState.RUNNING, 2, None),
+        (JobState.SUCCEEDED, 2, None),
+    ]
+    assert [event.at for event in timeline] == sorted(event.at for event in timeline)
+    assert await store.timeline(uuid4()) == []
 
 
-async def test_migration_that_was_written_beside_a_later_one_is_applied_after_it(
-    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deployments.jobs.store._RESOURCES", tmp_path)
-    migrations = tmp_path / "migrations"
-    migrations.mkdir()
-    await execute(postgres, "CREATE DATABASE branched")
-    url = of_database(postgres, "branched")
-    (migrations / "0001_a.sql").write_text("CREATE TABLE a ()")
-    (migrations / "0003_c.sql").write_text("ALTER TABLE a ADD c integer")
-    await migrate(url)
-    (migrations / "0002_b.sql").write_text("ALTER TABLE a ADD b integer")
-    await migrate(url)
-    await execute(url, "SELECT b, c FROM a")
-    await execute(postgres, "DROP DATABASE branched WITH (FORCE)")
-
-
-async def test_lines_of_the_version_before_are_counted_within_their_jobs(
-    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await execute(postgres, "CREATE DATABASE upgraded")
-    url = of_database(postgres, "upgraded")
-    folder = _RESOURCES.joinpath("migrations")
-    (tmp_path / "migrations").mkdir()
-    for file in folder.iterdir():
-        if file.name < "0009":
-            (tmp_path / "migrations" / file.name).write_text(file.read_text())
-    with monkeypatch.context() as before:
-        before.setattr("deployments.jobs.store._RESOURCES", tmp_path)
-        await migrate(url)
-    connection = await asyncpg.connect(url)
-    jobs = [uuid4(), uuid4()]
-    for job_id in jobs:
-        columns = "id, endpoint, priority, turn, state, input, max_attempts"
-        await connection.execute(f"INSERT INTO jobs ({columns}) VALUES ($1, 'e', 0, 0, 'queued', '{{}}', 1)", job_id)
-    for k in range(7):
-        await connection.execute(
-            "INSERT INTO job_logs (job_id, level, message) VALUES ($1, 'INFO', $2)", jobs[k % 2], f"line {k}"
-        )
-    await migrate(url)
-    await connection.execute("INSERT INTO job_logs (job_id, level, message) VALUES ($1, 'INFO', 'new')", jobs[1])
-    for job_id, said in ((jobs[0], [0, 2, 4, 6]), (jobs[1], [1, 3, 5])):
-        rows = await connection.fetch("SELECT seq, message FROM job_logs WHERE job_id = $1 ORDER BY seq", job_id)
-        assert [row["seq"] for row in rows] == list(range(1, 5))
-        assert [row["message"] for row in rows][: len(said)] == [f"line {k}" for k in said]
-    await connection.close()
-    await execute(postgres, "DROP DATABASE upgraded WITH (FORCE)")
-
-
-async def test_server_older_than_tested_is_refused_and_left_alone(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await execute(postgres, "CREATE DATABASE old_server")
-    url = of_database(postgres, "old_server")
-    monkeypatch.setattr("deployments.jobs.store.OLDEST_SERVER", 99)
-    with pytest.raises(ServerTooOld, match=r"^PostgreSQL \d\d is too old: Reelray needs 99 or newer$"):
-        await JobStore.open(url)
-    connection = await asyncpg.connect(url)
-    assert await connection.fetchval("SELECT to_regclass('schema_migrations')") is None
-    await connection.close()
-    await execute(postgres, "DROP DATABASE old_server WITH (FORCE)")
-
-
-def test_every_query_is_explained() -> None:
-    for name, statement in load_queries(_RESOURCES.joinpath("queries.sql").read_text()).items():
-        assert statement.startswith("-- "), name
-
-
-async def test_key_is_shown_once_and_kept_as_a_hash(store: JobStore, sql: asyncpg.Connection) -> None:
-    secret = await store.create_key("laptop")
-    (key,) = await store.list_keys()
-    assert (key.name, key.revoked_at) == ("laptop", None)
-    assert await found(store, secret) == key.id
-    row = str([dict(await sql.fetchrow(f"SELECT * FROM {table}")) for table in ("api_keys", "api_key_secrets")])
-    assert secret not in row
-    assert secret.partition(":")[2] not in row
-
-
-@pytest.mark.parametrize("wrong", ["", ":", "x", "\x00", "\ud800", "é" * 1000])
-async def test_wrong_secret_is_nobodys(store: JobStore, wrong: str) -> None:
-    secret = await store.create_key("laptop")
-    assert await found(store, wrong) is None
-    assert await found(store, secret + wrong) == (None if wrong else (await store.list_keys())[0].id)
-
-
-async def test_revoked_key_opens_nothing(store: JobStore) -> None:
-    secret = await store.create_key("laptop")
-    owner = await found(store, secret)
-    assert owner is not None
-    assert await store.revoke_key(owner) is True
-    assert await found(store, secret) is None
-    assert await store.revoke_key(owner) is False
-    assert await store.revoke_key("\x00nobody") is False
-    (key,) = await store.list_keys()
-    assert key.revoked_at is not None
-
-
-async def test_key_revoked_by_another_process_ends_within_seconds(
-    database: str, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deployments.jobs.store.KEY_CACHE_S", 0.2)
-    secret = await store.create_key("laptop")
-    owner = await found(store, secret)
-    assert owner is not None
-    other = await JobStore.open(database)
-    await other.revoke_key(owner)
-    await other.close()
-    await asyncio.sleep(0.2)
-    assert await found(store, secret) is None
+async def test_recent_jobs_are_the_newest_of_those_asked_for(store: JobStore) -> None:
+    first, claim = await running(store)
+    await store.claims.cancel(claim)
+    await asyncio.sleep(0.002)  # ids of one millisecond have no order
+    second = await store.submit(replace(NEW, endpoint="fal-ai/other", max_attempts=3))
+    await asyncio.sleep(0.002)
+    third = await store.submit(NEW)
+    assert [job.id for job in await store.recent(10)] == [third.id, second.id, first.id]
+    assert [job.id for job in await store.recent(2)] == [third.id, second.id]
+    assert [job.id for job in await store.recent(1, ENDPOINT, JobState.CANCELLED)] == [first.id]
+    assert await store.recent(10, "fal-ai/other", JobState.CANCELLED) == []
+    [other] = await store.recent(10, "fal-ai/other")
+    assert other == JobSummary(second.id, "fal-ai/other", JobState.QUEUED, second.created_at, 0, 3)

@@ -9,8 +9,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import NewJob
-from deployments.jobs.store import JobStore, StoreAway
+from deployments.jobs.store import JobStore
 from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import FetchSettings, Settings, WebhookSettings
 from deployments.webhooks import courier as courier_module
@@ -29,7 +30,7 @@ RESULT = {"video": {"url": "/files/v.mp4", "content_type": "video/mp4"}, "seed":
 
 @pytest.fixture
 def outbox(store: JobStore) -> Outbox:
-    return Outbox(store)
+    return Outbox(store.database)
 
 
 @asynccontextmanager
@@ -44,10 +45,10 @@ async def couriers(*outboxes: Outbox, settings: Settings = OPEN, clock: Callable
 async def ended(store: JobStore, url: str, failure: Failure | None = None, **job: Any) -> UUID:
     """A job that has ended, its webhook in the outbox."""
     submitted = await store.submit(NewJob(ENDPOINT, {}, webhook_url=url, **{"service_url": "http://door:8000", **job}))
-    claim = await store.claim([ENDPOINT], 60)
+    claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
     assert claim.job_id == submitted.id
-    await (store.succeed(claim, RESULT, {}) if failure is None else store.fail(claim, failure, {}))
+    await (store.claims.succeed(claim, RESULT, {}) if failure is None else store.claims.fail(claim, failure, {}))
     return submitted.id
 
 
@@ -111,7 +112,7 @@ async def test_every_other_end_is_told_too(store: JobStore, outbox: Outbox) -> N
         late = (await store.submit(NewJob(ENDPOINT, {}, webhook_url=receiver.url(), start_timeout_s=0.001))).id
         invalid = (await store.submit_failed(NewJob(ENDPOINT, {}, webhook_url=receiver.url()), bad_image)).id
         await asyncio.sleep(0.01)
-        await store.sweep()
+        await store.claims.sweep()
         for job_id in (failed, cancelled, late, invalid):
             await delivered(outbox, job_id)
     told = {UUID(request.request_id): request.json for request in receiver.received}
@@ -122,7 +123,7 @@ async def test_every_other_end_is_told_too(store: JobStore, outbox: Outbox) -> N
     assert told[late]["payload"] == error_failure(StartTimeout()).body
 
 
-async def test_a_job_of_before_the_migration_is_told_at_the_public_url(store: JobStore, outbox: Outbox) -> None:
+async def test_a_job_submitted_without_the_services_url_is_told_at_the_public_url(store: JobStore, outbox: Outbox) -> None:
     settings = OPEN.model_copy(update={"public_url": "https://here.example/"})
     async with receiving(answering(200)) as receiver:
         job_id = await ended(store, receiver.url(), service_url=None)
@@ -393,7 +394,7 @@ async def test_two_couriers_deliver_each_webhook_once(store: JobStore, outbox: O
     other = await JobStore.open(database)
     async with receiving(answering(200)) as receiver:
         jobs = [await ended(store, receiver.url(host=f"127.0.0.{n % 3 + 1}" if n % 3 == 0 else "localhost")) for n in range(40)]
-        async with couriers(outbox, Outbox(other)):
+        async with couriers(outbox, Outbox(other.database)):
             for job_id in jobs:
                 await delivered(outbox, job_id)
     await other.close()
@@ -504,9 +505,9 @@ async def test_one_webhook_that_cannot_be_sent_does_not_keep_the_others(
 
 
 async def test_processes_that_begin_at_once_make_one_key(store: JobStore) -> None:
-    keys = await asyncio.gather(*(Outbox(store).signing_key() for _ in range(8)))
+    keys = await asyncio.gather(*(Outbox(store.database).signing_key() for _ in range(8)))
     assert len(set(keys)) == 1
-    assert await Outbox(store).published_keys() == [keys[0]]
+    assert await Outbox(store.database).published_keys() == [keys[0]]
 
 
 async def test_a_new_key_is_known_before_it_signs_and_the_old_one_after(store: JobStore, outbox: Outbox, database: str) -> None:

@@ -1,0 +1,137 @@
+"""The workers' side of the queue: an attempt at a job is claimed, kept by heartbeats, and ended with an outcome.
+
+A worker writes with its attempt's token, so a worker that comes too late changes nothing and is told so by `LeaseLost`.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+
+from deployments.jobs.database import QUERIES, Database, storable
+from deployments.jobs.job import Claim, JobState, LeaseLost
+from deployments.jobs.listener import WORK, Changes
+from deployments.schemas.failures import Failure, error_failure
+from engines.errors import Cancelled, GenerationTimeout, ReelrayError, RunnerDisconnected, StartTimeout
+
+LOW_AFTER_S = 600.0
+"""How long a job of low priority waits before it gets a share of the claims; see `Claims.take`."""
+LOW_SHARE = 4
+MAX_MESSAGE = 2000
+"""Characters of a log line; longer ones are cut."""
+
+
+class Claims:
+    """Attempts at the jobs of a database. Any number of processes may claim at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._taken: Counter[tuple[str, ...]] = Counter()
+
+    async def take(
+        self, endpoints: Sequence[str], lease_s: float, run_s: float | None = None, low_after_s: float = LOW_AFTER_S
+    ) -> Claim | None:
+        """Claims the next job: by priority, then one of each owner in turn, then by age.
+
+        None: nothing is waiting that may run. The endpoint may be paused, or the jobs' keys already have as many jobs running as
+        they may. With several endpoints it can also mean that other claims are looking at all such jobs; each of them takes one
+        and leaves the others.
+
+        run_s: how long the attempt may take; if its worker dies, the job is not tried again after that. low_after_s: low priority
+        goes behind all others, but once the first such job has waited this long, every `LOW_SHARE`th claim takes it before them.
+        So neither can keep the other waiting for ever: a flood of low jobs gets that share and no more.
+        A claim whose answer was lost is swept up when its lease ends; the repeated call takes the job after it.
+        """
+        served = tuple(endpoints)
+        low_first = (self._taken[served] + 1) % LOW_SHARE == 0
+        while rows := await self._fetch("claim", served, uuid4(), lease_s, run_s, low_first, low_after_s):
+            if rows[0]["job_id"] is not None:
+                self._taken[served] += 1
+                return Claim(**rows[0])
+        return None
+
+    async def heartbeat(self, claim: Claim, lease_s: float) -> bool:
+        """Keeps the job for `lease_s` more seconds. True: its caller wants it cancelled. Raises `LeaseLost`."""
+        rows = await self._fetch("heartbeat", claim.job_id, claim.token, lease_s)
+        cancel_requested: bool = _held(rows)[0]["cancel_requested"]
+        return cancel_requested
+
+    async def log(self, claim: Claim, message: str, level: str = "INFO", progress: Mapping[str, Any] | None = None) -> bool:
+        """Adds a line for the caller. False: the log is full, with 2,000 lines and one that says so. Raises `LeaseLost`."""
+        if len(message) > MAX_MESSAGE:
+            message = message[: MAX_MESSAGE - 1] + "…"
+        rows = await self._fetch("log", claim.job_id, claim.token, level, storable(message), progress)
+        added: bool = _held(rows)[0]["added"]
+        return added
+
+    async def succeed(self, claim: Claim, result: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Closes the job with its result. Raises `LeaseLost`."""
+        await self._close(claim, JobState.SUCCEEDED, result, None, metrics)
+
+    async def fail(self, claim: Claim, failure: Failure, metrics: dict[str, Any]) -> None:
+        """Closes the job with what its caller will be told. Raises `LeaseLost`."""
+        await self._close(claim, JobState.FAILED, None, asdict(failure), metrics)
+
+    async def cancel(self, claim: Claim) -> None:
+        """Closes the job as its caller asked. Raises `LeaseLost`."""
+        await self._close(claim, JobState.CANCELLED, None, _failure(Cancelled), {})
+
+    async def requeue(self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0) -> None:
+        """Gives the job back, to its old place in the order; cancels it if that was asked for.
+
+        counted: the attempt failed, and the last one fails the job; otherwise it does not count (we are shutting down).
+        wait_s: seconds for which it is not tried again. Raises `LeaseLost`.
+        """
+        args = (claim.job_id, claim.token, storable(reason), counted, _lost_attempt_failures(), wait_s)
+        _held(await self._fetch("requeue", *args))
+
+    async def sweep(self) -> int:
+        """Takes jobs from workers that fell silent and fails those past a deadline, 1,000 of each at most.
+
+        It also returns jobs that have waited for their next attempt, and forgets idempotency keys that have ended. Any number of
+        processes may sweep at once. Returns how many jobs it took or failed.
+        """
+        overran = {"overran": _failure(GenerationTimeout)}
+        expired = await self._fetch("sweep_leases", _lost_attempt_failures() | overran)
+        overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
+        await self._fetch("sweep_delays")
+        await self._fetch("sweep_keys")
+        return len(expired) + len(overdue)
+
+    @asynccontextmanager
+    async def watch_work(self) -> AsyncIterator[Changes]:
+        """Hears of every job that is queued from now on, whatever its endpoint."""
+        with self._database.watch(WORK) as changes:
+            yield changes
+
+    async def _close(
+        self,
+        claim: Claim,
+        state: JobState,
+        result: dict[str, Any] | None,
+        failure: dict[str, Any] | None,
+        metrics: dict[str, Any],
+    ) -> None:
+        _held(await self._fetch("close", claim.job_id, claim.token, state.value, result, failure, metrics))
+
+    async def _fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
+        return await self._database.fetch(QUERIES[query], *args)
+
+
+def _failure(error: type[ReelrayError]) -> dict[str, Any]:
+    return asdict(error_failure(error()))
+
+
+def _lost_attempt_failures() -> dict[str, dict[str, Any]]:
+    return {JobState.CANCELLED: _failure(Cancelled), JobState.FAILED: _failure(RunnerDisconnected)}
+
+
+def _held(rows: list[asyncpg.Record]) -> list[asyncpg.Record]:
+    """The rows that a worker's write touched. Raises `LeaseLost` if there are none."""
+    if not rows:
+        raise LeaseLost
+    return rows

@@ -1,0 +1,59 @@
+"""What is deleted and when: files whose time is over, and jobs some time after their end."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+
+from deployments.jobs.database import QUERIES, Database
+
+EXPIRY_BATCH = 100
+"""How much is deleted in one transaction: an input may be megabytes, and a file costs a round trip to an object store."""
+UNSTORED_S = 3600.0
+"""How long the result of a job whose payloads are not to be stored can be fetched; the same as at fal (protocol page 2.4)."""
+
+logger = logging.getLogger(__name__)
+
+
+class Retention:
+    """The expiry of what a database lists. Any number of processes may expire things at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add_file(self, name: str, keep_s: float) -> None:
+        """Lists a file before it is written, so that it expires whatever becomes of its job."""
+        await self._database.fetch(QUERIES["add_file"], name, keep_s)
+
+    async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
+        """Deletes and forgets files whose time is over, `EXPIRY_BATCH` at most. Returns how many it found.
+
+        delete: deletes one file, which may be gone already. If it raises, the file is tried again later.
+        """
+
+        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            async with connection.transaction():  # holds the rows: no other process deletes the same files meanwhile
+                rows = list(await connection.fetch(QUERIES["expired_files"], EXPIRY_BATCH))
+                gone, stuck = list[str](), list[str]()
+                for name in (row["name"] for row in rows):
+                    try:
+                        await delete(name)
+                        gone.append(name)
+                    except Exception:  # each kind of file store has errors of its own, and none may stop the dispatcher
+                        logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
+                        stuck.append(name)
+                await connection.fetch(QUERIES["forget_files"], gone)
+                await connection.fetch(QUERIES["postpone_files"], stuck)
+                return rows
+
+        return len(await self._database.run(expire))
+
+    async def expire_jobs(self, jobs_s: float | None) -> int:
+        """Deletes jobs that ended `jobs_s` seconds ago (None: no such jobs) and, sooner, those that are not to be stored.
+
+        Their events, logs and webhooks go too; `EXPIRY_BATCH` of each kind at most. A job stays while its webhook is still to be
+        delivered. Returns how many it deleted.
+        """
+        old = await self._database.fetch(QUERIES["expire_jobs"], jobs_s, EXPIRY_BATCH)
+        unstored = await self._database.fetch(QUERIES["expire_unstored_jobs"], UNSTORED_S, EXPIRY_BATCH)
+        return len(old) + len(unstored)
