@@ -23,8 +23,8 @@ from deployments.settings import Settings
 
 TEMPLATE = "reelray_test_template"
 
-# not in the home of whichever test builds a stage first, which is gone after it
 os.environ["COLUMNS"] = "160"  # a worker of pytest-xdist has no terminal whose width tables could take
+# not in the home of the first test that builds a stage, which is deleted after it
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 
@@ -32,10 +32,16 @@ FIRST = ("ray", "compilers", "inductor", "trt", "chaos")
 """Groups that take longest, in the order in which they begin; all others follow as they are collected."""
 
 
+SLOW = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py")
+"""Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for pytest-xdist, each of which one worker runs in order: tests that share something which is dear to start."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if _group(item) in FIRST or "hosting" in item.path.parts or item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: FIRST.index(group) if (group := _group(item)) in FIRST else len(FIRST))
 
 
