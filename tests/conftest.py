@@ -24,6 +24,7 @@ from deployments.settings import Settings
 TEMPLATE = "reelray_test_template"
 
 # not in the home of whichever test builds a stage first, which is gone after it
+os.environ["COLUMNS"] = "160"  # a worker of pytest-xdist has no terminal whose width tables could take
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 

@@ -233,6 +233,7 @@ CLAIMS = {"sub": "key", "apps": [ALIAS], "exp": 1}
         f"{part(HEADER)}.{base64.urlsafe_b64encode(b'[' * 9000).decode()}.AAAA",
         f"{part(HEADER)}.{part(CLAIMS)}.A",
     ],
+    ids=range(18),  # a text has a key's id, which every worker would draw anew
 )
 def test_text_that_is_no_token_is_none(text: str):
     assert tokens.read(text) is None
