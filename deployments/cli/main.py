@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that `reelray status` starts at once
 import typer
 
 from deployments.cli.engine_commands import engines
+from deployments.cli.job_commands import jobs
 from deployments.cli.key_commands import keys
 from deployments.cli.queue_commands import queue
 from deployments.cli.request_commands import cancel, render, result, status, submit
@@ -18,5 +19,6 @@ for command in (serve, gateway, render, submit, status, result, cancel, demo_wei
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(queue, name="queue")
+app.add_typer(jobs, name="jobs")
 app.add_typer(webhooks, name="webhooks")
 app.add_typer(engines, name="engines")

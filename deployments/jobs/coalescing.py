@@ -1,7 +1,7 @@
-"""Calls that come while another is under way, made as one: they share the cost of a single call.
+"""Calls that come while another is being answered are made as one, and share the cost of a single call.
 
-Most of the ten polls a second of every waiting client come while an earlier one is being answered. A round trip, a statement's
-start and a commit's flush are then paid once for all of them, and a lone call is sent at once.
+Every waiting client polls ten times a second, and most polls come while an earlier one is being answered. A round trip, a
+statement's start and a commit's flush are then paid once for all of them; a lone call is sent at once.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ A = TypeVar("A")
 
 
 class Coalescer(Generic[Q, A]):
-    """Gathers the questions that come while an answer is under way, and asks them together after it.
+    """Collects the questions that come while earlier ones are being answered, and asks them together after that.
 
-    answer: of some questions at once, in their order; an exception among the answers is raised for its question alone, one that
-    is raised for all. most: questions at once.
+    answer: answers some questions at once, in their order. An exception among the answers is raised for its question alone; an
+    exception that `answer` raises is raised for all of them. most: questions at once.
     """
 
     def __init__(self, answer: Callable[[Sequence[Q]], Awaitable[Sequence[A | Exception]]], most: int = 64):
@@ -26,7 +26,7 @@ class Coalescer(Generic[Q, A]):
         self._asking: asyncio.Task[None] | None = None
 
     async def ask(self, question: Q) -> A:
-        """The answer to a question that is put after this call began."""
+        """The answer to a question; it is asked after this call began, so the answer is never older than the call."""
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))
         if self._asking is None:
@@ -48,7 +48,7 @@ class Coalescer(Generic[Q, A]):
         except Exception as exc:
             answers = [exc] * len(asked)
         for (_, future), answer in zip(asked, answers, strict=True):
-            if future.done():  # who asked has gone
+            if future.done():  # its caller was cancelled
                 continue
             if isinstance(answer, Exception):
                 future.set_exception(answer)

@@ -1,7 +1,7 @@
 """How many jobs are ahead of a job in a long queue, without counting the queue for every reader.
 
-The place of every 200th waiting job is remembered for a while as a mark, and a position is found between two marks: it is rounded
-to 200, and as old as the marks. Near the front, where callers care, the database counts instead.
+The place of every 200th waiting job is remembered for a while as a mark. A position is found between two marks, so it is rounded
+to 200 and as old as the marks. Near the front, where callers care, the database counts instead.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 
 STEP = 200
-"""Jobs from mark to mark, and how far the database counts; repeated in `jobs_ahead` and `marks`."""
+"""Jobs between two marks, and how far the database counts; the statements `jobs_ahead` and `marks` repeat the number."""
 SHARE = 0.02
-"""Of one core, what finding marks may take: 0.3 s for a million jobs (measured), hence every 15 s."""
+"""The share of one core that finding marks may take: 0.3 s for a million jobs (measured), so every 15 s."""
 
 Place = tuple[int, int, int]
 """A job's priority, turn and number: jobs are claimed in ascending order."""
@@ -37,7 +37,7 @@ class QueuePositions:
         async with self._lock:
             began = time.monotonic()
             if began < self._stale_at:
-                return  # somebody else has just done it
+                return  # another reader has just done it
             self._marks = await self._find_marks()
             ended = time.monotonic()
             self._stale_at = ended + max(1.0, (ended - began) / SHARE)

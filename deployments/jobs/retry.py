@@ -1,15 +1,15 @@
-"""Which of our errors are tried again, how often and after how long: every such decision, as pure functions of one table.
+"""Which errors are tried again, how often and after how long: every such decision, as pure functions of one table.
 
-    what went wrong      tried again        waits before attempt 2, 3, 4, ... (in seconds, give or take a quarter)
+    what went wrong      attempts at most   waits before attempt 2, 3, 4, ... (in seconds, plus or minus a quarter)
     RunnerDisconnected   max_attempts       0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
     RunnerStalled        3, max_attempts    as above; each attempt may cost the whole idle deadline
-    StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not mended in a second; ten attempts last 20 min
-    lost lease           max_attempts       0: the lease itself has been waited for
-    all else             never              what the model or we refuse once is refused again
+    StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not fixed in a second; ten attempts last 20 min
+    lost lease           max_attempts       0: the end of the lease was wait enough
+    all else             1                  what the model or we refuse once is refused again
 
-`max_attempts` is the job's own (`queue.max_attempts`), and 1 where its caller sent `X-Fal-No-Retry`: then nothing is tried
-again, a lost lease neither. An attempt that we gave up ourselves, at a shutdown, does not count. Lost leases are decided where
-they are found, by `sweep_leases` in `sql/queries.sql`.
+`max_attempts` is the job's own (`queue.max_attempts`), and 1 if its caller sent `X-Fal-No-Retry`: then nothing is tried
+again, not even after a lost lease. An attempt that we gave up ourselves, at a shutdown, does not count. What follows a lost
+lease is decided by `sweep_leases` in `sql/queries.sql`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
 
 JITTER = 0.25
-"""Share by which a wait differs either way, so that jobs that failed together do not come back together."""
+"""By which share a wait is longer or shorter, so that jobs that failed together do not come back together."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def policy_of(error: ReelrayError) -> Policy | None:
 
 
 def wait_s(policy: Policy, attempt: int, draw: float = 0.5) -> float:
-    """Seconds before the attempt after `attempt`, which counts from 1. draw: from 0 to 1, where in the jitter."""
-    # the exponent is bounded: attempts are an operator's number, and 2.0**2000 is an error
+    """Seconds before the attempt after `attempt`, which counts from 1. draw: 0 to 1, the position within the jitter."""
+    # the exponent is bounded: the operator sets the number of attempts, and 2.0**2000 is an error
     usual = policy.first_s if attempt == 1 else policy.second_s * 2.0 ** min(attempt - 2, 60)
     return min(usual, policy.longest_s) * (1 + JITTER * (2 * draw - 1))
 
 
 def next_attempt_in(error: ReelrayError, attempt: int, max_attempts: int, draw: float = 0.5) -> float | None:
-    """Seconds until a job is tried again whose `attempt`, from 1, ended in `error`; None: not again, the error is its end."""
+    """Seconds until a job whose `attempt`, from 1, ended in `error` is tried again; None: never, the job ends with the error."""
     policy = policy_of(error)
     if policy is None or attempt >= min(max_attempts, policy.attempts):
         return None

@@ -46,11 +46,19 @@ class Timed:
         return timed
 
 
-class TracedStore(Timed):
+class TracedClaims(Timed):
     """Adds the laps to the metrics of a job that succeeds."""
 
     async def succeed(self, claim: Claim, result: dict[str, Any], metrics: dict[str, Any]) -> None:
         await self.target.succeed(claim, result, metrics | _laps.get())
+
+
+class TracedStore(Timed):
+    """A store with traced claims."""
+
+    def __init__(self, store: JobStore):
+        super().__init__(store)
+        self.claims = TracedClaims(store.claims)
 
 
 class TracedDispatcher(Dispatcher):

@@ -111,12 +111,13 @@ RETURNS TABLE (ahead bigint) LANGUAGE sql STABLE AS $$
     ) AS counted
 $$;
 
--- Starts an attempt at the next job of the endpoints given. No row: there is none; a row of nulls: ask again, see below.
+-- Starts an attempt at the next job of some endpoints. Returns no row if there is none, and a row of nulls if the caller must ask
+-- again, see below.
 --
--- The next job is the first in the order of `jobs_queued` that nobody else is taking: one index read, whatever the queue's length.
--- With `low_first`, that is the first one of low priority, if that has waited for `low_after_s` seconds.
--- Only if the first job's key is at its limit are the lines looked at one by one, a line being what one owner has waiting at one
--- priority. A claim then costs an index read for every owner who waits, still whatever the length of their lines.
+-- The next job is the first in the order of `jobs_queued` that no other claim is taking: one index read, however long the queue is.
+-- With `low_first`, it is the first one of low priority, if that has waited for `low_after_s` seconds.
+-- Only if the first job's key is at its limit are the lines looked at one by one, a line being the jobs that one owner has waiting at
+-- one priority. A claim then costs an index read for every owner who waits, however long their lines are.
 CREATE OR REPLACE FUNCTION claim_job(
     endpoints text[],
     new_token uuid,
