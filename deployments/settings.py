@@ -96,7 +96,7 @@ class RetentionSettings(_Strict):
     max_files_s: float = Field(366 * 86_400.0, gt=0)
 
     def keep_file_s(self, wish_s: float | None) -> float | None:
-        """How long a file is kept if its caller asks for `wish_s`, which is None without a wish."""
+        """How long a file is kept if its caller asks for `wish_s`; None: the caller asks for nothing."""
         return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
 
 

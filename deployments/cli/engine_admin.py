@@ -68,8 +68,9 @@ def plans(settings: Settings) -> list["Entry"]:
 
 
 def inspect(settings: Settings, digest: str) -> dict[str, Any]:
-    """A plan's key and, with TensorRT and a GPU, a report of its contents; else why there is none. digest: or its first digits.
+    """A plan's key and, with TensorRT and a GPU, a report of its contents; else why there is none.
 
+    digest: the first digits of the plan's digest are enough.
     Raises `EngineError` where there is no such plan, more than one, or a damaged one.
     """
     found = {entry.digest: (cache, entry) for cache in _caches(settings) for entry in cache.entries()}

@@ -67,7 +67,7 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
 
 
 def _checked_input(endpoint: Endpoint, body: bytes) -> tuple[dict[str, Any], Failure | None]:
-    """The input as the job keeps it, and what is wrong with it; an input that is refused is empty."""
+    """The input to store, and the failure to answer if it is refused; then the input is empty."""
     try:
         return endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True), None
     except ValidationError as exc:

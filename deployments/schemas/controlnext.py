@@ -33,7 +33,7 @@ class ControlNeXtInput(EndpointInput):
     sample_stride: Int = Field(2, ge=1, le=8, description="Every n-th frame of the driving video is used.")
     decode_chunk_size: Int = Field(2, ge=1, le=32, description="Frames that the VAE decodes together; larger flickers less.")
     motion_bucket_id: Number = Field(127, ge=0, le=255, description="How much motion the model is told to expect.")
-    fps: Int = Field(7, ge=1, le=60, description="Frame rate of the output; the model is told it as well.")
+    fps: Int = Field(7, ge=1, le=60, description="Frame rate of the output, and an input of the model.")
     controlnext_cond_scale: Number = Field(1, ge=0, le=2, description="Strength of the poses; 0 leaves them out.")
     video_is_pose: Bool = Field(False, description="The driving video already shows drawn poses, which are used as they are.")
     strict_reference: Bool = Field(

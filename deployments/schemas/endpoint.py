@@ -27,7 +27,7 @@ class VideoOutput(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is served under an id. model: its name in `engines.registry`. family: its deployments' names in the YAML begin so."""
+    """What is served under an id. model: its name in `engines.registry`. family: prefix of its deployments' names in the YAML."""
 
     id: str
     model: str

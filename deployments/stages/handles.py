@@ -89,7 +89,7 @@ async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> Do
 
 
 def translated(exc: Exception) -> ReelrayError:
-    """Our own error, where one crossed Ray; `RunnerFailed` for a bug in a stage, `RunnerDisconnected` for Ray's troubles."""
+    """Our own error, where one crossed Ray; `RunnerFailed` for a bug in a stage, `RunnerDisconnected` for Ray's own errors."""
     if isinstance(exc, RayTaskError):
         cause = exc.cause
         if isinstance(cause, ReelrayError):
