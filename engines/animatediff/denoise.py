@@ -18,12 +18,12 @@ from engines.animatediff.layers import TextContext
 from engines.animatediff.sparse_control import ResidualCache, SparseControl
 from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
 from engines.animatediff.unet import Residuals
+from engines.backends.prepared import PreparedEngines
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.unet_call import UNetCall
 from engines.errors import Cancelled, GenerationFailed
-from engines.prepared import PreparedEngines
 from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
-from engines.shapes import Shape, ShapeFamily
 from engines.spec import Checkpoint, Latents, OnProgress, Progress
-from engines.unet_call import UNetCall
 from engines.weights import torch_dtype
 
 

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engines.shapes import Shape
-from engines.unet_call import UNetCall
+from engines.backends.shapes import Shape
+from engines.backends.unet_call import UNetCall
 
 
 class Engine(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from engines.cuda_graph import GraphedCall
+from engines.backends.exact_shapes import ExactShapes, Ready
+from engines.backends.graphed_call import GraphedCall
 from engines.errors import EngineError
-from engines.exact_shapes import ExactShapes, Ready
 
 
 class GraphEngine(ExactShapes):

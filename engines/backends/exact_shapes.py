@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engines.cuda_graph import Pool
+from engines.backends.graphed_call import Pool
+from engines.backends.shapes import Shape
+from engines.backends.unet_call import Dims, UNetCall
 from engines.errors import EngineError
-from engines.shapes import Shape
-from engines.unet_call import Dims, UNetCall
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _PREPARING = threading.Lock()
 
 
 class ExactShapes(ABC):
-    """See `engines.engine.Engine`. It runs on the device of the call's weights.
+    """See `engines.backends.backend.Engine`. It runs on the device of the call's weights.
 
     pool: memory shared with other engines, if they all run in turn.
     """

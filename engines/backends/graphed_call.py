@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from engines.fixed_inputs import FixedInputs
+from engines.backends.fixed_inputs import FixedInputs
 
 Pool = tuple[int, int]
 """Memory that several graphs use in turn, of `torch.cuda.graph_pool_handle`."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.cuda_graph import GraphedCall, Pool
-from engines.exact_shapes import ExactShapes, Ready
-from engines.fixed_inputs import FixedInputs
-from engines.unet_call import UNetCall
+from engines.backends.exact_shapes import ExactShapes, Ready
+from engines.backends.fixed_inputs import FixedInputs
+from engines.backends.graphed_call import GraphedCall, Pool
+from engines.backends.unet_call import UNetCall
 
 _MOST_SHAPES = 64
 """Compilations of one function before the compiler gives up; its own limit of 8 would count all calls of a UNet together."""

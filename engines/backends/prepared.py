@@ -11,14 +11,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engines.engine import Eager, Engine
-from engines.engine_config import EngineConfig
+from engines.backends.backend import Eager, Engine
+from engines.backends.config import EngineConfig
+from engines.backends.cuda_graph import GraphEngine
+from engines.backends.exact_shapes import ExactShapes
+from engines.backends.inductor import InductorEngine
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.exact_shapes import ExactShapes
-from engines.graphed import GraphEngine
-from engines.inductor import InductorEngine
-from engines.shapes import Shape, ShapeFamily
-from engines.unet_call import UNetCall
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +119,12 @@ def _exact(engine: ExactShapes, families: Sequence[ShapeFamily]) -> Engine:
 
 
 def _tensorrt(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFamily], device: torch.device) -> Engine:
-    from engines.trt.build import BuildOptions
-    from engines.trt.cache import PlanCache
-    from engines.trt.gpu import gpu_of
-    from engines.trt.library import load_library
-    from engines.trt.plans import load_engine as load_plan
-    from engines.trt.stream import CudaStream
+    from engines.backends.trt.build import BuildOptions
+    from engines.backends.trt.cache import PlanCache
+    from engines.backends.trt.gpu import gpu_of
+    from engines.backends.trt.library import load_library
+    from engines.backends.trt.plans import load_engine as load_plan
+    from engines.backends.trt.stream import CudaStream
 
     if device.type != "cuda":
         raise EngineError(f"TensorRT needs an NVIDIA GPU, and the model runs on {device}")

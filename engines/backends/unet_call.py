@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engines.shapes import Shape
+from engines.backends.shapes import Shape
 
 _TRACED = 4  # frames of the example, which no graph remembers
 

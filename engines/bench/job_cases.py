@@ -16,6 +16,8 @@ from torch import Tensor
 from engines.animatediff.call import motion_call, motion_inputs
 from engines.animatediff.layers import TextContext
 from engines.animatediff.unet import Residuals
+from engines.backends.exact_shapes import ExactShapes
+from engines.backends.shapes import Shape
 from engines.bench.measure import Case, Way
 from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
@@ -23,7 +25,6 @@ from engines.bench.unet_cases import ADDED_IDS, SLOW, engine_ways
 from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.layers import Biases
 from engines.controlnext.unet import Control, Half
-from engines.exact_shapes import ExactShapes
 from engines.media.pixels import to_levels
 from engines.sampling import (
     euler_step,
@@ -34,7 +35,6 @@ from engines.sampling import (
     linear_schedule,
     seeded_generator,
 )
-from engines.shapes import Shape
 
 SEED, GUIDANCE = 7, 3.0
 OUR_DECODE_FRAMES, CONTROL_FRAMES, CHUNK = 4, 8, 2

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 from engines.controlnext.layers import Biases, SelfAttention
 from engines.controlnext.unet import Control, Half, SVDUNet
-from engines.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 
 
 def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:

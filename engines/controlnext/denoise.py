@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engines.backends.prepared import PreparedEngines
+from engines.backends.shapes import Shape, ShapeFamily
 from engines.controlnext.call import no_control, svd_call, svd_inputs
 from engines.controlnext.checkpoint import latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
@@ -21,9 +23,7 @@ from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.unet import Control, Half
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.errors import GenerationFailed
-from engines.prepared import PreparedEngines
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
-from engines.shapes import Shape, ShapeFamily
 from engines.spec import Checkpoint, OnProgress, Progress, ShouldStop
 from engines.stopping import check
 from engines.weights import torch_dtype

@@ -27,7 +27,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if len(session.items) < WHOLE_SUITE or not mine or AHEAD in os.environ or session.config.option.collectonly:
         return
     command = ["nice", "-n", "19", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/kernels", "tests/engines/test_inductor.py", "-k", "fit or test_inductor"]
+    command += ["tests/kernels", "tests/engines/backends/test_inductor.py", "-k", "fit or test_inductor"]
     quiet = subprocess.DEVNULL
     env = os.environ | {AHEAD: "1"}
     _ahead.append(subprocess.Popen(command, env=env, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True))

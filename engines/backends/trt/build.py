@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from engines.backends.trt.library import Messages, logger_of, note_faults, require_supported
+from engines.backends.trt.plugin import register, require_plugins
+from engines.backends.trt.profiles import Profile
 from engines.errors import EngineError
-from engines.trt.library import Messages, logger_of, note_faults, require_supported
-from engines.trt.plugin import register, require_plugins
-from engines.trt.profiles import Profile
 
 logger = logging.getLogger(__name__)
 

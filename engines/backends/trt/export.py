@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import kernels.temporal_attention  # noqa: F401  (its operation is asked for by name)
-from engines.unet_call import UNetCall
+from engines.backends.unet_call import UNetCall
 from kernels.choice import plugins as kept
 
 OPSET = 23

@@ -8,8 +8,8 @@ import ctypes
 
 import torch
 
+from engines.backends.trt.cache import Gpu
 from engines.errors import EngineError
-from engines.trt.cache import Gpu
 
 _NVML = "libnvidia-ml.so.1"
 _LENGTH = 80  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from engines.trt.library import Messages, logger_of
+from engines.backends.trt.library import Messages, logger_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,25 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.backends.shapes import ShapeFamily
+from engines.backends.trt import build, export, plugin, profiles, ptx
+from engines.backends.trt.build import BuildOptions, build_plan
+from engines.backends.trt.cache import REFITTABLE, Gpu, PlanCache, PlanKey
+from engines.backends.trt.export import export_onnx
+from engines.backends.trt.plugin import frames_of
+from engines.backends.trt.profiles import profile_of
+from engines.backends.trt.runner import TensorRTEngine
+from engines.backends.trt.stream import Stream
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
 from engines.fingerprint import fingerprint_of
-from engines.shapes import ShapeFamily
-from engines.trt import build, export, plugin, profiles, ptx
-from engines.trt.build import BuildOptions, build_plan
-from engines.trt.cache import REFITTABLE, Gpu, PlanCache, PlanKey
-from engines.trt.export import export_onnx
-from engines.trt.plugin import frames_of
-from engines.trt.profiles import profile_of
-from engines.trt.runner import TensorRTEngine
-from engines.trt.stream import Stream
-from engines.unet_call import UNetCall
 
 logger = logging.getLogger(__name__)
 
 TRACERS = ("torch", "diffusers", "onnxscript", "onnx-ir", "onnx")
 """Distributions that decide what graph becomes of a module."""
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _OURS = ("engines", "kernels")
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.backends.shapes import ShapeFamily
+from engines.backends.trt.export import DOMAIN, PLUGINS, TEMPORAL, TEMPORAL_WITH_TABLE
+from engines.backends.trt.ptx import POINTER, WHOLE, without_hidden
 from engines.errors import EngineError
-from engines.shapes import ShapeFamily
-from engines.trt.export import DOMAIN, PLUGINS, TEMPORAL, TEMPORAL_WITH_TABLE
-from engines.trt.ptx import POINTER, WHOLE, without_hidden
 
 if TYPE_CHECKING:
     from kernels.triton.ahead import Compiled

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engines.backends.shapes import ShapeFamily
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.shapes import ShapeFamily
-from engines.unet_call import UNetCall
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt.export import OUTPUT
+from engines.backends.trt.inspection import Report, inspect
+from engines.backends.trt.library import Messages, logger_of, note_faults, require_supported
+from engines.backends.trt.profiles import Range, profile_of
+from engines.backends.trt.stream import Launch, Stream
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
-from engines.trt.export import OUTPUT
-from engines.trt.inspection import Report, inspect
-from engines.trt.library import Messages, logger_of, note_faults, require_supported
-from engines.trt.profiles import Range, profile_of
-from engines.trt.stream import Launch, Stream
-from engines.unet_call import UNetCall
 
 MAX_NAMES = 8
 """How many weights an error lists before it only counts."""

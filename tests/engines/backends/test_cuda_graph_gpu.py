@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engines.graphed import GraphEngine
-from engines.shapes import Shape
-from tests.engines.test_inductor import motion, random_inputs, svd
+from engines.backends.cuda_graph import GraphEngine
+from engines.backends.shapes import Shape
+from tests.engines.backends.test_inductor import motion, random_inputs, svd
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engines.fixed_inputs import FixedInputs
+from engines.backends.fixed_inputs import FixedInputs
 
 
 def test_values_arrive_whatever_their_strides_and_the_tensors_stay_where_they_are():

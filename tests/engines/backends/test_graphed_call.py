@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.cuda_graph import GraphedCall
+from engines.backends.graphed_call import GraphedCall
 
 pytestmark = [
     pytest.mark.gpu,

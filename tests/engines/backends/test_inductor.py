@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from engines.animatediff.call import motion_call
 from engines.animatediff.unet import MotionUNet
+from engines.backends.backend import Eager, Engine
+from engines.backends.cuda_graph import GraphEngine
+from engines.backends.inductor import InductorEngine
+from engines.backends.shapes import Shape
+from engines.backends.unet_call import Dims, UNetCall, unet_call
 from engines.controlnext.call import svd_call
 from engines.controlnext.unet import SVDUNet
 from engines.demo import live
-from engines.engine import Eager, Engine
 from engines.errors import EngineError
-from engines.graphed import GraphEngine
-from engines.inductor import InductorEngine
-from engines.shapes import Shape
-from engines.unet_call import Dims, UNetCall, unet_call
 
 pytestmark = [
     pytest.mark.skipif(
@@ -156,7 +156,7 @@ def test_the_result_is_the_callers_to_keep():
 
 def test_preparing_twice_compiles_once(caplog: pytest.LogCaptureFixture):
     engine = InductorEngine(toy())
-    with caplog.at_level(logging.INFO, "engines.exact_shapes"):
+    with caplog.at_level(logging.INFO, "engines.backends.exact_shapes"):
         for _ in range(2):
             engine.prepare(SHAPE)
     (record,) = caplog.records

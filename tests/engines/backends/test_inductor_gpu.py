@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engines.inductor import InductorEngine
-from engines.shapes import Shape
-from tests.engines.test_inductor import motion, random_inputs, svd, toy
+from engines.backends.inductor import InductorEngine
+from engines.backends.shapes import Shape
+from tests.engines.backends.test_inductor import motion, random_inputs, svd, toy
 
 pytestmark = [
     pytest.mark.gpu,

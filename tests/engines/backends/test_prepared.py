@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from engines import prepared, registry
+from engines import registry
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.spec import AnimateDiffSpec
+from engines.backends import prepared
+from engines.backends.backend import Eager
+from engines.backends.config import EngineConfig
+from engines.backends.shapes import Shape
+from engines.backends.unet_call import UNetCall
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.denoise import Denoise as ControlNeXtDenoise
-from engines.engine import Eager
-from engines.engine_config import EngineConfig
 from engines.errors import EngineError
 from engines.pipeline import Pipeline
 from engines.registry import build_stage
-from engines.shapes import Shape
-from engines.unet_call import UNetCall
 from tests.engines.animatediff.media import keyframes
 from tests.engines.controlnext.conftest import conditioning
 

@@ -36,7 +36,7 @@ def empty_libraries(folder: Path, unverified: str) -> Path:
 def with_bindings(libraries: Path, script: str, *arguments: str) -> str:
     """What a script of this folder prints."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(Path(__file__).parents[4])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

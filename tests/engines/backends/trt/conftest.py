@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deployments.settings import Settings
 from engines.animatediff.unet import MotionUNet
+from engines.backends.unet_call import UNetCall
 from engines.controlnext.unet import SVDUNet
-from engines.unet_call import UNetCall
-from tests.engines.trt.exports import call_of, motion_unet, svd_unet
+from tests.engines.backends.trt.exports import call_of, motion_unet, svd_unet
 
 Exports = Mapping[str, Future[Path]]
 

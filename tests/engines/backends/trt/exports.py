@@ -11,13 +11,13 @@ from diffusers import UNetMotionModel
 
 from engines.animatediff.call import motion_call
 from engines.animatediff.unet import MotionUNet
+from engines.backends.trt.export import export_onnx
+from engines.backends.unet_call import UNetCall
 from engines.controlnext.call import svd_call
 from engines.controlnext.checkpoint import load_unet
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.unet import SVDUNet
 from engines.demo import SEED, live
-from engines.trt.export import export_onnx
-from engines.unet_call import UNetCall
 
 
 def motion_unet() -> MotionUNet:

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from engines.trt.cache import PlanCache
-from tests.engines.trt.keys import KEY, PLAN
+from engines.backends.trt.cache import PlanCache
+from tests.engines.backends.trt.keys import KEY, PLAN
 
 
 def main(folder: str, notes: str, seconds: str, mode: str) -> None:

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engines.shapes import ShapeFamily
-from engines.trt.export import OUTPUT
-from engines.trt.profiles import profile_of
-from engines.trt.stream import Launch
-from engines.unet_call import UNetCall
+from engines.backends.shapes import ShapeFamily
+from engines.backends.trt.export import OUTPUT
+from engines.backends.trt.profiles import profile_of
+from engines.backends.trt.stream import Launch
+from engines.backends.unet_call import UNetCall
 
 Severity = Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
 TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])

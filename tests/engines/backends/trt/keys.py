@@ -1,4 +1,4 @@
-from engines.trt.cache import Gpu, PlanKey
+from engines.backends.trt.cache import Gpu, PlanKey
 
 KEY = PlanKey(
     library="tensorrt",

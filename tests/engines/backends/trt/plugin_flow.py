@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tensorrt_bindings as trt
 
+from engines.backends.trt import plugin
 from engines.errors import EngineError
-from engines.trt import plugin
 
 
 class Dimension:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from engines.shapes import Shape, ShapeFamily
-from engines.unet_call import UNetCall
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.unet_call import UNetCall
 
 DIMS = {
     "latents": (2, 4, "frames", "height", "width"),

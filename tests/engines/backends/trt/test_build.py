@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt.build import BuildOptions, build_plan
+from engines.backends.trt.profiles import Range, profile_of
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
-from engines.trt.build import BuildOptions, build_plan
-from engines.trt.profiles import Range, profile_of
-from tests.engines.trt.conftest import Exported
+from tests.engines.backends.trt.conftest import Exported
 
 SMALL = ShapeFamily(Shape(2, 8, 8), Shape(8, 8, 8), Shape(16, 16, 16))
 MODELS = ["motion", "svd"]

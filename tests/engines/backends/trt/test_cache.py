@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from engines.backends.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey
 from engines.errors import EngineError
-from engines.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey
-from tests.engines.trt.keys import KEY, PLAN
+from tests.engines.backends.trt.keys import KEY, PLAN
 
 OTHERS = {
     "library": "tensorrt_rtx",
@@ -176,7 +176,7 @@ def test_a_link_to_a_plan_elsewhere_is_refused(filled: PlanCache, tmp_path: Path
 
 def fake_builders(folder: Path, notes: Path, count: int, seconds: float = 0.5, mode: str = "") -> list[int]:
     """Return codes of processes that ask at once."""
-    command = [sys.executable, "-m", "tests.engines.trt.fake_builder", str(folder), str(notes), str(seconds), mode]
+    command = [sys.executable, "-m", "tests.engines.backends.trt.fake_builder", str(folder), str(notes), str(seconds), mode]
     started = [subprocess.Popen(command) for _ in range(count)]
     return [process.wait(timeout=60) for process in started]
 

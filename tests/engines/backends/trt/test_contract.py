@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.engines.trt import fake_tensorrt
-from tests.engines.trt.api_use import ApiUse, members, parsed
-from tests.engines.trt.bindings import empty_libraries, with_bindings
+from tests.engines.backends.trt import fake_tensorrt
+from tests.engines.backends.trt.api_use import ApiUse, members, parsed
+from tests.engines.backends.trt.bindings import empty_libraries, with_bindings
 
 PINNED = "11.4.0.106"
-SOURCES = [Path(f"engines/trt/{name}.py") for name in ("library", "build", "runner", "inspection")]
+SOURCES = [Path(f"engines/backends/trt/{name}.py") for name in ("library", "build", "runner", "inspection")]
 RTX_ONLY = {"num_compute_capabilities", "set_compute_capability"}
 """Used where `ComputeCapability` exists, which TensorRT proper has not."""
 
@@ -85,7 +85,7 @@ def test_introspection_the_fake_library_has_no_method_that_the_bindings_have_not
 
 
 def test_introspection_the_names_of_data_types_are_the_bindings(classes: dict[str, Any]):
-    from engines.trt.runner import _DTYPES
+    from engines.backends.trt.runner import _DTYPES
 
     assert set(_DTYPES) <= set(classes["DataType"]["members"])
     assert issubclass(fake_tensorrt.DataType, Enum)

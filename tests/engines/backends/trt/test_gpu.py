@@ -11,20 +11,20 @@ from torch import Tensor
 from engines.animatediff.call import motion_call
 from engines.animatediff.checkpoint import load_unet as load_motion_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt import plans
+from engines.backends.trt.build import BuildOptions
+from engines.backends.trt.cache import PlanCache
+from engines.backends.trt.gpu import gpu_of
+from engines.backends.trt.library import load_library
+from engines.backends.trt.plans import load_engine, plan_key
+from engines.backends.trt.runner import TensorRTEngine
+from engines.backends.trt.stream import CudaStream
+from engines.backends.unet_call import UNetCall
 from engines.controlnext.call import svd_call
 from engines.controlnext.checkpoint import load_unet as load_svd_unet
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.demo_weights import write_demo_weights
-from engines.shapes import Shape, ShapeFamily
-from engines.trt import plans
-from engines.trt.build import BuildOptions
-from engines.trt.cache import PlanCache
-from engines.trt.gpu import gpu_of
-from engines.trt.library import load_library
-from engines.trt.plans import load_engine, plan_key
-from engines.trt.runner import TensorRTEngine
-from engines.trt.stream import CudaStream
-from engines.unet_call import UNetCall
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.backends.trt.gpu import driver_major
 from engines.errors import EngineError
-from engines.trt.gpu import driver_major
 
 NVML = """
 #include <string.h>

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from engines.backends.trt.library import Messages, load_library, require_supported
 from engines.errors import EngineError
-from engines.trt.library import Messages, load_library, require_supported
-from tests.engines.trt.fake_tensorrt import fake_tensorrt
+from tests.engines.backends.trt.fake_tensorrt import fake_tensorrt
 
 
 def test_a_library_that_is_not_installed_is_our_error(monkeypatch: pytest.MonkeyPatch):

@@ -16,17 +16,17 @@ from torch import nn
 from engines.animatediff.call import motion_call
 from engines.animatediff.checkpoint import load_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from engines.backends.shapes import ShapeFamily
+from engines.backends.trt import build, plans
+from engines.backends.trt.build import BuildOptions
+from engines.backends.trt.cache import REFITTABLE, PlanCache, PlanKey
+from engines.backends.trt.plans import TRACERS, load_engine, plan_key, plan_of
+from engines.backends.trt.runner import TensorRTEngine
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.shapes import ShapeFamily
-from engines.trt import build, plans
-from engines.trt.build import BuildOptions
-from engines.trt.cache import REFITTABLE, PlanCache, PlanKey
-from engines.trt.plans import TRACERS, load_engine, plan_key, plan_of
-from engines.trt.runner import TensorRTEngine
-from engines.unet_call import UNetCall
-from tests.engines.trt.fake_tensorrt import FakeStream, fake_plan, fake_tensorrt
-from tests.engines.trt.keys import KEY
-from tests.engines.trt.scaled import FAMILIES, FIXED, inputs_of, scaled_call
+from tests.engines.backends.trt.fake_tensorrt import FakeStream, fake_plan, fake_tensorrt
+from tests.engines.backends.trt.keys import KEY
+from tests.engines.backends.trt.scaled import FAMILIES, FIXED, inputs_of, scaled_call
 
 GPU = KEY.gpu
 PLAIN = BuildOptions()
@@ -44,13 +44,13 @@ TRACED_OF_ANIMATEDIFF = [
     "engines/animatediff/layers.py",
     "engines/animatediff/unet.py",
     "engines/layers.py",
-    "engines/shapes.py",
-    "engines/unet_call.py",
-    "engines/trt/build.py",
-    "engines/trt/export.py",
-    "engines/trt/plugin.py",
-    "engines/trt/profiles.py",
-    "engines/trt/ptx.py",
+    "engines/backends/shapes.py",
+    "engines/backends/unet_call.py",
+    "engines/backends/trt/build.py",
+    "engines/backends/trt/export.py",
+    "engines/backends/trt/plugin.py",
+    "engines/backends/trt/profiles.py",
+    "engines/backends/trt/ptx.py",
     "kernels/attention.py",
     "kernels/triton/temporal_attention.py",
 ]

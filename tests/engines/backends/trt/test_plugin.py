@@ -18,19 +18,19 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt import build, plugin
+from engines.backends.trt.build import BuildOptions, build_plan
+from engines.backends.trt.export import DOMAIN, OUTPUT, TEMPORAL, TEMPORAL_WITH_TABLE, export_onnx
+from engines.backends.trt.plugin import frames_of, kernel_of
+from engines.backends.trt.profiles import profile_of
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
-from engines.trt import build, plugin
-from engines.trt.build import BuildOptions, build_plan
-from engines.trt.export import DOMAIN, OUTPUT, TEMPORAL, TEMPORAL_WITH_TABLE, export_onnx
-from engines.trt.plugin import frames_of, kernel_of
-from engines.trt.profiles import profile_of
 from kernels.temporal_attention import by_pytorch
-from tests.engines.trt.bindings import empty_libraries, with_bindings
-from tests.engines.trt.conftest import randn
-from tests.engines.trt.fake_tensorrt import NetworkDefinitionCreationFlag, fake_plan, fake_tensorrt
-from tests.engines.trt.motion import HEADS, small_motion_call
-from tests.engines.trt.scaled import FAMILIES, scaled_call
+from tests.engines.backends.trt.bindings import empty_libraries, with_bindings
+from tests.engines.backends.trt.conftest import randn
+from tests.engines.backends.trt.fake_tensorrt import NetworkDefinitionCreationFlag, fake_plan, fake_tensorrt
+from tests.engines.backends.trt.motion import HEADS, small_motion_call
+from tests.engines.backends.trt.scaled import FAMILIES, scaled_call
 
 OURS = ("temporal_attention",)
 WITH_PLUGIN = BuildOptions(plugins=OURS)

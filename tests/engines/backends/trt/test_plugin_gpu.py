@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.trt.plugin import current_capability, kernel_of, positions_of_block
+from engines.backends.trt.plugin import current_capability, kernel_of, positions_of_block
 from kernels.temporal_attention import by_pytorch
 from kernels.triton.ahead import Compiled
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt.profiles import profile_of
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
-from engines.trt.profiles import profile_of
-from engines.unet_call import UNetCall
 
 CALL = UNetCall(
     "a UNet",

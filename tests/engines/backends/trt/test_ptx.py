@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("triton", reason="not verified: what a plan holds of our kernels")
 import triton
 
+from engines.backends.trt.plugin import MOST_SHARED_BYTES, kernel_of
+from engines.backends.trt.ptx import POINTER, WHOLE, parameters, without_hidden
 from engines.errors import EngineError
-from engines.trt.plugin import MOST_SHARED_BYTES, kernel_of
-from engines.trt.ptx import POINTER, WHOLE, parameters, without_hidden
 from kernels.triton.ahead import Compiled
 from kernels.triton.temporal_attention import ahead, tiles
 from tests.kernels.offline import TARGETS, Needs, needs_of

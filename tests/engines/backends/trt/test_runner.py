@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.trt.inspection import Layer, Port, layers_of
+from engines.backends.trt.runner import TensorRTEngine
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.shapes import Shape, ShapeFamily
-from engines.trt.inspection import Layer, Port, layers_of
-from engines.trt.runner import TensorRTEngine
-from engines.unet_call import UNetCall
-from tests.engines.trt.fake_tensorrt import MEMORY_BYTES, FakeStream, Runtime, fake_plan, fake_tensorrt
-from tests.engines.trt.scaled import FAMILIES, FIXED, WIDE, inputs_of, scaled_call
+from tests.engines.backends.trt.fake_tensorrt import MEMORY_BYTES, FakeStream, Runtime, fake_plan, fake_tensorrt
+from tests.engines.backends.trt.scaled import FAMILIES, FIXED, WIDE, inputs_of, scaled_call
 
 CALL = scaled_call(2.0)
 FIXED_SHAPE, OTHER_SHAPE = FIXED.best, Shape(3, 8, 12)

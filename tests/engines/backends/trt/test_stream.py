@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from engines.trt.gpu import gpu_of
-from engines.trt.runner import TensorRTEngine
-from engines.trt.stream import CudaStream
-from tests.engines.trt.fake_tensorrt import fake_plan, fake_tensorrt
-from tests.engines.trt.scaled import FAMILIES, FIXED, WIDE, inputs_of, scaled_call
+from engines.backends.trt.gpu import gpu_of
+from engines.backends.trt.runner import TensorRTEngine
+from engines.backends.trt.stream import CudaStream
+from tests.engines.backends.trt.fake_tensorrt import fake_plan, fake_tensorrt
+from tests.engines.backends.trt.scaled import FAMILIES, FIXED, WIDE, inputs_of, scaled_call
 
 pytestmark = [
     pytest.mark.gpu,

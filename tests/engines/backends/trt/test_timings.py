@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from engines.backends.trt.build import BuildOptions, build_plan
+from engines.backends.trt.profiles import profile_of
 from engines.errors import EngineError
-from engines.trt.build import BuildOptions, build_plan
-from engines.trt.profiles import profile_of
-from tests.engines.trt.fake_tensorrt import fake_plan, fake_tensorrt
-from tests.engines.trt.scaled import FAMILIES, scaled_call
+from tests.engines.backends.trt.fake_tensorrt import fake_plan, fake_tensorrt
+from tests.engines.backends.trt.scaled import FAMILIES, scaled_call
 
 CALL = scaled_call()
 PROFILES = [profile_of(CALL, family) for family in FAMILIES]
