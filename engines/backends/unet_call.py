@@ -7,7 +7,7 @@ step fixes (text keys and values, biases of times and contexts) stays an input, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,21 +58,14 @@ def unet_call(name: str, module: nn.Module, dims: Mapping[str, Dims], like: Tens
 
 
 def skip_levels(down: nn.ModuleList, entry: int) -> list[tuple[int, int]]:
-    """(channels, how often the latents' size is divided) of every skip tensor."""
+    """(channels, how often the latents' size is divided) of every skip tensor. down: `DownBlock`s. entry: channels of conv_in."""
     levels, ratio = [(entry, 1)], 1
     for block in down:
-        levels += [(_width(resnet), ratio) for resnet in block.resnets]  # type: ignore[union-attr]
+        levels += [(layer.out_channels, ratio) for layer in block.layers]  # type: ignore[union-attr]
         if (downsampler := block.downsampler) is not None:
             ratio *= 2
             levels.append((downsampler.conv.out_channels, ratio))  # type: ignore[union-attr, arg-type]
     return levels
-
-
-def _width(resnet: nn.Module) -> int:
-    """The channels that a resnet of either family gives."""
-    convs: Any = getattr(resnet, "spatial", resnet)
-    width: int = convs.conv2.out_channels
-    return width
 
 
 def numbered(name: str, values: Sequence[T]) -> list[tuple[str, T]]:
@@ -81,7 +74,7 @@ def numbered(name: str, values: Sequence[T]) -> list[tuple[str, T]]:
 
 
 def sides(ratio: int) -> tuple[str, str]:
-    """Height and width at a level whose images are so many times smaller than the latents."""
+    """Height and width at a level whose images are `ratio` times smaller than the latents."""
     return ("height", "width") if ratio == 1 else (f"height/{ratio}", f"width/{ratio}")
 
 
