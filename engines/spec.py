@@ -98,6 +98,7 @@ class Progress:
         return min(1.0, max(0.0, (self.done + begun) / self.total))
 
 
+OnStep = Callable[[Checkpoint], None]
 OnProgress = Callable[[Progress], None]
 ShouldStop = Callable[[], bool]
 """Asked between units of work; once true, the stage raises `Cancelled`."""
@@ -124,7 +125,7 @@ class DenoiseStage(Protocol):
         conditioning: Any,
         *,
         resume: Checkpoint | None = None,
-        on_step: Callable[[Checkpoint], None] | None = None,
+        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Latents:

@@ -6,9 +6,6 @@ the order of their windows, so the result does not depend on where or in which o
 savings 5a to 5h of its section 5.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -22,9 +19,9 @@ from engines.controlnext.layers import Biases
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.unet import Control, Half
 from engines.controlnext.windows import Window, times_counted, windows
-from engines.errors import GenerationFailed
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
-from engines.spec import Checkpoint, OnProgress, Progress, ShouldStop
+from engines.spec import Checkpoint, OnProgress, OnStep, Progress, ShouldStop
+from engines.step_loop import run_steps
 from engines.stopping import check
 from engines.weights import torch_dtype
 
@@ -53,34 +50,23 @@ class Denoise:
         conditioning: ControlNeXtConditioning,
         *,
         resume: Checkpoint | None = None,
-        on_step: Callable[[Checkpoint], None] | None = None,
+        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> ControlNeXtLatents:
         """The video's latents, (1, 4, N, h, w).
 
-        on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
-        on_progress: called before the first step, after each, and after each of its windows but the last.
+        on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`. Within a step, on_progress is called after
+        each window but the last.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
-        run = _Run(self, conditioning, should_stop or (lambda: False))
+        run = _Run(self, conditioning, on_progress, should_stop)
         start = resume or self._start(conditioning)
         if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
             raise ValueError("the checkpoint is another request's")
-        # contiguous, as it is between steps: a checkpoint from a file has lost that, and no kernel shall choose another way
+        # contiguous, as between steps: a checkpoint from a file is not, and other strides could mean other kernels and other bits
         x = start.latents[0].transpose(0, 1).contiguous().to(self.config.device)  # (N, 4, h, w)
-        if on_progress is not None:
-            on_progress(Progress("step", start.step, start.steps))
-        for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
-            if i < start.step:
-                continue
-            x = euler_step(x, run.predict(x, i, on_progress), sigma, sigma_next)
-            if not x.isfinite().all():
-                raise GenerationFailed
-            if on_step is not None:
-                on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
-            if on_progress is not None:
-                on_progress(Progress("step", i + 1, start.steps))
+        x = run_steps(run.step, start, x, _as_clip, on_step, on_progress)
         made = (_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
         return ControlNeXtLatents(*made, engine="+".join(sorted(run.ran)))
 
@@ -112,9 +98,15 @@ class Denoise:
 class _Run:
     """What one request needs at every step, computed once."""
 
-    def __init__(self, stage: Denoise, conditioning: ControlNeXtConditioning, should_stop: ShouldStop):
+    def __init__(
+        self,
+        stage: Denoise,
+        conditioning: ControlNeXtConditioning,
+        on_progress: OnProgress | None,
+        should_stop: ShouldStop | None,
+    ):
         num_frames = len(conditioning.poses)
-        self.stage, self.should_stop = stage, should_stop
+        self.stage, self.on_progress, self.should_stop = stage, on_progress, should_stop
         self.guidance_scale = conditioning.guidance_scale
         self.control_scale = conditioning.controlnext_cond_scale
         self.sigmas = karras_sigmas(conditioning.num_inference_steps, stage.noise.sigma_min, stage.noise.sigma_max)
@@ -130,7 +122,11 @@ class _Run:
         # a scale of 0 adds nothing, so the control net need not run
         self.maps = ControlMaps(stage, conditioning.poses, times, should_stop) if self.control_scale else None
 
-    def predict(self, x: Tensor, i: int, on_progress: OnProgress | None = None) -> Tensor:
+    def step(self, x: Tensor, i: int, _: torch.Generator) -> Tensor:
+        """See `RunStep`. x: (N, 4, h, w). An Euler step draws no noise."""
+        return euler_step(x, self._predict(x, i), self.sigmas[i], self.sigmas[i + 1])
+
+    def _predict(self, x: Tensor, i: int) -> Tensor:
         """The guided velocity at step i, averaged over the windows. x: (N, 4, h, w)."""
         scaled = (x / (self.sigmas[i] ** 2 + 1) ** 0.5).to(self.stage.dtype)
         maps = None if self.maps is None else self.maps.at_step(i)
@@ -138,8 +134,8 @@ class _Run:
         for done, window in enumerate(self.windows, start=1):
             velocity = self._guided(scaled[window.start : window.stop], maps, window, i)
             total[window.start + window.first_counted : window.stop] += velocity[window.first_counted :]
-            if on_progress is not None and done < len(self.windows):
-                on_progress(Progress("step", i, len(self.sigmas) - 1, Progress("window", done, len(self.windows))))
+            if self.on_progress is not None and done < len(self.windows):
+                self.on_progress(Progress("step", i, len(self.sigmas) - 1, Progress("window", done, len(self.windows))))
         return total / self.counts
 
     def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:
@@ -161,7 +157,7 @@ class _Run:
 class ControlMaps:
     """The control of every frame at one step: once a frame, not once a window, and for the conditional half alone (5b)."""
 
-    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop):
+    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop | None):
         self.net, self.should_stop = stage.control_net, should_stop
         self.device, self.dtype = stage.config.device, stage.dtype
         self.poses = poses.split(stage.config.control_batch_frames)
