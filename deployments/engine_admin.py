@@ -44,8 +44,7 @@ class Verified:
 def build(settings: Settings) -> Iterator[Made]:
     """Makes every configured engine ready, as a replica does, so that replicas find what can be kept."""
     for model, stage in _stages(settings):
-        for name in stage.engines:
-            call, _, engine = name.partition(": ")
+        for call, engine in stage.engines:
             yield Made(model, call, engine, "")
         for call, fault in stage.prepared.faults.items():
             yield Made(model, call, "eager", fault)

@@ -20,7 +20,7 @@ from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
 from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
-from engines.spec import Checkpoint, Latents, OnProgress, OnStep, ShouldStop
+from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
 from engines.step_loop import run_steps
 from engines.stopping import check
 from engines.weights import torch_dtype
@@ -68,9 +68,9 @@ class Denoise:
         return Latents(x.cpu(), conditioning.seed, engine="+".join(sorted(run.ran)))
 
     @property
-    def engines(self) -> tuple[str, ...]:
+    def engines(self) -> CallEngines:
         """See `DenoiseStage`."""
-        return self.prepared.names
+        return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None) -> tuple[Tensor, str]:
         """`MotionUNet.forward` by the engine that there is for it, and that one's name."""

@@ -19,6 +19,7 @@ from engines.backends.inductor import InductorEngine
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
+from engines.spec import CallEngines
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class PreparedEngines:
                 logger.info("engine is ready", extra={"action": "engine_ready", **fields})
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Every call that has an engine, and which: part of what the bits of a step depend on."""
-        return tuple(f"{name}: {engine.name}" for name, engine in sorted(self._engines.items()))
+    def by_call(self) -> CallEngines:
+        """Every call that has an engine, and which."""
+        return tuple((call, engine.name) for call, engine in sorted(self._engines.items()))
 
     def differences(self) -> Iterator[tuple[str, Shape, float]]:
         """Every call that has an engine, at the best shape of every family: how far it is from the modules on the same noise.

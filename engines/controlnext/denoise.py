@@ -20,7 +20,7 @@ from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.unet import Control, Half
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
-from engines.spec import Checkpoint, OnProgress, OnStep, Progress, ShouldStop
+from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
 from engines.step_loop import run_steps
 from engines.stopping import check
 from engines.weights import torch_dtype
@@ -56,8 +56,8 @@ class Denoise:
     ) -> ControlNeXtLatents:
         """The video's latents, (1, 4, N, h, w).
 
-        on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`. Within a step, on_progress is called after
-        each window but the last.
+        on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`.
+        on_progress: called within a step, too, after each window but the last.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
         run = _Run(self, conditioning, on_progress, should_stop)
@@ -71,9 +71,9 @@ class Denoise:
         return ControlNeXtLatents(*made, engine="+".join(sorted(run.ran)))
 
     @property
-    def engines(self) -> tuple[str, ...]:
+    def engines(self) -> CallEngines:
         """See `DenoiseStage`."""
-        return self.prepared.names
+        return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> tuple[Tensor, str]:
         """`SVDUNet.forward` by the engine that there is for it, and that one's name."""

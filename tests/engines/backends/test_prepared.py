@@ -138,7 +138,7 @@ def test_a_shape_that_was_not_prepared_is_told_once(fakes: list[FakeEngine], eag
 
 def test_engines_are_part_of_what_the_bits_depend_on(fakes: list[FakeEngine], eager: Pipeline):
     pipeline = Pipeline(MODEL, replace(eager.denoise.config, engine=INDUCTOR))
-    assert pipeline.denoise.engines == ("motion-1-controlled: inductor", "motion-2-controlled: inductor")
+    assert pipeline.denoise.engines == (("motion-1-controlled", "inductor"), ("motion-2-controlled", "inductor"))
     assert eager.denoise.engines == ()
 
 
