@@ -1,10 +1,14 @@
 """Noise to latents: LCM steps of the motion UNet under SparseCtrl, each of them observed, stoppable and resumable."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from engines.animatediff.call import call_name, motion_call, motion_inputs, no_residuals
 from engines.animatediff.checkpoint import (
+    ClipShape,
     clip_shape,
     load_schedule,
     load_sparse_control,
@@ -15,31 +19,42 @@ from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.layers import TextContext
 from engines.animatediff.sparse_control import ResidualCache, SparseControl
 from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
-from engines.animatediff.unet import Residuals
+from engines.animatediff.unet import MotionUNet, Residuals
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
-from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
+from engines.sampling import NoiseSchedule, guide, lcm_step, lcm_timesteps, restored_generator
 from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
 from engines.step_loop import run_steps
 from engines.stopping import check
 from engines.weights import torch_dtype
 
 
-class Denoise:
-    """Holds the UNet and both SparseCtrl nets."""
+@dataclass(frozen=True)
+class Nets:
+    """What the checkpoints hold of denoising."""
 
-    def __init__(self, config: AnimateDiffConfig):
-        weights = weights_of(config)
+    unet: MotionUNet
+    controls: Mapping[ControlType, SparseControl]
+    schedule: NoiseSchedule
+    shape: ClipShape
+
+
+def load_nets(config: AnimateDiffConfig) -> Nets:
+    """Raises `WeightsError` for checkpoints that do not fit."""
+    shape, schedule, unet = clip_shape(config), load_schedule(weights_of(config)), load_unet(config)
+    kinds: tuple[ControlType, ...] = ("scribble", "rgb")
+    return Nets(unet, {kind: load_sparse_control(config, kind) for kind in kinds}, schedule, shape)
+
+
+class Denoise:
+    """Holds the UNet and both SparseCtrl nets. nets: in place of the config's weights, for a benchmark."""
+
+    def __init__(self, config: AnimateDiffConfig, nets: Nets | None = None):
+        nets = nets or load_nets(config)
         self.config = config
         self.dtype = torch_dtype(config.dtype)
-        self.shape = clip_shape(config)
-        self.schedule = load_schedule(weights)
-        self.unet = load_unet(config)
-        self.controls: dict[ControlType, SparseControl] = {
-            "scribble": load_sparse_control(config, "scribble"),
-            "rgb": load_sparse_control(config, "rgb"),
-        }
+        self.unet, self.controls, self.schedule, self.shape = nets.unet, nets.controls, nets.schedule, nets.shape
         self.residuals = ResidualCache(config.control_cache_bytes)
         height, width = self.shape.height, self.shape.width
         shapes = config.engine.shapes or ((config.num_frames, height, width),)

@@ -41,11 +41,10 @@ class PreparedEngines:
         if config.back_end == "eager":
             return
         for call in calls():
-            self._calls[call.name] = call
             started = perf_counter()
             fields = {"engine": config.back_end, "call": call.name, "families": len(families)}
             try:
-                self._engines[call.name] = load_engine(config, call, families, torch.device(device))
+                self.add(call, load_engine(config, call, families, torch.device(device)))
             except (EngineError, OSError, RuntimeError) as exc:  # a full disk, a full GPU
                 fault = exc.message if isinstance(exc, EngineError) else f"{type(exc).__name__}: {exc}"
                 self.faults[call.name] = fault
@@ -53,6 +52,10 @@ class PreparedEngines:
             else:
                 fields["seconds"] = round(perf_counter() - started, 1)
                 logger.info("engine is ready", extra={"action": "engine_ready", **fields})
+
+    def add(self, call: UNetCall, engine: Engine) -> None:
+        """From now on `engine` runs this call, in place of another that may have."""
+        self._calls[call.name], self._engines[call.name] = call, engine
 
     @property
     def by_call(self) -> CallEngines:

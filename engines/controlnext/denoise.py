@@ -6,18 +6,20 @@ the order of their windows, so the result does not depend on where or in which o
 savings 5a to 5h of its section 5.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.controlnext.call import no_control, svd_call, svd_inputs
-from engines.controlnext.checkpoint import latent_scale, load_control_net, load_noise_range, load_unet, weights_of
+from engines.controlnext.checkpoint import NoiseRange, latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
-from engines.controlnext.control_net import Prefix
+from engines.controlnext.control_net import ControlNet, Prefix
 from engines.controlnext.layers import Biases
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
-from engines.controlnext.unet import Control, Half
+from engines.controlnext.unet import Control, Half, SVDUNet
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
 from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
@@ -29,18 +31,32 @@ FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape
 """The API's default window at 576x1024, and the windows of shorter videos and other `batch_frames`."""
 
 
-class Denoise:
-    """Holds the UNet and the control net."""
+@dataclass(frozen=True)
+class Nets:
+    """What the checkpoints hold of denoising. noise: the ends of the sigmas. scale: pixels per latent, each way."""
 
-    def __init__(self, config: ControlNeXtConfig):
-        weights = weights_of(config)
+    unet: SVDUNet
+    control_net: ControlNet
+    noise: NoiseRange
+    scale: int
+
+
+def load_nets(config: ControlNeXtConfig) -> Nets:
+    """Raises `WeightsError` for checkpoints that do not fit."""
+    weights = weights_of(config)
+    scale, noise = latent_scale(weights), load_noise_range(weights)
+    return Nets(load_unet(config), load_control_net(config), noise, scale)
+
+
+class Denoise:
+    """Holds the UNet and the control net. nets: in place of the config's weights, for a benchmark."""
+
+    def __init__(self, config: ControlNeXtConfig, nets: Nets | None = None):
+        nets = nets or load_nets(config)
         self.config = config
         self.dtype = torch_dtype(config.dtype)
         self.state_dtype = torch.promote_types(self.dtype, torch.float32)  # of the latents between steps
-        self.scale = latent_scale(weights)
-        self.noise = load_noise_range(weights)
-        self.unet = load_unet(config)
-        self.control_net = load_control_net(config)
+        self.unet, self.control_net, self.noise, self.scale = nets.unet, nets.control_net, nets.noise, nets.scale
         families = ShapeFamily.of_pixels(config.engine.shapes, self.scale) or FAMILIES
         self.prepared = PreparedEngines(config.engine, lambda: [svd_call(self.unet)], families, config.device)
 
