@@ -1,4 +1,7 @@
-"""What runs a UNet call. Eager is the reference; others are made ready for some shapes, and give the same up to rounding."""
+"""The interface of what runs a UNet call. Eager is the reference; others are prepared for some shapes and agree up to rounding.
+
+A *back end* is a technique ("inductor"); an *engine* is one UNet call prepared by it.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -12,7 +15,7 @@ from engines.backends.unet_call import UNetCall
 class Engine(Protocol):
     """A UNet call that is ready to run on one device, by one thread at a time.
 
-    name: "eager", "cuda_graph", "inductor" or "tensorrt": for the log, and for the receipt of what it has rendered.
+    name: "eager", "cuda_graph", "inductor" or "tensorrt": for the log and for the receipts of jobs.
     """
 
     name: str

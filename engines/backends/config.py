@@ -14,13 +14,13 @@ class EngineConfig:
 
     back_end: "eager" runs the modules as they are; "cuda_graph" records them, which takes seconds at a start and an NVIDIA
     GPU; "inductor" compiles them with `torch.compile`, minutes at the first start; "tensorrt" builds plans or finds
-    them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be made ready, or has another
+    them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be prepared, or has another
     shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
-    refit: a TensorRT plan holds nobody's weights, so that all checkpoints of a model share it; loading takes an export more.
-    plugins: operations that TensorRT plans run by our kernels and not by TensorRT's own; in half precision, and for `shapes` of
-    one number of frames. Never run yet: `reelray engines verify` first.
-    folder: of plans and of inductor's cache, this user's alone; None is below the service's home.
+    refit: a TensorRT plan takes the weights of any checkpoint, so that all of a model share it; loading exports the model once more.
+    plugins: operations that TensorRT plans run by our kernels, not TensorRT's; in half precision, and for `shapes` that share
+    one number of frames. No GPU has run these yet: use `reelray engines verify` first.
+    folder: of plans and of inductor's cache, private to this user; None is a folder in the service's home.
     """
 
     back_end: BackEnd = "eager"

@@ -1,7 +1,7 @@
-"""A UNet call as the modules run it, recorded as a CUDA graph for each shape.
+"""The back end "cuda_graph": the modules as they are, recorded as a CUDA graph for each shape.
 
-The thousand launches of a call become one, which matters where the GPU would wait for Python. A shape is ready in about as long
-as five calls take, so this engine costs a start nothing that a compiler's would.
+The thousand launches of a call become one, which matters where the GPU would wait for Python. A shape is ready in about the time
+of five calls, where a compiler takes minutes.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from engines.errors import EngineError
 
 
 class GraphEngine(ExactShapes):
-    """For CUDA alone."""
+    """For CUDA only."""
 
     name = "cuda_graph"
 

@@ -1,6 +1,6 @@
-"""What engines have in common that serve exact shapes alone: each is made ready beforehand, and no other is held.
+"""What engines for exact shapes have in common: each shape is prepared beforehand, and no other can be run.
 
-Making a shape ready takes seconds to minutes, so it never happens in a request.
+Preparing a shape takes seconds to minutes, so it never happens in a request.
 """
 
 import logging
@@ -61,8 +61,8 @@ class ExactShapes(ABC):
                 return
             started = perf_counter()
             try:
-                # What modules keep at their first call must exist before a compiler looks: else compiled code would compute it,
-                # and its coming to exist would be a reason to compile again.
+                # What modules cache at their first call must exist before compilation: else compiled code would compute it, and
+                # the new cache entry would cause another compilation.
                 self.call.module(*buffers.values())
                 self._ready[shape] = self.made_ready(buffers)
             except RuntimeError as exc:  # all of the compiler's own errors are, and CUDA's

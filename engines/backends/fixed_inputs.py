@@ -1,4 +1,4 @@
-"""Inputs of a call that stay where they are, for what knows them by address (a CUDA graph) or by strides (compiled code)."""
+"""Inputs of a call at fixed addresses and strides, for a CUDA graph (addresses) or compiled code (strides)."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from torch import Tensor
 class FixedInputs:
     """Tensors by name, which later calls' values are copied into.
 
-    All are copied at every call, those of the request too: the most is a step's SparseCtrl residuals, 215 MB at 512x512 in fp16,
-    0.1 ms at an H200's 4.3 TB/s. What is already there could be told by identity and version alone, and tensors of
-    `inference_mode` have no version.
+    All are copied at every call, even those that stay the same for a request. The largest are a step's SparseCtrl residuals,
+    215 MB at 512x512 in fp16: 0.1 ms at an H200's 4.3 TB/s. An unchanged tensor could only be recognised by its identity and
+    version, and tensors of `inference_mode` have no version.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = dict(tensors)
 
     def fill(self, inputs: Mapping[str, Tensor]) -> None:
-        """Copies the values, whatever their strides. Raises `ValueError` for other names or shapes: a copy would spread them."""
+        """Copies the values, whatever their strides. Raises `ValueError` for other names or shapes, as a copy would broadcast."""
         if inputs.keys() != self.tensors.keys():
             raise ValueError(f"these inputs are not the call's: {', '.join(sorted(inputs.keys() ^ self.tensors.keys()))}")
         values = [inputs[name] for name in self.tensors]

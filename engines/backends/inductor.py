@@ -1,7 +1,7 @@
-"""A UNet call through `torch.compile`; on CUDA each shape becomes one CUDA graph.
+"""The back end "inductor": a UNet call through `torch.compile`; on CUDA each shape becomes one CUDA graph.
 
-The code is for one shape exactly, since a compiler that knows the sizes chooses better kernels. That takes minutes at full size.
-Kernels are timed on the GPU at hand, so nothing is shipped; inductor's own cache on disk spares the next process most of it.
+The code is for one exact shape, since a compiler that knows the sizes chooses better kernels. That takes minutes at full size.
+Kernels are timed on the GPU at hand, so we ship no compiled code; inductor's cache on disk saves the next process most of the work.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from engines.backends.graphed_call import GraphedCall, Pool
 from engines.backends.unet_call import UNetCall
 
 _MOST_SHAPES = 64
-"""Compilations of one function before the compiler gives up; its own limit of 8 would count all calls of a UNet together."""
+"""How often one function is compiled before the compiler gives up; its default of 8 would count all calls of a UNet together."""
 
 
 class InductorEngine(ExactShapes):
@@ -39,7 +39,7 @@ class InductorEngine(ExactShapes):
 
 
 class _Buffered:
-    """Compiled code without a graph. It sees the strides that it was compiled for, and with others would be compiled again."""
+    """Compiled code without a graph. It always gets the strides that it was compiled for; others would compile it again."""
 
     def __init__(self, run: Callable[..., Tensor], buffers: Mapping[str, Tensor]):
         self._run, self._inputs = run, FixedInputs(buffers)

@@ -1,7 +1,7 @@
 """A UNet's engines, made ready before the first request, and the modules themselves where there is none.
 
-An engine that is missing, that fails, or that was not made for a shape costs speed and never a job: the call runs eagerly. That
-must not pass unseen, so the log tells each case once, and every result names what computed it.
+A missing engine, a failing one, or one without the shape costs speed and never a job: the call runs eagerly. So that this is
+noticed, the log tells each case once, and every result names what computed it.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class PreparedEngines:
     """Engines by the name of their call. calls: asked for only if there is anything to prepare.
 
-    families: the shapes that are asked for. faults: why a call has no engine. Does not raise: see above.
+    families: the shapes to prepare. faults: by call, why it has no engine. Does not raise: see above.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PreparedEngines:
         if engine is not None and engine.holds(shape):
             try:
                 return engine(inputs()), engine.name
-            except (EngineError, ValueError) as exc:  # the latter for inputs that are not the call's
+            except (EngineError, ValueError) as exc:  # `ValueError` for inputs of another call
                 del self._engines[name]
                 fields = {"action": "engine_failed", "engine": engine.name, "call": name, "error": str(exc.args[0])}
                 logger.error("an engine has failed: eager runs from now on", extra=fields)
@@ -96,7 +96,7 @@ class PreparedEngines:
 
 
 def _noise(call: UNetCall, shape: Shape) -> dict[str, Tensor]:
-    """Inputs of the call's kind, the same at every time."""
+    """Inputs of the call's kind, always the same."""
     generator = torch.Generator().manual_seed(0)
     sizes = call.shapes(shape)
     return {name: torch.randn(sizes[name], generator=generator).to(tensor) for name, tensor in call.example.items()}
