@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deployments.schemas.endpoint import ENDPOINTS
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from engines.backends.config import EngineConfig
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
-from engines.engine_config import EngineConfig
 from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"

@@ -1,5 +1,11 @@
-"""What the UNets of both families share: how diffusers' parameters are taken over into fewer, larger operations."""
+"""What the UNets of both families share: how diffusers' parameters are taken over into fewer, larger operations.
 
+A block runs layers in turn. A layer is the model's own: a resnet and what follows it at that level. What layers need besides the
+images (times, contexts, the number of frames) differs between the models, so a block passes it on unread.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -116,3 +122,67 @@ class Slots:
         first = self.used
         self.used += count
         return first
+
+
+class DownBlock(nn.Module):
+    """Layers, then half the size. source: diffusers' block."""
+
+    def __init__(self, layers: Iterable[nn.Module], source: Any):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.downsampler = source.downsamplers[0] if source.downsamplers else None
+
+    def forward(self, x: Tensor, *given: Any, first_layer: int = 0) -> list[Tensor]:
+        """x: (N, C, H, W) -> the skip tensors, the last of them the output.
+
+        given: passed on to each layer. first_layer: where x enters.
+        """
+        skips = []
+        for i in range(first_layer, len(self.layers)):
+            x = self.layers[i](x, *given)
+            skips.append(x)
+        if self.downsampler is not None:
+            skips.append(self.downsampler(x))
+        return skips
+
+
+class MidBlock(nn.Module):
+    """Layers, of which the last is a resnet alone."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *given: Any) -> Tensor:
+        """x: (N, C, H, W). given: passed on to each layer."""
+        for layer in self.layers:
+            x = layer(x, *given)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Layers over the concatenated skips, then twice the size. source: diffusers' block."""
+
+    def __init__(self, layers: Iterable[nn.Module], source: Any):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.upsample_conv = source.upsamplers[0].conv if source.upsamplers else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], *given: Any) -> Tensor:
+        """x: (N, C, H, W). skips: consumed from the end. given: passed on to each layer."""
+        for layer in self.layers:
+            x = layer(torch.cat([x, skips.pop()], dim=1), *given)
+        if self.upsample_conv is not None:
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+def parts_of_layers(source: Any, *kinds: str) -> Iterator[tuple[Any, ...]]:
+    """Each resnet of diffusers' block, with what follows it of the other kinds; None where the level has none.
+
+    kinds: names of the block's lists, e.g. "attentions".
+    """
+    others = [getattr(source, kind, ()) for kind in kinds]
+    # the middle block has one resnet more than attentions
+    assert all(len(other) in {0, len(source.resnets), len(source.resnets) - 1} for other in others)
+    return zip_longest(source.resnets, *others)

@@ -1,12 +1,9 @@
 """The three stages of a model in one process: the whole product without Ray, and its first test."""
 
-from collections.abc import Callable
 from typing import Any
 
 from engines.registry import build_stage
-from engines.spec import Checkpoint, Clip, Latents, OnProgress, RenderSpec
-
-OnStep = Callable[[Checkpoint], None]
+from engines.spec import Clip, Latents, OnProgress, OnStep, RenderSpec
 
 
 class Pipeline:

@@ -98,6 +98,10 @@ class Progress:
         return min(1.0, max(0.0, (self.done + begun) / self.total))
 
 
+CallEngines = tuple[tuple[str, str], ...]
+"""(name of a UNet's call, name of the engine that runs it), sorted; calls that the modules themselves run are left out."""
+
+OnStep = Callable[[Checkpoint], None]
 OnProgress = Callable[[Progress], None]
 ShouldStop = Callable[[], bool]
 """Asked between units of work; once true, the stage raises `Cancelled`."""
@@ -115,8 +119,8 @@ class DenoiseStage(Protocol):
     """Noise to latents, step by step."""
 
     @property
-    def engines(self) -> tuple[str, ...]:
-        """What runs each of the UNet's calls, where it is not the modules themselves."""
+    def engines(self) -> CallEngines:
+        """Part of what the bits of a step depend on."""
         ...
 
     def sample(
@@ -124,7 +128,7 @@ class DenoiseStage(Protocol):
         conditioning: Any,
         *,
         resume: Checkpoint | None = None,
-        on_step: Callable[[Checkpoint], None] | None = None,
+        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Latents:

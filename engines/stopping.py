@@ -1,4 +1,4 @@
-"""How a stage obeys `should_stop`: it is asked before every unit of work."""
+"""How a stage obeys `should_stop`: it is called before every unit of work."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar

@@ -9,7 +9,7 @@ from deployments.settings import Settings
 from engines.errors import EngineError
 
 if TYPE_CHECKING:
-    from engines.trt.cache import Entry, PlanCache
+    from engines.backends.trt.cache import Entry, PlanCache
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-4, "float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
 """The largest difference from the modules that is rounding, as a share of the largest value: an engine adds in another order."""
@@ -44,8 +44,7 @@ class Verified:
 def build(settings: Settings) -> Iterator[Made]:
     """Makes every configured engine ready, as a replica does; what can be cached is then on disk for the replicas."""
     for model, stage in _stages(settings):
-        for name in stage.engines:
-            call, _, engine = name.partition(": ")
+        for call, engine in stage.engines:
             yield Made(model, call, engine, "")
         for call, fault in stage.prepared.faults.items():
             yield Made(model, call, "eager", fault)
@@ -83,8 +82,8 @@ def inspect(settings: Settings, digest: str) -> dict[str, Any]:
         raise EngineError(f"{entry.path} is damaged: it will be rebuilt when it is needed")
     about: dict[str, Any] = {"key": asdict(entry.key), "size_bytes": entry.size_bytes}
     try:
-        from engines.trt.inspection import report_of
-        from engines.trt.library import load_library
+        from engines.backends.trt.inspection import report_of
+        from engines.backends.trt.library import load_library
 
         return about | {"report": asdict(report_of(load_library("tensorrt"), plan))}
     except EngineError as exc:
@@ -102,7 +101,7 @@ def _stages(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 
 def _caches(settings: Settings) -> "list[PlanCache]":
-    from engines.trt.cache import PlanCache
+    from engines.backends.trt.cache import PlanCache
 
     folders = {config.engine.folder for config in settings.model_configs().values()}
     return [PlanCache(folder) for folder in sorted(folder for folder in folders if folder is not None and folder.is_dir())]

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from deployments.files.file_store import FileStore
 from engines.checkpoint_file import pack, unpack
 from engines.fingerprint import arithmetic_of, fingerprint_of
-from engines.spec import Checkpoint, Conditioning, Latents
+from engines.spec import CallEngines, Checkpoint, Conditioning, Latents
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Checkpoints:
     an uninterrupted run.
     """
 
-    def __init__(self, files_url: str, config: Any, engines: Callable[[], tuple[str, ...]] = tuple):
+    def __init__(self, files_url: str, config: Any, engines: Callable[[], CallEngines] = tuple):
         self._files = FileStore(files_url)
         self._engines = engines
         self._config = config

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engines.animatediff.layers import CrossAttention, KeyValue, TextContext
 from engines.animatediff.unet import MotionUNet, Residuals
-from engines.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
+from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 
 _TOKENS = 77  # of CLIP's text
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from engines.engine_config import EngineConfig
+from engines.backends.config import EngineConfig
 from engines.source import DType, Source
 
 API_FRAMES = 16

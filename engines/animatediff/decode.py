@@ -1,11 +1,12 @@
 """Latents to an mp4: the VAE decodes a few frames at a time, and the encoder takes them as they come."""
 
-import torch
+from typing import Any
+
+from torch import Tensor
 
 from engines.animatediff.checkpoint import load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
-from engines.errors import GenerationFailed
-from engines.media.pixels import to_levels
+from engines.frame_decoder import FrameDecoder
 from engines.media.video import Frames, encode_h264
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 from engines.stopping import stoppable
@@ -21,23 +22,19 @@ class Decode:
         self.vae = load_vae(weights_of(config), torch_dtype(config.dtype)).to(config.device)
         del self.vae.encoder, self.vae.quant_conv  # the preprocess stage's
         fuse(self.vae.decoder)
+        self.decoder = FrameDecoder(self.vae, call_vae, config.decode_chunk)
 
     def frames(self, latents: Latents) -> Frames:
-        """Chunks of (n, H, W, 3) uint8 RGB. Frames do not see each other, so any chunking gives the same pixels.
-
-        Raises `GenerationFailed` on non-finite values.
-        """
-        values = latents.values[0].transpose(0, 1) / self.vae.config.scaling_factor  # (F, 4, h, w)
-        for chunk in values.split(self.config.decode_chunk):
-            with torch.inference_mode():
-                pixels = self.vae.decode(chunk.to(self.config.device, torch_dtype(self.config.dtype))).sample
-                if not pixels.isfinite().all():
-                    raise GenerationFailed
-            yield to_levels(pixels)
+        """See `FrameDecoder.frames`. Frames do not see each other."""
+        return self.decoder.frames(latents.values)
 
     def decode(self, latents: Latents, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Clip:
         """The clip as a file, at the config's frame rate. on_progress: not called, for these few frames."""
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = (size * scale for size in latents.values.shape[-2:])
+        height, width = self.decoder.size(latents.values)
         mp4, num_frames = encode_h264(stoppable(self.frames(latents), should_stop), height, width, self.config.fps)
         return Clip(mp4, num_frames, height, width, self.config.fps, latents.seed, engine=latents.engine)
+
+
+def call_vae(vae: Any, latents: Tensor, in_chunk: int) -> Tensor:
+    """See `CallVAE`. This VAE has no chunks."""
+    return vae.decode(latents).sample

@@ -1,12 +1,14 @@
 """Noise to latents: LCM steps of the motion UNet under SparseCtrl, each of them observed, stoppable and resumable."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engines.animatediff.call import call_name, motion_call, motion_inputs, no_residuals
 from engines.animatediff.checkpoint import (
+    ClipShape,
     clip_shape,
     load_schedule,
     load_sparse_control,
@@ -17,30 +19,42 @@ from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.layers import TextContext
 from engines.animatediff.sparse_control import ResidualCache, SparseControl
 from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
-from engines.animatediff.unet import Residuals
-from engines.errors import Cancelled, GenerationFailed
-from engines.prepared import PreparedEngines
-from engines.sampling import guide, lcm_step, lcm_timesteps, restored_generator
-from engines.shapes import Shape, ShapeFamily
-from engines.spec import Checkpoint, Latents, OnProgress, Progress
-from engines.unet_call import UNetCall
+from engines.animatediff.unet import MotionUNet, Residuals
+from engines.backends.prepared import PreparedEngines
+from engines.backends.shapes import Shape, ShapeFamily
+from engines.backends.unet_call import UNetCall
+from engines.sampling import NoiseSchedule, guide, lcm_step, lcm_timesteps, restored_generator
+from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
+from engines.step_loop import run_steps
+from engines.stopping import check
 from engines.weights import torch_dtype
 
 
-class Denoise:
-    """Holds the UNet and both SparseCtrl nets."""
+@dataclass(frozen=True)
+class Nets:
+    """What the checkpoints hold of denoising."""
 
-    def __init__(self, config: AnimateDiffConfig):
-        weights = weights_of(config)
+    unet: MotionUNet
+    controls: Mapping[ControlType, SparseControl]
+    schedule: NoiseSchedule
+    shape: ClipShape
+
+
+def load_nets(config: AnimateDiffConfig) -> Nets:
+    """Raises `WeightsError` for checkpoints that do not fit."""
+    shape, schedule, unet = clip_shape(config), load_schedule(weights_of(config)), load_unet(config)
+    kinds: tuple[ControlType, ...] = ("scribble", "rgb")
+    return Nets(unet, {kind: load_sparse_control(config, kind) for kind in kinds}, schedule, shape)
+
+
+class Denoise:
+    """Holds the UNet and both SparseCtrl nets. nets: in place of the config's weights, for a benchmark."""
+
+    def __init__(self, config: AnimateDiffConfig, nets: Nets | None = None):
+        nets = nets or load_nets(config)
         self.config = config
         self.dtype = torch_dtype(config.dtype)
-        self.shape = clip_shape(config)
-        self.schedule = load_schedule(weights)
-        self.unet = load_unet(config)
-        self.controls: dict[ControlType, SparseControl] = {
-            "scribble": load_sparse_control(config, "scribble"),
-            "rgb": load_sparse_control(config, "rgb"),
-        }
+        self.unet, self.controls, self.schedule, self.shape = nets.unet, nets.controls, nets.schedule, nets.shape
         self.residuals = ResidualCache(config.control_cache_bytes)
         height, width = self.shape.height, self.shape.width
         shapes = config.engine.shapes or ((config.num_frames, height, width),)
@@ -54,39 +68,24 @@ class Denoise:
         conditioning: AnimateDiffConditioning,
         *,
         resume: Checkpoint | None = None,
-        on_step: Callable[[Checkpoint], None] | None = None,
+        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Latents:
         """The clip's latents, (1, 4, F, h, w).
 
-        on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
-        on_progress: called before the first step and after each.
+        on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
-        run = _Run(self, conditioning, should_stop or (lambda: False))
+        run = _Run(self, conditioning, should_stop)
         start = resume or self._start(conditioning)
-        generator = restored_generator(start.rng_state)
-        x = start.latents.to(self.config.device)
-        if on_progress is not None:
-            on_progress(Progress("step", start.step, start.steps))
-        for i in range(start.step, start.steps):
-            t, t_next = run.timesteps[i], run.timesteps[i + 1] if i + 1 < start.steps else None
-            output = run.predict(x, i)
-            noise = None if t_next is None else torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            x = lcm_step(self.schedule, x, output, t, t_next, noise)
-            if on_step is not None:
-                on_step(Checkpoint(i + 1, start.steps, x.cpu(), generator.get_state()))
-            if on_progress is not None:
-                on_progress(Progress("step", i + 1, start.steps))
-        if not x.isfinite().all():
-            raise GenerationFailed
+        x = run_steps(run.step, start, start.latents.to(self.config.device), Tensor.cpu, on_step, on_progress)
         return Latents(x.cpu(), conditioning.seed, engine="+".join(sorted(run.ran)))
 
     @property
-    def engines(self) -> tuple[str, ...]:
+    def engines(self) -> CallEngines:
         """See `DenoiseStage`."""
-        return self.prepared.names
+        return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None) -> tuple[Tensor, str]:
         """`MotionUNet.forward` by the engine that there is for it, and that one's name."""
@@ -113,7 +112,7 @@ class Denoise:
 class _Run:
     """What one request needs at every step, computed once."""
 
-    def __init__(self, stage: Denoise, conditioning: AnimateDiffConditioning, should_stop: Callable[[], bool]):
+    def __init__(self, stage: Denoise, conditioning: AnimateDiffConditioning, should_stop: ShouldStop | None):
         self.stage = stage
         self.should_stop = should_stop
         self.guidance_scale = conditioning.guidance_scale
@@ -125,10 +124,17 @@ class _Run:
         self._chunk: tuple[int, list[Residuals]] = (-1, [])
         self.ran: set[str] = set()  # the engines' names
 
-    def predict(self, x: Tensor, i: int) -> Tensor:
+    def step(self, x: Tensor, i: int, generator: torch.Generator) -> Tensor:
+        """See `RunStep`. x: (1, 4, F, h, w)."""
+        t, t_next = self.timesteps[i], self.timesteps[i + 1] if i + 1 < len(self.timesteps) else None
+        output = self._predict(x, i)
+        noise = None if t_next is None else torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        return lcm_step(self.stage.schedule, x, output, t, t_next, noise)
+
+    def _predict(self, x: Tensor, i: int) -> Tensor:
         """The UNet's guided output at step i. x: (1, 4, F, h, w)."""
         residuals = None if self.control is None else self._residuals(self.control, i)
-        self._check_stop()
+        check(self.should_stop)
         halves = x.to(self.stage.dtype).expand(len(self.text), -1, -1, -1, -1)
         output, engine = self.stage.run_unet(halves, self.time[i : i + 1], self.context, residuals)
         self.ran.add(engine)
@@ -145,7 +151,7 @@ class _Run:
             timesteps = self.timesteps[i // size * size :][:size]
             key = (control.key, timesteps)
             if (residuals := self.stage.residuals.get(key)) is None:
-                self._check_stop()
+                check(self.should_stop)
                 residuals = self._sparse_control(control, timesteps)
                 self.stage.residuals.put(key, residuals)
             self._chunk = (i // size, residuals)
@@ -156,7 +162,3 @@ class _Run:
         columns = net.columns(control.values.to(self.text))
         context: TextContext = net.text_context(self.text)
         return net(columns, control.frames, self.stage.config.num_frames, timesteps, context)
-
-    def _check_stop(self) -> None:
-        if self.should_stop():
-            raise Cancelled

@@ -26,6 +26,7 @@ from engines.layers import (
     conv_added,
     fused_qkv,
     linear,
+    parts_of_layers,
 )
 from kernels.attention import attention
 from kernels.temporal_attention import temporal_attention
@@ -109,11 +110,11 @@ class SpatialBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """diffusers' `Transformer2DModel`: GroupNorm, projection, blocks, projection, residual."""
 
-    def __init__(self, source: Any, first_slot: int):
+    def __init__(self, source: Any, slots: Slots):
         super().__init__()
         self.norm = GroupNorm(source.norm, silu=False)
         self.proj_in, self.proj_out = _as_linear(source.proj_in), _as_linear(source.proj_out)
-        self.blocks = nn.ModuleList(SpatialBlock(block, first_slot + i) for i, block in enumerate(source.transformer_blocks))
+        self.blocks = nn.ModuleList(SpatialBlock(block, slots.take()) for block in source.transformer_blocks)
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
         """x: (N, C, H, W)."""
@@ -185,78 +186,36 @@ class Resnet(nn.Module):
         return conv_added(self.conv2, self.norm2(h, added=later), x if self.shortcut is None else self.shortcut(x))
 
 
-class DownBlock(nn.Module):
-    """Resnets, each followed by attention (where the level has it) and motion; then half the size."""
+class Layer(nn.Module):
+    """A resnet, then attention and motion where the level has them."""
 
-    def __init__(self, source: Any, first_slot: int):
+    def __init__(self, resnet: Any, attention: Any, motion: Any, slots: Slots):
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet) for resnet in source.resnets)
-        self.attentions = _transformers(source, first_slot)
-        self.motions = nn.ModuleList(MotionModule(module) for module in source.motion_modules)
-        self.downsampler = source.downsamplers[0] if source.downsamplers else None
+        self.resnet = Resnet(resnet)
+        self.attention = None if attention is None else SpatialTransformer(attention, slots)
+        self.motion = None if motion is None else MotionModule(motion)
 
-    def forward(self, x: Tensor, time: Tensor, context: TextContext, num_frames: int, first_layer: int = 0) -> list[Tensor]:
-        """x: (N, C, H, W) -> the skip tensors, the last of them the output. first_layer: where x enters."""
-        skips = []
-        for i in range(first_layer, len(self.resnets)):
-            x = self.images(i, x, time, context)
-            x = self.motions[i](x, num_frames)
-            skips.append(x)
-        if self.downsampler is not None:
-            skips.append(self.downsampler(x))
-        return skips
-
-    def images(self, i: int, x: Tensor, time: Tensor, context: TextContext) -> Tensor:
-        """The part of layer i that sees each frame by itself."""
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if len(self.attentions) else x
-
-
-class MidBlock(nn.Module):
-    """Resnet, then attention, motion (in the UNet, where the adapter has it) and resnet."""
-
-    def __init__(self, source: Any, first_slot: int):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet) for resnet in source.resnets)
-        self.attentions = _transformers(source, first_slot)
-        self.motions = nn.ModuleList(MotionModule(module) for module in getattr(source, "motion_modules", ()))
+    @property
+    def out_channels(self) -> int:
+        """Of the images that it gives."""
+        return int(self.resnet.conv2.out_channels)
 
     def forward(self, x: Tensor, time: Tensor, context: TextContext, num_frames: int) -> Tensor:
-        """x: (N, C, H, W)."""
-        x = self.resnets[0](x, time)
-        for i, attn in enumerate(self.attentions):
-            x = attn(x, context)
-            if len(self.motions):
-                x = self.motions[i](x, num_frames)
-            x = self.resnets[i + 1](x, time)
-        return x
+        """x: (N, C, H, W) -> (N, C', H, W)."""
+        x = self.images(x, time, context)
+        return x if self.motion is None else self.motion(x, num_frames)
+
+    def images(self, x: Tensor, time: Tensor, context: TextContext) -> Tensor:
+        """The part that sees each frame by itself."""
+        x = self.resnet(x, time)
+        return x if self.attention is None else self.attention(x, context)
 
 
-class UpBlock(nn.Module):
-    """Resnets over the concatenated skips, attention, motion; then twice the size."""
-
-    def __init__(self, source: Any, first_slot: int):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet) for resnet in source.resnets)
-        self.attentions = _transformers(source, first_slot)
-        self.motions = nn.ModuleList(MotionModule(module) for module in source.motion_modules)
-        self.upsample_conv = source.upsamplers[0].conv if source.upsamplers else None
-
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: TextContext, num_frames: int) -> Tensor:
-        """x: (N, C, H, W). skips: consumed from the end."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if len(self.attentions):
-                x = self.attentions[i](x, context)
-            x = self.motions[i](x, num_frames)
-        if self.upsample_conv is not None:
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
-
-
-def take_slots(slots: Slots, block: Any) -> int:
-    """The number of the block's first cross-attention."""
-    return slots.take(sum(len(transformer.transformer_blocks) for transformer in getattr(block, "attentions", ())))
+def layers(source: Any, slots: Slots) -> list[Layer]:
+    """The layers of diffusers' block. slots: for the net's cross-attentions."""
+    return [
+        Layer(resnet, attn, motion, slots) for resnet, attn, motion in parts_of_layers(source, "attentions", "motion_modules")
+    ]
 
 
 def text_context(net: nn.Module, text: Tensor) -> list[KeyValue]:
@@ -269,14 +228,6 @@ def time_embedding(proj: nn.Module, mlp: nn.Module, timesteps: Sequence[int], li
     """(T, E) embedding of T timesteps after the SiLU that every resnet begins with, once for all of them."""
     sinusoid: Tensor = proj(torch.tensor(timesteps, device=like.device))  # fp32 whatever the model's dtype
     return F.silu(mlp(sinusoid.to(like.dtype)))
-
-
-def _transformers(source: Any, first_slot: int) -> nn.ModuleList:
-    modules, slot = nn.ModuleList(), first_slot
-    for transformer in getattr(source, "attentions", ()):
-        modules.append(SpatialTransformer(transformer, slot))
-        slot += len(transformer.transformer_blocks)
-    return modules
 
 
 def _as_linear(projection: nn.Module) -> nn.Linear:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import DownBlock, MidBlock, TextContext, take_slots, text_context, time_embedding
+from engines.animatediff.layers import Layer, TextContext, layers, text_context, time_embedding
 from engines.animatediff.unet import Residuals
-from engines.layers import Slots
+from engines.layers import DownBlock, MidBlock, Slots
 
 
 class SparseControl(nn.Module):
@@ -27,8 +27,8 @@ class SparseControl(nn.Module):
         self.conv_in = source.conv_in
         self.condition_embedding = source.controlnet_cond_embedding
         slots = Slots()
-        self.down = nn.ModuleList(DownBlock(block, take_slots(slots, block)) for block in source.down_blocks)
-        self.mid = MidBlock(source.mid_block, take_slots(slots, source.mid_block))
+        self.down = nn.ModuleList(DownBlock(layers(block, slots), block) for block in source.down_blocks)
+        self.mid = MidBlock(layers(source.mid_block, slots))
         self.skip_convs, self.mid_conv = source.controlnet_down_blocks, source.controlnet_mid_block
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
@@ -68,8 +68,10 @@ class SparseControl(nn.Module):
             return images.contiguous(memory_format=torch.channels_last)
 
         first: DownBlock = self.down[0]  # type: ignore[assignment]
-        x = first.images(0, columns.repeat(steps * halves, 1, 1, 1), time, context)  # still K + 1 columns (5m)
-        x = first.motions[0](spread(x), num_frames)
+        entered: Layer = first.layers[0]  # type: ignore[assignment]
+        assert entered.motion is not None  # the adapter has one in every layer
+        x = entered.images(columns.repeat(steps * halves, 1, 1, 1), time, context)  # still K + 1 columns (5m)
+        x = entered.motion(spread(x), num_frames)
         skips = [x, *first(x, time, context, num_frames, first_layer=1)]
         for block in self.down[1:]:
             skips += block(skips[-1], time, context, num_frames)

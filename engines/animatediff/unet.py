@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import DownBlock, MidBlock, TextContext, UpBlock, take_slots, text_context, time_embedding
-from engines.layers import GroupNorm, Slots
+from engines.animatediff.layers import TextContext, layers, text_context, time_embedding
+from engines.layers import DownBlock, GroupNorm, MidBlock, Slots, UpBlock
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class MotionUNet(nn.Module):
         self.time_proj, self.time_mlp = source.time_proj, source.time_embedding
         self.conv_in = source.conv_in
         slots = Slots()
-        self.down = nn.ModuleList(DownBlock(block, take_slots(slots, block)) for block in source.down_blocks)
-        self.mid = MidBlock(source.mid_block, take_slots(slots, source.mid_block))
-        self.up = nn.ModuleList(UpBlock(block, take_slots(slots, block)) for block in source.up_blocks)
+        self.down = nn.ModuleList(DownBlock(layers(block, slots), block) for block in source.down_blocks)
+        self.mid = MidBlock(layers(source.mid_block, slots))
+        self.up = nn.ModuleList(UpBlock(layers(block, slots), block) for block in source.up_blocks)
         self.norm_out, self.conv_out = GroupNorm(source.conv_norm_out, silu=True), source.conv_out
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 

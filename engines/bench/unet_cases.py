@@ -12,16 +12,16 @@ from torch import Tensor
 
 from engines.animatediff.call import motion_call, motion_inputs
 from engines.animatediff.unet import Residuals
+from engines.backends.cuda_graph import GraphEngine
+from engines.backends.exact_shapes import ExactShapes
+from engines.backends.inductor import InductorEngine
+from engines.backends.shapes import Shape
+from engines.backends.unet_call import UNetCall
 from engines.bench.measure import Case, Way
 from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
 from engines.controlnext.call import svd_call, svd_inputs
 from engines.controlnext.unet import Control
-from engines.exact_shapes import ExactShapes
-from engines.graphed import GraphEngine
-from engines.inductor import InductorEngine
-from engines.shapes import Shape
-from engines.unet_call import UNetCall
 from kernels.choice import forced
 
 TIMESTEP, TIME, ADDED_IDS = 499, 0.7, (6.0, 127.0, 0.02)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 from engines.controlnext.layers import Biases, SelfAttention
 from engines.controlnext.unet import Control, Half, SVDUNet
-from engines.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 
 
 def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
@@ -50,7 +50,7 @@ def _trunk(unet: SVDUNet) -> tuple[int, int]:
     """Channels of what the control is added to, and how often the latents' size is divided there."""
     first: Any = unet.down[0]
     levels = skip_levels(unet.down, unet.conv_in.out_channels)
-    behind = len(first.resnets)  # the skip of the first downsampler, behind conv_in's and the resnets'
+    behind = len(first.layers)  # the skip of the first downsampler, behind conv_in's and the layers'
     return levels[behind + 1] if first.downsampler is not None else levels[behind]
 
 

@@ -6,25 +6,24 @@ the order of their windows, so the result does not depend on where or in which o
 savings 5a to 5h of its section 5.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engines.backends.prepared import PreparedEngines
+from engines.backends.shapes import Shape, ShapeFamily
 from engines.controlnext.call import no_control, svd_call, svd_inputs
-from engines.controlnext.checkpoint import latent_scale, load_control_net, load_noise_range, load_unet, weights_of
+from engines.controlnext.checkpoint import NoiseRange, latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
-from engines.controlnext.control_net import Prefix
+from engines.controlnext.control_net import ControlNet, Prefix
 from engines.controlnext.layers import Biases
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
-from engines.controlnext.unet import Control, Half
+from engines.controlnext.unet import Control, Half, SVDUNet
 from engines.controlnext.windows import Window, times_counted, windows
-from engines.errors import GenerationFailed
-from engines.prepared import PreparedEngines
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
-from engines.shapes import Shape, ShapeFamily
-from engines.spec import Checkpoint, OnProgress, Progress, ShouldStop
+from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
+from engines.step_loop import run_steps
 from engines.stopping import check
 from engines.weights import torch_dtype
 
@@ -32,18 +31,32 @@ FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape
 """The API's default window at 576x1024, and the windows of shorter videos and other `batch_frames`."""
 
 
-class Denoise:
-    """Holds the UNet and the control net."""
+@dataclass(frozen=True)
+class Nets:
+    """What the checkpoints hold of denoising. noise: the ends of the sigmas. scale: pixels per latent, each way."""
 
-    def __init__(self, config: ControlNeXtConfig):
-        weights = weights_of(config)
+    unet: SVDUNet
+    control_net: ControlNet
+    noise: NoiseRange
+    scale: int
+
+
+def load_nets(config: ControlNeXtConfig) -> Nets:
+    """Raises `WeightsError` for checkpoints that do not fit."""
+    weights = weights_of(config)
+    scale, noise = latent_scale(weights), load_noise_range(weights)
+    return Nets(load_unet(config), load_control_net(config), noise, scale)
+
+
+class Denoise:
+    """Holds the UNet and the control net. nets: in place of the config's weights, for a benchmark."""
+
+    def __init__(self, config: ControlNeXtConfig, nets: Nets | None = None):
+        nets = nets or load_nets(config)
         self.config = config
         self.dtype = torch_dtype(config.dtype)
         self.state_dtype = torch.promote_types(self.dtype, torch.float32)  # of the latents between steps
-        self.scale = latent_scale(weights)
-        self.noise = load_noise_range(weights)
-        self.unet = load_unet(config)
-        self.control_net = load_control_net(config)
+        self.unet, self.control_net, self.noise, self.scale = nets.unet, nets.control_net, nets.noise, nets.scale
         families = ShapeFamily.of_pixels(config.engine.shapes, self.scale) or FAMILIES
         self.prepared = PreparedEngines(config.engine, lambda: [svd_call(self.unet)], families, config.device)
 
@@ -53,41 +66,30 @@ class Denoise:
         conditioning: ControlNeXtConditioning,
         *,
         resume: Checkpoint | None = None,
-        on_step: Callable[[Checkpoint], None] | None = None,
+        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> ControlNeXtLatents:
         """The video's latents, (1, 4, N, h, w).
 
-        on_step: called after each step with a checkpoint; `resume` takes one and continues with the same bits.
-        on_progress: called before the first step, after each, and after each of its windows but the last.
+        on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`.
+        on_progress: called within a step, too, after each window but the last.
         should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
         """
-        run = _Run(self, conditioning, should_stop or (lambda: False))
+        run = _Run(self, conditioning, on_progress, should_stop)
         start = resume or self._start(conditioning)
         if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
             raise ValueError("the checkpoint is another request's")
-        # contiguous, as it is between steps: a checkpoint from a file has lost that, and no kernel shall choose another way
+        # contiguous, as between steps: a checkpoint from a file is not, and other strides could mean other kernels and other bits
         x = start.latents[0].transpose(0, 1).contiguous().to(self.config.device)  # (N, 4, h, w)
-        if on_progress is not None:
-            on_progress(Progress("step", start.step, start.steps))
-        for i, (sigma, sigma_next) in enumerate(pairwise(run.sigmas)):
-            if i < start.step:
-                continue
-            x = euler_step(x, run.predict(x, i, on_progress), sigma, sigma_next)
-            if not x.isfinite().all():
-                raise GenerationFailed
-            if on_step is not None:
-                on_step(Checkpoint(i + 1, start.steps, _as_clip(x), start.rng_state))
-            if on_progress is not None:
-                on_progress(Progress("step", i + 1, start.steps))
+        x = run_steps(run.step, start, x, _as_clip, on_step, on_progress)
         made = (_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
         return ControlNeXtLatents(*made, engine="+".join(sorted(run.ran)))
 
     @property
-    def engines(self) -> tuple[str, ...]:
+    def engines(self) -> CallEngines:
         """See `DenoiseStage`."""
-        return self.prepared.names
+        return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> tuple[Tensor, str]:
         """`SVDUNet.forward` by the engine that there is for it, and that one's name."""
@@ -112,9 +114,15 @@ class Denoise:
 class _Run:
     """What one request needs at every step, computed once."""
 
-    def __init__(self, stage: Denoise, conditioning: ControlNeXtConditioning, should_stop: ShouldStop):
+    def __init__(
+        self,
+        stage: Denoise,
+        conditioning: ControlNeXtConditioning,
+        on_progress: OnProgress | None,
+        should_stop: ShouldStop | None,
+    ):
         num_frames = len(conditioning.poses)
-        self.stage, self.should_stop = stage, should_stop
+        self.stage, self.on_progress, self.should_stop = stage, on_progress, should_stop
         self.guidance_scale = conditioning.guidance_scale
         self.control_scale = conditioning.controlnext_cond_scale
         self.sigmas = karras_sigmas(conditioning.num_inference_steps, stage.noise.sigma_min, stage.noise.sigma_max)
@@ -130,7 +138,11 @@ class _Run:
         # a scale of 0 adds nothing, so the control net need not run
         self.maps = ControlMaps(stage, conditioning.poses, times, should_stop) if self.control_scale else None
 
-    def predict(self, x: Tensor, i: int, on_progress: OnProgress | None = None) -> Tensor:
+    def step(self, x: Tensor, i: int, _: torch.Generator) -> Tensor:
+        """See `RunStep`. x: (N, 4, h, w). An Euler step draws no noise."""
+        return euler_step(x, self._predict(x, i), self.sigmas[i], self.sigmas[i + 1])
+
+    def _predict(self, x: Tensor, i: int) -> Tensor:
         """The guided velocity at step i, averaged over the windows. x: (N, 4, h, w)."""
         scaled = (x / (self.sigmas[i] ** 2 + 1) ** 0.5).to(self.stage.dtype)
         maps = None if self.maps is None else self.maps.at_step(i)
@@ -138,8 +150,8 @@ class _Run:
         for done, window in enumerate(self.windows, start=1):
             velocity = self._guided(scaled[window.start : window.stop], maps, window, i)
             total[window.start + window.first_counted : window.stop] += velocity[window.first_counted :]
-            if on_progress is not None and done < len(self.windows):
-                on_progress(Progress("step", i, len(self.sigmas) - 1, Progress("window", done, len(self.windows))))
+            if self.on_progress is not None and done < len(self.windows):
+                self.on_progress(Progress("step", i, len(self.sigmas) - 1, Progress("window", done, len(self.windows))))
         return total / self.counts
 
     def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:
@@ -161,7 +173,7 @@ class _Run:
 class ControlMaps:
     """The control of every frame at one step: once a frame, not once a window, and for the conditional half alone (5b)."""
 
-    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop):
+    def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop | None):
         self.net, self.should_stop = stage.control_net, should_stop
         self.device, self.dtype = stage.config.device, stage.dtype
         self.poses = poses.split(stage.config.control_batch_frames)

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import FeedForward, GroupNorm, LayerNorm, Slots, add_linear, as_images, as_tokens, conv_added, fused_qkv
+from engines.layers import (
+    FeedForward,
+    GroupNorm,
+    LayerNorm,
+    Slots,
+    add_linear,
+    as_images,
+    as_tokens,
+    conv_added,
+    fused_qkv,
+    parts_of_layers,
+)
 from kernels.attention import attention
 from kernels.choice import exporting
 from kernels.residual_blend import residual_blend
@@ -198,62 +209,28 @@ class Transformer(nn.Module):
         return self.position_mlp(sinusoid)[:, None]
 
 
-class DownBlock(nn.Module):
-    """Resnets, each followed by a transformer where the level has them; then half the size."""
+class Layer(nn.Module):
+    """A resnet, then a transformer where the level has one."""
 
-    def __init__(self, source: Any, slots: BlockSlots):
+    def __init__(self, resnet: Any, transformer: Any, slots: BlockSlots):
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
-        self.transformers = nn.ModuleList(Transformer(t, slots) for t in getattr(source, "attentions", ()))
-        self.downsampler = source.downsamplers[0] if source.downsamplers else None
+        self.resnet = Resnet(resnet, slots)
+        self.transformer = None if transformer is None else Transformer(transformer, slots)
 
-    def forward(self, x: Tensor, time: Biases, context: Biases) -> list[Tensor]:
-        """x: (F, C, H, W) -> the skip tensors, the last of them the output."""
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if len(self.transformers):
-                x = self.transformers[i](x, context)
-            skips.append(x)
-        if self.downsampler is not None:
-            skips.append(self.downsampler(x))
-        return skips
-
-
-class MidBlock(nn.Module):
-    """Resnet, then a transformer and a resnet."""
-
-    def __init__(self, source: Any, slots: BlockSlots):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
-        self.transformers = nn.ModuleList(Transformer(t, slots) for t in source.attentions)
+    @property
+    def out_channels(self) -> int:
+        """Of the images that it gives."""
+        return int(self.resnet.spatial.conv2.out_channels)
 
     def forward(self, x: Tensor, time: Biases, context: Biases) -> Tensor:
-        """x: (F, C, H, W)."""
-        x = self.resnets[0](x, time)
-        for transformer, resnet in zip(self.transformers, self.resnets[1:], strict=True):
-            x = resnet(transformer(x, context), time)
-        return x
+        """x: (F, C, H, W) -> (F, C', H, W)."""
+        x = self.resnet(x, time)
+        return x if self.transformer is None else self.transformer(x, context)
 
 
-class UpBlock(nn.Module):
-    """Resnets over the concatenated skips, transformers; then twice the size."""
-
-    def __init__(self, source: Any, slots: BlockSlots):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(resnet, slots) for resnet in source.resnets)
-        self.transformers = nn.ModuleList(Transformer(t, slots) for t in getattr(source, "attentions", ()))
-        self.upsample_conv = source.upsamplers[0].conv if source.upsamplers else None
-
-    def forward(self, x: Tensor, skips: list[Tensor], time: Biases, context: Biases) -> Tensor:
-        """x: (F, C, H, W). skips: consumed from the end."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if len(self.transformers):
-                x = self.transformers[i](x, context)
-        if self.upsample_conv is not None:
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+def layers(source: Any, slots: BlockSlots) -> list[Layer]:
+    """The layers of diffusers' block."""
+    return [Layer(resnet, transformer, slots) for resnet, transformer in parts_of_layers(source, "attentions")]
 
 
 def _mix(blender: Any) -> float:

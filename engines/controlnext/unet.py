@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from engines.controlnext.control_net import frame_statistics
-from engines.controlnext.layers import (
-    Biases,
-    BlockSlots,
-    DownBlock,
-    MidBlock,
-    SelfAttention,
-    SpatialConvs,
-    TemporalConvs,
-    UpBlock,
-)
-from engines.layers import GroupNorm
+from engines.controlnext.layers import Biases, BlockSlots, SelfAttention, SpatialConvs, TemporalConvs, layers
+from engines.layers import DownBlock, GroupNorm, MidBlock, UpBlock
 
 INJECTION = 0.2
 """Strength of the control, set by hand in the published code."""
@@ -54,9 +45,9 @@ class SVDUNet(nn.Module):
         self.conv_in = source.conv_in
         self.latent_channels: int = source.conv_out.out_channels
         slots = BlockSlots()
-        self.down = nn.ModuleList(DownBlock(block, slots) for block in source.down_blocks)
-        self.mid = MidBlock(source.mid_block, slots)
-        self.up = nn.ModuleList(UpBlock(block, slots) for block in source.up_blocks)
+        self.down = nn.ModuleList(DownBlock(layers(block, slots), block) for block in source.down_blocks)
+        self.mid = MidBlock(layers(source.mid_block, slots))
+        self.up = nn.ModuleList(UpBlock(layers(block, slots), block) for block in source.up_blocks)
         self.norm_out, self.conv_out = GroupNorm(source.conv_norm_out, silu=True), source.conv_out
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 

@@ -10,7 +10,7 @@ from deployments.settings import Settings
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import write_demo_weights
 from engines.pipeline import Pipeline
-from tests.engines.trt.exports import export_motion, export_svd
+from tests.engines.backends.trt.exports import export_motion, export_svd
 
 torch.set_num_threads(1)
 """Beside other work on the machine, two threads of a tiny model wait for each other most of the time."""
@@ -28,7 +28,7 @@ def pipeline(demo_weights: AnimateDiffWeights) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def exports(demo_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[Path]]]:
-    """The graphs of `tests.engines.trt`, under way in a process of their own that ends with the last of them."""
+    """The graphs of `tests.engines.backends.trt`, under way in a process of their own that ends with the last of them."""
     folder = tmp_path_factory.mktemp("onnx")
     process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     futures = {

@@ -9,14 +9,14 @@ import pytest
 from torch import Tensor
 
 from deployments.settings import Settings
-from engines import prepared
-from engines.engine import Eager
-from engines.engine_config import EngineConfig
+from engines.backends import prepared
+from engines.backends.backend import Eager
+from engines.backends.config import EngineConfig
+from engines.backends.trt.cache import PlanCache
+from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
-from engines.trt.cache import PlanCache
-from engines.unet_call import UNetCall
 from tests.deployments.cli.test_main import config, run
-from tests.engines.trt.keys import KEY, PLAN
+from tests.engines.backends.trt.keys import KEY, PLAN
 
 
 class Off(Eager):

@@ -262,7 +262,7 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
         await listen(other, FIRST)
     elif found is not None:
         other_stage = Stage()
-        other_stage.engines = ("motion-1: inductor",)
+        other_stage.engines = (("motion-1", "inductor"),)
         compiled = replica(other_stage)
         writer = {"of other weights": other, "of another engine": compiled}.get(found, one)
         by = asked(seed=2 if found == "of another request" else 1)

@@ -1,6 +1,7 @@
 """The GPU benchmark's own code, tiny on the CPU: that both sides do the same work, and that figures are kept as they come."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from engines.backends.exact_shapes import ExactShapes, Ready
 from engines.bench import __main__ as bench
+from engines.bench import unet_cases
 from engines.bench.measure import Case, Row, Way, measure
 from engines.bench.options import Options
 from engines.bench.record import Record, table, told
@@ -38,6 +41,27 @@ def test_ours_and_theirs_do_the_same_work_and_every_case_is_told_at_once(model: 
         assert row.difference is not None
         assert row.difference <= 1e-4
         assert row.median_s > 0
+
+
+class Recorded(ExactShapes):
+    """The modules, in place of a CUDA graph of them."""
+
+    name = "cuda_graph"
+
+    def made_ready(self, buffers: Mapping[str, Tensor]) -> Ready:
+        return lambda inputs: self.call.module(*inputs.values())
+
+
+@pytest.mark.parametrize("model", bench.MODELS)
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_job_is_run_by_its_engine_or_refused(monkeypatch: pytest.MonkeyPatch, model: str, holds: bool):
+    monkeypatch.setattr(unet_cases, "GraphEngine", Recorded)
+    if not holds:
+        monkeypatch.setattr(Recorded, "holds", lambda self, shape: False)
+    *_, graphed = bench.measure_model(model, ("jobs",), CPU, torch.float32, replace(EAGER, graph=True), lambda rows: None)
+    assert graphed.way == "ours, CUDA graph"
+    assert graphed.refused == ("" if holds else "EngineError: the UNet was run by eager, not by cuda_graph")
+    assert graphed.agrees
 
 
 def test_work_that_is_not_the_same_is_marked():

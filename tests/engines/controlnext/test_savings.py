@@ -54,7 +54,7 @@ def test_5a_cross_attention_over_one_token_is_a_bias(nets: tuple[Any, Any], embe
 
 
 def test_5a_of_the_unconditional_half_only_the_output_bias_is_left(precise: Denoise):
-    attention = precise.unet.down[0].transformers[0].spatial[0].attn
+    attention = precise.unet.down[0].layers[0].transformer.spatial[0].attn
     expected = attention.out.bias + attention.cross_out.bias
     assert torch.equal(attention.context_bias(torch.zeros(1, 32, dtype=torch.float64)), expected)
 

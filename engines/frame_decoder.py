@@ -1,0 +1,95 @@
+"""Latents to frames by a VAE, some at a time, so that memory does not grow with their number. Both models decode by it.
+
+A *chunk* is what must be decoded together: a temporal VAE mixes its frames, so the request fixes its size; where frames do not
+see each other, a chunk is one frame. A *batch* is the chunks that one call of the VAE takes. Its size changes no pixel, but for
+rounding: the chunks of a batch do not see each other, and only a chunk that failed is decoded again.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.errors import GenerationFailed
+from engines.media.pixels import to_levels
+from engines.media.video import Frames
+
+logger = logging.getLogger(__name__)
+
+CallVAE = Callable[[Any, Tensor, int], Tensor]
+"""A VAE, latents (n, 4, h, w) of its dtype, frames in each chunk -> pixels, (n, 3, H, W), about [-1, 1]."""
+
+
+class FrameDecoder:
+    """vae: of diffusers' classes, on its device. batch_frames: in one call of it, where more than one chunk fits.
+
+    Half precision overflows at times, which shows as black frames: such a chunk is decoded again in fp32. A batch for which the
+    device has not the memory is decoded chunk by chunk.
+    """
+
+    def __init__(self, vae: Any, call: CallVAE, batch_frames: int):
+        self.vae, self.call, self.batch_frames = vae, call, batch_frames
+
+    def size(self, latents: Tensor) -> tuple[int, int]:
+        """Height and width of the frames, in pixels. latents: (..., h, w)."""
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = latents.shape[-2:]
+        return height * scale, width * scale
+
+    def frames(self, latents: Tensor, chunk_frames: int = 1) -> Frames:
+        """Batches of whole chunks, (n, H, W, 3) uint8 RGB. latents: (1, 4, F, h, w), of unit variance.
+
+        Raises `GenerationFailed` for a chunk that is not finite in fp32 either.
+        """
+        for batch, in_chunk in _batches(latents[0].transpose(0, 1), chunk_frames, self.batch_frames):
+            with torch.inference_mode():
+                scaled = batch.to(self.vae.device) / self.vae.config.scaling_factor
+                levels = to_levels(self._finite(self._decoded(scaled, in_chunk), scaled, in_chunk))
+            yield levels
+
+    def _decoded(self, batch: Tensor, in_chunk: int) -> Tensor:
+        """(n, 3, H, W): the batch at once, or chunk by chunk if the device has not the memory."""
+        batch = batch.to(self.vae.dtype)
+        try:
+            return self.call(self.vae, batch, in_chunk)
+        except torch.OutOfMemoryError:
+            if len(batch) <= in_chunk:
+                raise
+            logger.warning("decoding chunk by chunk", extra={"action": "decode_batch_too_large", "frames": len(batch)})
+        # outside the handler: its traceback holds what the call that failed had allocated
+        return torch.cat([self.call(self.vae, chunk, in_chunk) for chunk in batch.split(in_chunk)])
+
+    def _finite(self, pixels: Tensor, batch: Tensor, in_chunk: int) -> Tensor:
+        """The pixels, with every chunk decoded again in fp32 that is not finite. batch: their latents, scaled."""
+        if pixels.isfinite().all():
+            return pixels
+        if self.vae.dtype not in (torch.float16, torch.bfloat16):
+            raise GenerationFailed
+        chunks = list(zip(pixels.float().split(in_chunk), batch.split(in_chunk), strict=True))
+        failed = [not seen.isfinite().all() for seen, _ in chunks]
+        fields = {"dtype": str(self.vae.dtype).removeprefix("torch."), "chunks": sum(failed), "of": len(chunks)}
+        logger.warning("decoding again in fp32", extra={"action": "decode_retry", **fields})
+        return torch.cat([self._in_fp32(latents) if bad else seen for bad, (seen, latents) in zip(failed, chunks, strict=True)])
+
+    def _in_fp32(self, chunk: Tensor) -> Tensor:
+        pixels = self.call(self._precise_vae, chunk.float(), len(chunk))
+        if not pixels.isfinite().all():
+            raise GenerationFailed
+        return pixels
+
+    @cached_property
+    def _precise_vae(self) -> Any:
+        return copy.deepcopy(self.vae).float()
+
+
+def _batches(latents: Tensor, chunk_frames: int, batch_frames: int) -> Iterator[tuple[Tensor, int]]:
+    """(frames, frames in each of its chunks): as many whole chunks as a batch may hold, then the shorter last one."""
+    whole = len(latents) - len(latents) % chunk_frames
+    for batch in latents[:whole].split(max(1, batch_frames // chunk_frames) * chunk_frames) if whole else ():
+        yield batch, chunk_frames
+    if whole < len(latents):
+        yield latents[whole:], len(latents) - whole

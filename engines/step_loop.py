@@ -1,0 +1,45 @@
+"""The loop over a request's steps, which both models share: every step is checked, reported, and can be resumed from.
+
+Whoever runs a step keeps its latents in the layout that suits it; checkpoints hold them as a clip.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engines.errors import GenerationFailed
+from engines.sampling import restored_generator
+from engines.spec import Checkpoint, OnProgress, OnStep, Progress
+
+RunStep = Callable[[Tensor, int, torch.Generator], Tensor]
+"""The latents after step i (from 0), of those before it. The generator is the request's; a step draws its noise from it."""
+
+
+def run_steps(
+    run_step: RunStep,
+    start: Checkpoint,
+    x: Tensor,
+    as_clip: Callable[[Tensor], Tensor],
+    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """The latents after the last step.
+
+    x: the latents of `start`, on the device. as_clip: gives latents in the layout of a `Checkpoint`, on the host.
+    on_step: called after each step with a checkpoint; as `start` it gives the bits of an undisturbed run.
+    on_progress: called before the first step and after each. Raises `GenerationFailed` after the first step whose latents are not
+    finite; that step is not reported.
+    """
+    generator = restored_generator(start.rng_state)
+    if on_progress is not None:
+        on_progress(Progress("step", start.step, start.steps))
+    for i in range(start.step, start.steps):
+        x = run_step(x, i, generator)
+        if not x.isfinite().all():
+            raise GenerationFailed
+        if on_step is not None:
+            on_step(Checkpoint(i + 1, start.steps, as_clip(x), generator.get_state()))
+        if on_progress is not None:
+            on_progress(Progress("step", i + 1, start.steps))
+    return x

@@ -1,0 +1,34 @@
+"""The loop alone, over a step that adds noise to one number."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.errors import GenerationFailed
+from engines.sampling import seeded_generator
+from engines.spec import Checkpoint, Progress
+from engines.step_loop import run_steps
+
+START = Checkpoint(0, 3, torch.zeros(1), seeded_generator(5).get_state())
+
+
+def noisy(x: Tensor, i: int, generator: torch.Generator) -> Tensor:
+    return x + i + torch.randn(1, generator=generator)
+
+
+def test_every_checkpoint_leads_to_the_same_bits():
+    kept: list[Checkpoint] = []
+    whole = run_steps(noisy, START, START.latents, Tensor.clone, kept.append)
+    assert [(c.step, c.steps) for c in kept] == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(kept[-1].latents, whole)
+    for checkpoint in kept:
+        assert torch.equal(run_steps(noisy, checkpoint, checkpoint.latents, Tensor.clone), whole)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_reported():
+    kept: list[Checkpoint] = []
+    told: list[Progress] = []
+    with pytest.raises(GenerationFailed):
+        run_steps(lambda x, i, _: x / (1 - i), START, torch.ones(1), Tensor.clone, kept.append, told.append)
+    assert [c.step for c in kept] == [1]
+    assert told == [Progress("step", 0, 3), Progress("step", 1, 3)]
