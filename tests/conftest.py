@@ -36,6 +36,7 @@ SLOW = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "
 """Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for pytest-xdist, each of which one worker runs in order: tests that share something which is dear to start."""
     for item in items:
