@@ -28,11 +28,11 @@ serve: install ## keep the service running on http://127.0.0.1:8000
 
 .PHONY: test
 test: install ## run the tests
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: test-fast
 test-fast: install ## run the tests that need neither Ray nor a compiler
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 .PHONY: check
 check: install ## lint, types, import directions; changes no file

@@ -20,6 +20,7 @@ from deployments.hosting.embedded_postgres import database_url, stop_embedded
 from deployments.jobs.database import migrate
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
+from tests.groups import is_slow, turn_of
 
 TEMPLATE = "reelray_test_template"
 
@@ -28,47 +29,26 @@ os.environ["COLUMNS"] = "160"  # a worker of pytest-xdist has no terminal whose 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
 
 
-FIRST = ("ray", "compilers", "inductor", "trt", "chaos")
-"""Groups that take longest, in the order in which they begin; all others follow as they are collected."""
-
-
-SLOW = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py")
-"""Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for pytest-xdist, each of which one worker runs in order: tests that share something which is dear to start."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-        if _group(item) in FIRST or "hosting" in item.path.parts or item.path.name in SLOW:
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: FIRST.index(group) if (group := _group(item)) in FIRST else len(FIRST))
-
-
-def _group(item: pytest.Item) -> str:
-    """One Ray at a time runs on a machine, and compilers are warmed once; else a file is a group."""
-    parts, fixtures = item.path.relative_to(Path(__file__).parent).parts, getattr(item, "fixturenames", ())
-    hosting = item.callspec.params.get("hosting") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-    if parts[0] == "e2e" or hosting == "serve":
-        return "ray"
-    if parts[0] == "wire":
-        return f"wire {hosting}"
-    if parts[0] == "chaos":
-        return "chaos"
-    if "compilers" in fixtures:
-        return "compilers"
-    if "interpreted" in fixtures:
-        return "interpreted"
-    if parts[-1] == "test_inductor.py":
-        return "inductor"
-    return "trt" if "trt" in parts else str(item.path)
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """On a GPU, PyTorch's C++ code warns of other things on every card and in every version: no test of ours depends on it."""
+    """Marks what takes long, and what needs a GPU."""
+    if is_slow(item.nodeid):
+        item.add_marker(pytest.mark.slow)
     if item.get_closest_marker("gpu"):
+        # On a GPU, PyTorch's C++ code warns of other things on every card and in every version: no test of ours depends on it.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    items.sort(key=lambda item: turn_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Groups of tests for the workers, see `groups.py`."""
+    from tests.scheduling import GroupScheduling  # late: where pytest-xdist is not installed, nobody asks
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

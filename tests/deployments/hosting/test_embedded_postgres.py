@@ -41,9 +41,10 @@ async def setting(url: str, name: str) -> str:
         await connection.close()
 
 
-async def test_every_commit_is_durable(embedded_server: str) -> None:
+async def test_every_commit_is_durable(home: Settings) -> None:
+    url = database_url(home)
     for name in ("fsync", "synchronous_commit", "full_page_writes"):
-        assert await setting(embedded_server, name) == "on"
+        assert await setting(url, name) == "on"
 
 
 async def test_nobody_but_its_user_reaches_the_server(embedded_server: str) -> None:

@@ -1,0 +1,40 @@
+"""Which tests one worker of pytest-xdist runs in order: those that share something which is dear to start."""
+
+import re
+
+FIRST = ("ray", "compilers", "inductor", "trt", "chaos")
+"""Groups that take longest, in the order in which they begin. All others follow as they are collected."""
+SLOW_FILES = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py")
+"""Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""
+
+
+def group_of(nodeid: str) -> str:
+    """One Ray at a time runs on a machine, and a compiler is started once; else a file is a group."""
+    path, _, test = nodeid.partition("::")
+    _, folder, *rest = path.split("/")
+    hosting = re.search(r"[\[-](uvicorn|gateway|serve)[\]-]", test)
+    if folder == "e2e" or (folder == "wire" and hosting and hosting[1] == "serve"):
+        return "ray"
+    if folder == "wire" and hosting:
+        return f"wire {hosting[1]}"
+    if folder == "chaos":
+        return "chaos"
+    if folder == "kernels" and "fit" in test.partition("[")[0].split("_"):
+        return "compilers"
+    if folder == "kernels" and rest not in (["test_bench.py"], ["test_choice.py"]):
+        return "interpreters"
+    if path.endswith("/test_inductor.py"):
+        return "inductor"
+    return "trt" if "trt" in rest else path
+
+
+def turn_of(nodeid: str) -> int:
+    """When a test's group begins."""
+    group = group_of(nodeid)
+    return FIRST.index(group) if group in FIRST else len(FIRST)
+
+
+def is_slow(nodeid: str) -> bool:
+    """Whether `make test-fast` leaves it out."""
+    path = nodeid.partition("::")[0]
+    return group_of(nodeid) in FIRST or "/hosting/" in path or path.endswith(SLOW_FILES)
