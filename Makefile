@@ -28,7 +28,7 @@ serve: install ## keep the service running on http://127.0.0.1:8000
 
 .PHONY: test
 test: install ## run the tests
-	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest
 
 .PHONY: test-fast
 test-fast: install ## run the tests that need neither Ray nor a compiler
