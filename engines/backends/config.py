@@ -17,7 +17,7 @@ class EngineConfig:
     them in `folder`, and needs an NVIDIA GPU and the extras `gpu` and `tensorrt`. What cannot be prepared, or has another
     shape, runs eagerly, and the log says so.
     shapes: (frames of a call, height, width), in pixels; none means the endpoint's defaults.
-    refit: a TensorRT plan takes the weights of any checkpoint, so that all of a model share it; loading exports the model once more.
+    refit: a TensorRT plan takes the weights of any checkpoint, so that all of a model share it; loading exports the model again.
     plugins: operations that TensorRT plans run by our kernels, not TensorRT's; in half precision, and for `shapes` that share
     one number of frames. No GPU has run these yet: use `reelray engines verify` first.
     folder: of plans and of inductor's cache, private to this user; None is a folder in the service's home.

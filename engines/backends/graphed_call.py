@@ -1,6 +1,7 @@
 """A function of tensors recorded once and replayed: the thousand launches of a UNet call become one.
 
-PyTorch's "reduce-overhead" does the same, but decides by itself when to record again, and the next call overwrites its outputs. CUDA graphs: the toolkit's Programming Guide, chapter of that name.
+PyTorch's "reduce-overhead" does the same, but decides by itself when to record again, and the next call overwrites its outputs.
+CUDA graphs: the toolkit's Programming Guide, chapter of that name.
 """
 
 from collections.abc import Callable, Mapping

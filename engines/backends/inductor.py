@@ -1,7 +1,7 @@
 """The back end "inductor": a UNet call through `torch.compile`; on CUDA each shape becomes one CUDA graph.
 
 The code is for one exact shape, since a compiler that knows the sizes chooses better kernels. That takes minutes at full size.
-Kernels are timed on the GPU at hand, so we ship no compiled code; inductor's cache on disk saves the next process most of the work.
+Kernels are timed on the GPU at hand, so we ship no compiled code; inductor's cache on disk saves the next process most of it.
 """
 
 from collections.abc import Callable, Mapping
