@@ -1,7 +1,7 @@
-"""A job's latents as bytes, between two steps or after the last: safetensors, and JSON beside the tensors; nothing in it can run.
+"""A job's latents as bytes, between two steps or after the last: safetensors with JSON beside the tensors, and no code.
 
-It is read back strictly. Whoever cannot use a file starts over, so everything doubtful is refused: half a file, a damaged one,
-one of another version, and one that was made of other conditioning, by other weights or in another arithmetic.
+It is read back strictly. A job whose file is refused starts over, so every doubtful file is refused: an incomplete or damaged
+one, one of another version, and one that was made from other conditioning, by other weights or in another arithmetic.
 """
 
 import json
@@ -17,7 +17,7 @@ from engines.fingerprint import fingerprint_of
 from engines.spec import Checkpoint, Latents
 
 FORMAT = 2
-"""To be raised whenever what is kept, or the arithmetic that it came from, changes."""
+"""Increase it whenever the stored values, or the arithmetic that they came from, change."""
 
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Checkpoint, Latents, ControlNeXtLatents)}
 
@@ -29,7 +29,7 @@ class UnusableCheckpoint(Exception):
 
 
 def pack(value: Checkpoint | Latents, fingerprint: str) -> bytes:
-    """The file. fingerprint: of all that shaped the value."""
+    """The value as a file. fingerprint: of everything that the value depends on."""
     held = {field.name: getattr(value, field.name) for field in fields(value)}
     tensors = {name: item.contiguous() for name, item in held.items() if isinstance(item, Tensor)}
     about = {
@@ -43,19 +43,19 @@ def pack(value: Checkpoint | Latents, fingerprint: str) -> bytes:
 
 
 def unpack(data: bytes, kind: type[T], fingerprint: str) -> T | None:
-    """The value of a file that holds one of `kind`, or of a class derived from it; None: it holds something else of ours.
+    """The value of a file that holds one of `kind` or of a class derived from it; None if it holds another of `KINDS`.
 
-    Raises `UnusableCheckpoint` for a file that is not whole, or whose fingerprint is another.
+    Raises `UnusableCheckpoint` for a file that is damaged, has another format or has another fingerprint.
     """
     try:
         about = _about(data)
         made = KINDS[about["kind"]]
         if about["format"] != FORMAT:
-            raise UnusableCheckpoint(f"it has format {about['format']}, and this is {FORMAT}")
+            raise UnusableCheckpoint(f"its format is {about['format']}, and this version reads {FORMAT}")
         if not issubclass(made, kind):
             return None
         if about["fingerprint"] != fingerprint:
-            raise UnusableCheckpoint("it was made of other conditioning, by other weights or in another arithmetic")
+            raise UnusableCheckpoint("it was made from other conditioning, by other weights or in another arithmetic")
         held: dict[str, Any] = safetensors.torch.load(data) | about["scalars"]
         value: T = made(**held)
         whole = fingerprint_of(value) == about["content"]

@@ -1,4 +1,4 @@
-"""The motion UNet's call as flat tensors: `unet.py`'s arguments by name."""
+"""The motion UNet's call with flat tensors as inputs: the arguments of `unet.py`, by name."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -10,13 +10,13 @@ from engines.animatediff.layers import CrossAttention, KeyValue, TextContext
 from engines.animatediff.unet import MotionUNet, Residuals
 from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 
-_TOKENS = 77  # of CLIP's text
+_TOKENS = 77  # in CLIP's text input
 
 T = TypeVar("T")
 
 
 def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> UNetCall:
-    """A step of AnimateDiff. halves: 1, or 2 with guidance. controlled: whether SparseCtrl's residuals are inputs."""
+    """The UNet call of an AnimateDiff step. halves: 2 with guidance, else 1. controlled: SparseCtrl's residuals are inputs."""
     weight = unet.conv_in.weight
     levels = _residual_levels(unet)
     deepest = levels[-1][1]
@@ -37,7 +37,7 @@ def motion_call(unet: MotionUNet, halves: int = 1, controlled: bool = True) -> U
 
 
 def call_name(halves: int, controlled: bool) -> str:
-    """Of such a step, as `motion_call` names it."""
+    """The name that `motion_call` gives to the call of such a step."""
     return f"motion-{halves}" + ("-controlled" if controlled else "")
 
 
@@ -50,13 +50,13 @@ def no_residuals(unet: MotionUNet, latents: Tensor) -> Residuals:
 
 
 def motion_inputs(latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None = None) -> dict[str, Tensor]:
-    """The arguments of `MotionUNet.forward` by the graph's names."""
+    """The arguments of `MotionUNet.forward` under the graph's input names."""
     inputs = {"latents": latents, "time": time, **_context_inputs(context)}
     return inputs if residuals is None else inputs | _residual_names([*residuals.skips, residuals.mid])
 
 
 def _residual_levels(unet: MotionUNet) -> list[tuple[int, int]]:
-    """(channels, how often the latents' size is divided) of every residual, the middle block's last."""
+    """(channels, divisor of the latents' size) of every residual; the middle block's comes last."""
     levels = skip_levels(unet.down, unet.conv_in.out_channels)
     return [*levels, levels[-1]]
 

@@ -1,7 +1,7 @@
-"""From the hub's layouts to loaded modules: SD 1.5 or a fine-tune, a VAE, AnimateLCM's adapter and LoRA, SparseCtrl.
+"""Loads modules from the hub's layouts: SD 1.5 or a fine-tune, a VAE, AnimateLCM's adapter and LoRA, SparseCtrl.
 
-Every loader checks the config for what our layers do not compute and the tensors for an exact fit, and raises
-`WeightsError` otherwise. Layouts: `video-models.md` section 1A.
+Every loader raises `WeightsError` if the config asks for something that our layers do not compute, or if the tensors do not
+fit exactly. Layouts: `video-models.md` section 1A.
 """
 
 import re
@@ -62,7 +62,7 @@ _CONTROL_NEEDS: dict[str, Any] = {
 _SCHEDULER_NEEDS: dict[str, Any] = {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
 
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names of the VAE's attention layers in checkpoints from before diffusers 0.18, SD 1.5's own among them."""
+"""Names of the VAE's attention layers in checkpoints from before diffusers 0.18 (such as SD 1.5's own), and their names today."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ClipShape:
 
 
 def weights_of(config: AnimateDiffConfig) -> AnimateDiffWeights:
-    """The folders or repos. The demo's own are put in place by whoever knows where they were written."""
+    """The configured folders or repos. Raises `WeightsError` for "demo", which the settings must have replaced by its folders."""
     if not isinstance(config.weights, AnimateDiffWeights):
         raise WeightsError('"demo" names no folder; see AnimateDiffWeights.demo')
     return config.weights
@@ -99,7 +99,7 @@ def load_tokenizer(weights: AnimateDiffWeights) -> CLIPTokenizer:
 
 
 def load_text_encoder(weights: AnimateDiffWeights, dtype: torch.dtype) -> CLIPTextModel:
-    """CLIP's text encoder; `position_ids`, a buffer of old checkpoints, is a constant and left out."""
+    """CLIP's text encoder. `position_ids`, a buffer in old checkpoints, is a constant and is not loaded."""
     folder = _base(weights.base) / "text_encoder"
     stored = read_tensors(folder, "model", weights.base.variant)
     tensors = {key.removeprefix("text_model."): value for key, value in stored.items() if not key.endswith(".position_ids")}
@@ -109,7 +109,7 @@ def load_text_encoder(weights: AnimateDiffWeights, dtype: torch.dtype) -> CLIPTe
 
 
 def load_vae(weights: AnimateDiffWeights, dtype: torch.dtype) -> AutoencoderKL:
-    """The base's VAE or its replacement."""
+    """The base checkpoint's VAE, or the one that replaces it."""
     source, folder = _vae(weights)
     stored = read_tensors(folder, _STEM, source.variant)
     model = build(lambda: AutoencoderKL.from_config(_vae_config(weights)))
@@ -121,7 +121,9 @@ def load_unet(config: AnimateDiffConfig) -> MotionUNet:
     """SD 1.5's UNet with the adapter's motion modules and the LoRA folded in (5o)."""
     source = load_diffusers_unet(config)
     if not source.config.motion_max_seq_length >= config.num_frames:
-        raise WeightsError(f"the motion modules know {source.config.motion_max_seq_length} frames, not {config.num_frames}")
+        raise WeightsError(
+            f"the motion modules have positions for {source.config.motion_max_seq_length} frames, not {config.num_frames}"
+        )
     return MotionUNet(source).to(config.device)
 
 
@@ -146,7 +148,7 @@ def load_diffusers_unet(config: AnimateDiffConfig) -> UNetMotionModel:
 
 
 def load_sparse_control(config: AnimateDiffConfig, kind: ControlType) -> SparseControl:
-    """SparseCtrl for scribbles or for pictures."""
+    """SparseCtrl for scribble or for RGB keyframes."""
     return SparseControl(load_diffusers_sparse_control(config, kind)).to(config.device)
 
 
@@ -164,7 +166,7 @@ def load_diffusers_sparse_control(config: AnimateDiffConfig, kind: ControlType) 
 
 
 def load_schedule(weights: AnimateDiffWeights) -> NoiseSchedule:
-    """The noise schedule: the base's ends and prediction type, betas always linear as AnimateLCM was trained."""
+    """The noise schedule: the base's beta range and prediction type. The betas are always linear, as AnimateLCM was trained."""
     path = _base(weights.base) / "scheduler" / "scheduler_config.json"
     config = read_json(path)
     require(config, _SCHEDULER_NEEDS, str(path))
@@ -199,7 +201,7 @@ def _current_vae_name(key: str) -> str:
 
 
 def _motion_config(unet: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """`UNetMotionModel`'s config from a 2D UNet's and an adapter's; the keys both classes name alike pass through."""
+    """The config of `UNetMotionModel` from a 2D UNet's and an adapter's. Keys that both UNet classes have are passed on."""
     names = {"CrossAttnDownBlock2D": "CrossAttnDownBlockMotion", "DownBlock2D": "DownBlockMotion"}
     names |= {"CrossAttnUpBlock2D": "CrossAttnUpBlockMotion", "UpBlock2D": "UpBlockMotion"}
     try:
@@ -216,11 +218,11 @@ def _motion_config(unet: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[
             "temporal_transformer_layers_per_mid_block": adapter.get("motion_transformer_layers_per_mid_block", 1),
         }
     except KeyError as exc:
-        raise WeightsError(f"the UNet's or the adapter's config has no place here: {exc}") from exc
+        raise WeightsError(f"the UNet's or the adapter's config lacks a key or names an unknown block: {exc}") from exc
 
 
 def _load_with_positions(model: torch.nn.Module, tensors: Tensors, where: str, dtype: torch.dtype) -> None:
-    """`load_strict`, computing the motion modules' position tables where the checkpoint leaves them out."""
+    """Like `load_strict`, but computes the motion modules' position tables if the checkpoint leaves them out."""
     load_strict(model, tensors, where, dtype, optional=r"pos_embed\.pe$")
     for module in model.modules():
         if isinstance(module, SinusoidalPositionalEmbedding) and module.pe.is_meta:

@@ -1,4 +1,4 @@
-"""Which weights answer for AnimateDiff SparseCtrl LCM, and at which shapes. `serve_config.yaml` fills it; no torch."""
+"""Which weights serve AnimateDiff SparseCtrl LCM, and at which shapes. `serve_config.yaml` sets it. Does not import torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +8,15 @@ from engines.backends.config import EngineConfig
 from engines.source import DType, Source
 
 API_FRAMES = 16
-"""Frames of a clip as the API knows it; keyframe indices are below it."""
+"""Frames of a clip in the API; keyframe indices are smaller than this."""
 
 
 @dataclass(frozen=True)
 class AnimateDiffWeights:
-    """Where each part lies (video-models.md, section 1A). vae: replaces the base's own. lora_scale: 0.8 in AnimateLCM's card."""
+    """Where each part is stored (video-models.md, section 1A).
+
+    vae: replaces the base's own. lora_scale: 0.8 is AnimateLCM's model card's.
+    """
 
     base: Source
     motion_adapter: Source
@@ -45,12 +48,13 @@ class AnimateDiffConfig:
 
     height, width: in pixels; None takes the base checkpoint's own size (512 for SD 1.5). fps: of the file.
     decode_chunk: frames per VAE call, exact for any value; bounds memory (about 0.7 GB a frame at 512x512, fp16).
-    control_cache_bytes: SparseCtrl results kept for requests that differ in seed only (215 MB a step at 512x512, fp16).
-    control_steps: how many steps' SparseCtrl passes go through in one batch; None is 4 on a GPU and 1 on a CPU, whose caches a
-    batch of more overflows (7 % of a job).
+    control_cache_bytes: limit of the cache of SparseCtrl results, for requests that differ only in their seed (215 MB a step at
+    512x512, fp16).
+    control_steps: for how many steps SparseCtrl runs in one batch. None is 4 on a GPU and 1 on a CPU: a larger batch overflows a
+    CPU's caches, which costs 7 % of a job.
     max_image_pixels: larger keyframes are refused before they are decoded.
     threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
-    engine: what runs the UNet; without shapes of its own it is made ready for `num_frames` at `height` and `width`.
+    engine: what runs the UNet; if it names no shapes, it is prepared for `num_frames` at `height` and `width`.
     """
 
     weights: AnimateDiffWeights | Literal["demo"] = "demo"
@@ -70,9 +74,9 @@ class AnimateDiffConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for numbers that cannot be."""
+        """Raises `ValueError` for numbers out of range."""
         if self.num_frames < API_FRAMES:
-            raise ValueError(f"num_frames is {self.num_frames}; keyframes may be asked for at {API_FRAMES} frames")
+            raise ValueError(f"num_frames is {self.num_frames}, but requests may place keyframes at any of {API_FRAMES} frames")
         counts = (self.fps, self.decode_chunk, self.max_image_pixels, 1 if self.control_steps is None else self.control_steps)
         if min(counts) < 1 or self.control_cache_bytes < 0:
             raise ValueError(

@@ -20,21 +20,21 @@ class Decode:
     def __init__(self, config: AnimateDiffConfig):
         self.config = config
         self.vae = load_vae(weights_of(config), torch_dtype(config.dtype)).to(config.device)
-        del self.vae.encoder, self.vae.quant_conv  # the preprocess stage's
+        del self.vae.encoder, self.vae.quant_conv  # only the preprocess stage needs them
         fuse(self.vae.decoder)
         self.decoder = FrameDecoder(self.vae, call_vae, config.decode_chunk)
 
     def frames(self, latents: Latents) -> Frames:
-        """See `FrameDecoder.frames`. Frames do not see each other."""
+        """See `FrameDecoder.frames`. Each frame is decoded independently."""
         return self.decoder.frames(latents.values)
 
     def decode(self, latents: Latents, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Clip:
-        """The clip as a file, at the config's frame rate. on_progress: not called, for these few frames."""
+        """The clip as a file, at the config's frame rate. on_progress: not called, because the frames are few."""
         height, width = self.decoder.size(latents.values)
         mp4, num_frames = encode_h264(stoppable(self.frames(latents), should_stop), height, width, self.config.fps)
         return Clip(mp4, num_frames, height, width, self.config.fps, latents.seed, engine=latents.engine)
 
 
 def call_vae(vae: Any, latents: Tensor, in_chunk: int) -> Tensor:
-    """See `CallVAE`. This VAE has no chunks."""
+    """See `CallVAE`. This VAE decodes every frame independently, so it ignores `in_chunk`."""
     return vae.decode(latents).sample

@@ -1,6 +1,6 @@
 """Tiny checkpoints in the hub's layouts: random but seeded, so that everything runs without a hub and without a GPU.
 
-They draw coloured noise, not videos; they exist to be loaded, moved and compared like the real ones. Sizes:
+They give coloured noise, not videos; their purpose is to be loaded, moved and compared like the real ones. Sizes:
 `video-models.md` section 8 (64x64 pixels, 16 frames, about 16 MB in all).
 """
 
@@ -18,13 +18,13 @@ from engines.animatediff.checkpoint import OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
 from engines.demo import live, write_json, write_once
 
-_WIDTH = 32  # of the text
+_WIDTH = 32  # of the text embedding
 _HEADS = 4
 _GROUPS = 8  # SD's 32 would force channels in multiples of 32
 _RANK = 4
 
-_SCHEDULER = {  # SD 1.5's own, scaled-linear betas included, which the loader must replace; but for the prediction
-    # type: random weights under epsilon are divided by sqrt(abar_999) = 0.04 and drown every picture
+_SCHEDULER = {  # SD 1.5's own, with the scaled-linear betas that the loader must replace. Only the prediction type differs:
+    # with epsilon, the output of random weights would be divided by sqrt(abar_999) = 0.04 and hide everything else
     "prediction_type": "v_prediction",
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
@@ -41,7 +41,7 @@ _SCHEDULER = {  # SD 1.5's own, scaled-linear betas included, which the loader m
 
 @dataclass(frozen=True)
 class DemoSize:
-    """channels: of the UNet's two levels. latent: height and width in latents, of 8 pixels. vae_channels: of its four levels."""
+    """channels: of the UNet's two levels. latent: height and width in latents of 8 pixels. vae_channels: of its four levels."""
 
     channels: tuple[int, int] = (32, 64)
     latent: int = 8
@@ -52,7 +52,7 @@ TINY = DemoSize()
 
 
 def write_demo_weights(folder: Path, size: DemoSize = TINY) -> AnimateDiffWeights:
-    """Write all parts below `folder`, at once or not at all, unless they are there. Returns where they lie."""
+    """Write all parts to `folder`, completely or not at all, unless it exists. Returns where each part is."""
     write_once(folder, lambda draft: _write_all(AnimateDiffWeights.demo(draft), size))
     return AnimateDiffWeights.demo(folder)
 
@@ -188,7 +188,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _vocabulary() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, the same at a word's end, and the two specials: 514 entries."""
+    """GPT-2's printable stand-ins for the 256 bytes, the same marked as a word's end, and two special tokens: 514 entries."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

@@ -1,4 +1,4 @@
-"""Noise to latents: LCM steps of the motion UNet under SparseCtrl, each of them observed, stoppable and resumable."""
+"""Noise to latents: LCM steps of the motion UNet with SparseCtrl; after each step the run can report, stop and be resumed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from engines.weights import torch_dtype
 
 @dataclass(frozen=True)
 class Nets:
-    """What the checkpoints hold of denoising."""
+    """The parts of the checkpoints that denoising needs."""
 
     unet: MotionUNet
     controls: Mapping[ControlType, SparseControl]
@@ -41,14 +41,14 @@ class Nets:
 
 
 def load_nets(config: AnimateDiffConfig) -> Nets:
-    """Raises `WeightsError` for checkpoints that do not fit."""
+    """Loads the nets. Raises `WeightsError` for checkpoints that do not fit."""
     shape, schedule, unet = clip_shape(config), load_schedule(weights_of(config)), load_unet(config)
     kinds: tuple[ControlType, ...] = ("scribble", "rgb")
     return Nets(unet, {kind: load_sparse_control(config, kind) for kind in kinds}, schedule, shape)
 
 
 class Denoise:
-    """Holds the UNet and both SparseCtrl nets. nets: in place of the config's weights, for a benchmark."""
+    """Holds the UNet and both SparseCtrl nets. nets: used by benchmarks instead of the config's weights."""
 
     def __init__(self, config: AnimateDiffConfig, nets: Nets | None = None):
         nets = nets or load_nets(config)
@@ -75,7 +75,8 @@ class Denoise:
         """The clip's latents, (1, 4, F, h, w).
 
         on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`.
-        should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
+        should_stop: called before every call of a net; if it returns true, raises `Cancelled`.
+        Raises `GenerationFailed` on non-finite latents.
         """
         run = _Run(self, conditioning, should_stop)
         start = resume or self._start(conditioning)
@@ -88,7 +89,7 @@ class Denoise:
         return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None) -> tuple[Tensor, str]:
-        """`MotionUNet.forward` by the engine that there is for it, and that one's name."""
+        """Runs `MotionUNet.forward` with the engine prepared for it. Returns the output and the engine's name."""
         name, shape = call_name(len(latents), controlled=True), Shape(*latents.shape[2:])
 
         def inputs() -> dict[str, Tensor]:
@@ -97,11 +98,11 @@ class Denoise:
         return self.prepared.call(name, shape, inputs, lambda: self.unet(latents, time, context, residuals))
 
     def _calls(self) -> list[UNetCall]:
-        """With and without guidance. Without keyframes the residuals are zeros."""
+        """The UNet's calls with and without guidance. Without keyframes the residuals are zeros."""
         return [motion_call(self.unet, halves) for halves in (1, 2)]
 
     def _start(self, conditioning: AnimateDiffConditioning) -> Checkpoint:
-        """Standard normal latents: the draw after the posterior's, where there is one."""
+        """Standard normal latents, drawn after the noise of the VAE's posterior if there was any."""
         generator = restored_generator(conditioning.rng_state)
         height, width = self.shape.height // self.shape.scale, self.shape.width // self.shape.scale
         channels = self.unet.conv_in.in_channels
@@ -145,7 +146,7 @@ class _Run:
         return guide(unconditional, conditional, self.guidance_scale)
 
     def _residuals(self, control: SparseControlInput, i: int) -> Residuals:
-        """SparseCtrl's part of step i. A chunk of steps is computed at once, and only one chunk is held."""
+        """SparseCtrl's residuals for step i. They are computed for a chunk of steps at once, and the run holds one chunk only."""
         size = self.stage.control_steps
         if self._chunk[0] != i // size:
             timesteps = self.timesteps[i // size * size :][:size]

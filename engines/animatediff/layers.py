@@ -1,8 +1,8 @@
-"""The layers of the motion UNet and of SparseCtrl, over diffusers' weights, in the form that saves work exactly.
+"""The layers of the motion UNet and of SparseCtrl, with diffusers' weights, computed exactly but with less work.
 
-diffusers' classes define and load the parameters; these modules take them over and compute the same function with less:
+diffusers' classes define and load the parameters; these modules take them over and compute the same function with less work:
 one GEMM for q, k and v; text keys and values once a request for all frames (5n); the position table folded into a bias
-of q, k and v (5p). Numbers refer to `video-models.md` section 5.
+of q, k and v (5p). Numbers such as 5n refer to `video-models.md` section 5.
 
 Letters: G guidance halves, S steps, F frames, N = images in a batch (G F or S G F), C channels, L = H W tokens.
 Images are (N, C, H, W) in channels-last memory, so that reading them as tokens (N, L, C) moves no data.
@@ -59,7 +59,7 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.heads: int = source.heads
         self.qkv, self.out = fused_qkv(source), source.to_out[0]
-        # W (x + p) = W x + W p: the table becomes a bias of each frame's q, k and v, and adding it no pass of its own (5p)
+        # W (x + p) = W x + W p: the table becomes a bias of each frame's q, k and v, so adding it needs no separate pass (5p)
         self.register_buffer("position", self.qkv(position)[0], persistent=False)  # (P, 3 C)
 
     def forward(self, x: Tensor, residual: Tensor, num_frames: int) -> Tensor:
@@ -68,7 +68,7 @@ class TemporalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of images to the text. slot: where its keys and values stand in a `TextContext`."""
+    """Attention of images to the text. slot: the index of its keys and values in a `TextContext`."""
 
     def __init__(self, source: Any, slot: int):
         super().__init__()
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v, self.out = source.to_q, source.to_k, source.to_v, source.to_out[0]
 
     def keys_values(self, text: Tensor) -> KeyValue:
-        """text: (G, 77, D_text). They depend on nothing else, so once a request is enough (5n)."""
+        """The keys and values of text (G, 77, D_text). They depend on nothing else, so once a request is enough (5n)."""
         key, value = (proj(text).unflatten(-1, (self.heads, -1)) for proj in (self.to_k, self.to_v))
         return key, value
 
@@ -101,7 +101,7 @@ class SpatialBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: TextContext) -> Tensor:
-        """x: (N, L, C), which is changed."""
+        """x: (N, L, C), may be overwritten."""
         x = self.attn1(self.norm1(x), x)
         x = self.attn2(self.norm2(x), x, context)
         return self.ff(self.norm3(x), x)
@@ -136,7 +136,7 @@ class MotionBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        """x: (B F, L, C), which is changed. Only the attentions need the frames together."""
+        """x: (B F, L, C), may be overwritten. Only the attentions need all frames of a clip together."""
         x = self.attn1(self.norm1(x), x, num_frames)
         if self.attn2 is not None and self.norm2 is not None:
             x = self.attn2(self.norm2(x), x, num_frames)
@@ -177,7 +177,7 @@ class Resnet(nn.Module):
         bias = self.time_emb_proj(time) + self.conv1.bias  # (T, C')
         h = self.norm1(x)
         later = None
-        if len(bias) == 1:  # a step: its time is a bias of the convolution, and no pass of its own
+        if len(bias) == 1:  # one step: its time becomes a bias of the convolution, without a separate pass
             later = bias[0] if self.norm2.takes_bias(x) else None
             h = F.conv2d(h, self.conv1.weight, None if later is not None else bias[0], padding=1)
         else:
@@ -187,7 +187,7 @@ class Resnet(nn.Module):
 
 
 class Layer(nn.Module):
-    """A resnet, then attention and motion where the level has them."""
+    """A resnet, then attention and a motion module if the level has them."""
 
     def __init__(self, resnet: Any, attention: Any, motion: Any, slots: Slots):
         super().__init__()
@@ -197,7 +197,7 @@ class Layer(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        """Of the images that it gives."""
+        """Channels of its output."""
         return int(self.resnet.conv2.out_channels)
 
     def forward(self, x: Tensor, time: Tensor, context: TextContext, num_frames: int) -> Tensor:
@@ -206,13 +206,13 @@ class Layer(nn.Module):
         return x if self.motion is None else self.motion(x, num_frames)
 
     def images(self, x: Tensor, time: Tensor, context: TextContext) -> Tensor:
-        """The part that sees each frame by itself."""
+        """The part that processes each frame independently, which is all but the motion module."""
         x = self.resnet(x, time)
         return x if self.attention is None else self.attention(x, context)
 
 
 def layers(source: Any, slots: Slots) -> list[Layer]:
-    """The layers of diffusers' block. slots: for the net's cross-attentions."""
+    """The layers of diffusers' block. slots: numbers the net's cross-attentions."""
     return [
         Layer(resnet, attn, motion, slots) for resnet, attn, motion in parts_of_layers(source, "attentions", "motion_modules")
     ]
@@ -225,13 +225,13 @@ def text_context(net: nn.Module, text: Tensor) -> list[KeyValue]:
 
 
 def time_embedding(proj: nn.Module, mlp: nn.Module, timesteps: Sequence[int], like: Tensor) -> Tensor:
-    """(T, E) embedding of T timesteps after the SiLU that every resnet begins with, once for all of them."""
+    """(T, E): embedding of T timesteps, after the SiLU that every resnet would apply first, computed once for all resnets."""
     sinusoid: Tensor = proj(torch.tensor(timesteps, device=like.device))  # fp32 whatever the model's dtype
     return F.silu(mlp(sinusoid.to(like.dtype)))
 
 
 def _as_linear(projection: nn.Module) -> nn.Linear:
-    """A 1x1 convolution (SD 1.5) or a linear layer, as the latter."""
+    """A 1x1 convolution (SD 1.5) or a linear layer, as a linear layer."""
     if isinstance(projection, nn.Linear):
         return projection
     assert isinstance(projection, nn.Conv2d)

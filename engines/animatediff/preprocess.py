@@ -26,15 +26,16 @@ class Preprocess:
         self.tokenizer = load_tokenizer(weights)
         self.text_encoder = load_text_encoder(weights, torch_dtype(config.dtype)).to(config.device)
         self.vae = load_vae(weights, torch_dtype(config.dtype)).to(config.device)
-        del self.vae.decoder, self.vae.post_quant_conv  # the decode stage's
+        del self.vae.decoder, self.vae.post_quant_conv  # only the decode stage needs them
 
     @torch.inference_mode()
     def encode(
         self, spec: AnimateDiffSpec, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None
     ) -> AnimateDiffConditioning:
-        """on_progress: not called, for two prompts and three images at most. should_stop: asked before each of them.
+        """Encodes the prompts and the keyframes.
 
-        Raises `ModelError` with the keyframe's field in its loc for an image that cannot be used, `Cancelled`.
+        on_progress: not called, as there are at most two prompts and three images. should_stop: called before each of them.
+        Raises `ModelError` for an image that cannot be used, with the keyframe's field in its loc, and `Cancelled`.
         """
         generator = seeded_generator(spec.seed)
         # at guidance 1 the negative prompt has no effect, so it is not even encoded (5q)
@@ -53,8 +54,8 @@ class Preprocess:
         )
 
     def _text(self, prompt: str) -> tuple[Tensor, str]:
-        """(1, 77, D) fp32: the last hidden state after the final norm; and what was cut off, if anything."""
-        # Cut and padded by hand: the tokenizer keeps both settings in itself, where another thread's call would change them
+        """(1, 77, D) fp32: the last hidden state after the final norm. Also a note on what was cut off, empty if nothing was."""
+        # Cut and padded by hand: the tokenizer stores both settings in itself, where another thread's call would change them
         limit, end, pad = self.tokenizer.model_max_length, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         given: list[int] = self.tokenizer(prompt, verbose=False).input_ids  # start, tokens, end
         kept = given if len(given) <= limit else [*given[: limit - 1], end]
@@ -65,7 +66,7 @@ class Preprocess:
     def _control(
         self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator, should_stop: ShouldStop | None
     ) -> SparseControlInput:
-        keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # their order must not matter to the draws
+        keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # so the noise does not depend on their order
         images = torch.stack([self._image(keyframe) for keyframe in stoppable(keyframes, should_stop)])  # (K, 3, H, W)
         values = self._latents(images, generator) if spec.controlnet_type == "rgb" else images
         frames = tuple(keyframe.index for keyframe in keyframes)
@@ -79,9 +80,9 @@ class Preprocess:
             return load_image(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
 
     def _latents(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw from the VAE's posterior, (K, 4, h, w) fp32: the first draw of a request, where there is one.
+        """A sample from the VAE's posterior, (K, 4, h, w) fp32. Its noise is the first that a request with RGB keyframes draws.
 
-        diffusers draws here from the global generator, so that one seed does not give one video.
+        diffusers draws it from the global generator, so there the same seed does not give the same video.
         """
         pixels = (2 * images - 1).to(self.config.device, torch_dtype(self.config.dtype))
         posterior = self.vae.encode(pixels).latent_dist

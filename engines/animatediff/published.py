@@ -1,6 +1,6 @@
-"""The published nets' sizes, for who builds them without their checkpoints. What is not named is the diffusers class's default.
+"""The published nets' sizes, for building them without their checkpoints. Sizes not given are the diffusers class's defaults.
 
-`video-models.md`, section 1A; a test holds what they compute to its section 4.
+Source: `video-models.md`, section 1A. A test compares the nets' operation counts with its section 4.
 """
 
 from typing import Any

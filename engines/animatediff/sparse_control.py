@@ -1,7 +1,7 @@
-"""SparseCtrl: residuals for the UNet from a few keyframes, computed ahead of the loop and shared between requests.
+"""SparseCtrl: residuals for the UNet from a few keyframes, computed for several steps at once and shared between requests.
 
-It never sees the latents (its noisy input is replaced by zeros), so its output depends on timestep, text and keyframes
-only. Hence all steps go through in one batch and are kept for the next request that differs in its seed alone (5k).
+The latents are not among its inputs (zeros replace them), so its output depends only on timestep, text and keyframes.
+Hence several steps run in one batch, and the results are kept for the next request that differs only in its seed (5k).
 Frames without a keyframe are all the same until the first motion module mixes them: up to there K + 1 columns are
 computed instead of F frames (5l, 5m). SparseCtrl, arXiv 2311.16933; numbers: `video-models.md` section 5.
 """
@@ -33,14 +33,14 @@ class SparseControl(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def text_context(self, text: Tensor) -> TextContext:
-        """What `forward` needs of the text (G, 77, D): once a request (5n)."""
+        """What `forward` needs of the text (G, 77, D), computed once a request (5n)."""
         return text_context(self, text)
 
     def columns(self, control: Tensor) -> Tensor:
-        """(K + 1, C, h, w): the embedded keyframes, and last the frame that has none (5l).
+        """(K + 1, C, h, w): the embedded keyframes, and last the embedding of a frame without one (5l).
 
-        control: (K, 3, H, W) or (K, 4, h, w). An un-keyed frame is a zero image under a zero mask; conv_in sees zeros
-        in place of latents and leaves its bias.
+        control: (K, 3, H, W) or (K, 4, h, w). A frame without a keyframe is a zero image with a zero mask. conv_in's input is
+        zeros in place of latents, so only its bias is left.
         """
         condition = control.new_zeros(control.shape[0] + 1, control.shape[1] + 1, *control.shape[2:])
         condition[:-1, :-1] = control
@@ -83,7 +83,7 @@ class SparseControl(nn.Module):
 
 
 class ResidualCache:
-    """Residuals by what they depend on, the least recently used dropped first when `budget_bytes` is passed."""
+    """Stores residuals by what they depend on. If they exceed `budget_bytes`, the least recently used are dropped first."""
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
@@ -97,7 +97,7 @@ class ResidualCache:
         return self._entries.get(key)
 
     def put(self, key: Hashable, residuals: list[Residuals]) -> None:
-        """Keep `residuals`, unless they alone pass the budget."""
+        """Keep `residuals`, unless they alone exceed the budget."""
         size = sum(r.size_bytes for r in residuals)
         if size > self.budget_bytes or key in self._entries:
             return

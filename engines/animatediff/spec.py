@@ -1,4 +1,4 @@
-"""What is asked of AnimateDiff SparseCtrl LCM, and what its preprocessing hands to its denoising. No torch at import."""
+"""The request to AnimateDiff SparseCtrl LCM, and what its preprocessing passes to its denoising. No torch at import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ControlType = Literal["scribble", "rgb"]
 
 @dataclass(frozen=True)
 class Keyframe:
-    """An image that frame `index` (0-based) shall follow. field: what the caller named it, for error messages."""
+    """An image that frame `index` (from 0) is to follow. field: the request's field that names it, for error messages."""
 
     index: int
     image: bytes
@@ -24,7 +24,7 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class AnimateDiffSpec(RenderSpec):
-    """One clip. keyframes: at most one per frame; their order does not matter. None: plain AnimateLCM."""
+    """One clip. keyframes: at most one per frame, in any order; without any, the clip is plain AnimateLCM's."""
 
     prompt: str
     negative_prompt: str = ""
@@ -34,11 +34,11 @@ class AnimateDiffSpec(RenderSpec):
 
 @dataclass(frozen=True)
 class SparseControlInput:
-    """The keyframes as SparseCtrl sees them, in the order of their frames.
+    """The keyframes as SparseCtrl's input, in the order of their frames.
 
     values: (K, 3, H, W) in [0, 1] for scribble, (K, 4, H/8, W/8) scaled VAE latents for rgb; fp32.
-    frames: the K frame indices. key: names everything SparseCtrl's output depends on but the timesteps, so that
-    requests which differ in nothing else share it (video-models.md, 5k).
+    frames: the K frame indices. key: identifies everything that SparseCtrl's output depends on except the timesteps, so that
+    requests with the same key share it (video-models.md, 5k).
     """
 
     type: ControlType

@@ -1,6 +1,6 @@
 """The motion UNet: SD 1.5's UNet with AnimateDiff's motion modules, one call a step.
 
-The walk of diffusers' `UNetMotionModel.forward` over `layers`; a test holds the two together.
+It runs `layers` in the order of diffusers' `UNetMotionModel.forward`; a test compares the two.
 """
 
 from collections.abc import Sequence
@@ -42,11 +42,11 @@ class MotionUNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def text_context(self, text: Tensor) -> TextContext:
-        """What `forward` needs of the text (G, 77, D): once a request (5n)."""
+        """What `forward` needs of the text (G, 77, D), computed once a request (5n)."""
         return text_context(self, text)
 
     def time_embeddings(self, timesteps: Sequence[int]) -> Tensor:
-        """(S, E): a row for each timestep; once a request."""
+        """(S, E): a row for each timestep, computed once a request."""
         return time_embedding(self.time_proj, self.time_mlp, timesteps, self.conv_in.weight)
 
     def forward(self, latents: Tensor, time: Tensor, context: TextContext, residuals: Residuals | None = None) -> Tensor:

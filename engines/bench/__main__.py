@@ -1,11 +1,13 @@
-"""Both models at full size on the GPU at hand: UNet calls and whole jobs against diffusers' in one process, and the kernels.
+"""Benchmarks both models at full size on this GPU: UNet calls and whole jobs against diffusers in one process, and the kernels.
 
     python -m engines.bench --gpu [--only unet|jobs|kernels] [--model animatediff|controlnext] [--steps N] [--quick]
 
-Weights are random, so it needs no checkpoint and no hub. What is done is written at once, to `engines/results/<gpu>.json` and for
-kernels to `kernels/results/` (or below `--results`), so that being stopped loses only what was under way. `--tiny` runs the same
-code on a CPU and records nothing. Compiling with tuned kernels takes minutes a shape: where time is short, ask for a part and a
-model at a time, or for `--quick`, or for `--compile-within` less than there is, so that the others are measured in any case.
+Weights are random, so it needs no checkpoint and no hub. Results are written as soon as they are measured, to
+`engines/results/<gpu>.json` and for kernels to `kernels/results/` (or below `--results`), so a run that is stopped loses only the
+measurement in progress. `--tiny` runs the same code on a CPU and records nothing.
+
+Compiling with tuned kernels takes minutes a shape. If time is short, choose one part and one model at a time, or use `--quick`,
+or set `--compile-within` to less than the time available, so that the ways without a compiler are measured in any case.
 """
 
 import argparse
@@ -35,19 +37,19 @@ PARTS = ("unet", "jobs", "kernels")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 1 if a way did not run or gave other values than diffusers', 2 without a GPU, else 0."""
+    """Runs the command. Returns 1 if a way did not run or its values differ from diffusers', 2 without a GPU, else 0."""
     asked = _parser().parse_args(arguments)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 180)
     if asked.gpu and not torch.cuda.is_available():
-        console.print("No GPU here. `--tiny` shows on a CPU that the benchmark works; `make bench` is what a CPU can measure.")
+        console.print("No GPU found. `--tiny` checks on a CPU that the benchmark works; `make bench` measures what a CPU can.")
         return 2
     device = torch.device("cuda" if asked.gpu else "cpu")
     dtype = getattr(torch, asked.dtype) if asked.gpu else torch.float32
-    exact_arithmetic()  # as the service has it
+    exact_arithmetic()  # as in the service
     parts = asked.only or PARTS
     agreed = True
     with records_in(asked.results and asked.results / "kernels"):
-        if "kernels" in parts:  # first: the models run by their record
+        if "kernels" in parts:  # first, because the models choose kernels by this record
             agreed = measure_sites(all_sites(), device, dtype, console)
         if set(parts) - {"kernels"}:
             options = _options(asked)
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             record = Record(folder, device, dtype, options) if asked.gpu else None
             rows = _measure_models(asked.model or MODELS, parts, device, dtype, options, console, record)
             agreed = all(row.agrees and not row.refused for row in rows) and agreed
-    console.print("Recorded." if asked.gpu else "No GPU asked for: tiny sizes, values compared, nothing recorded.")
+    console.print("Recorded." if asked.gpu else "Tiny sizes on a CPU: values compared, nothing recorded.")
     return 0 if agreed else 1
 
 
@@ -67,7 +69,7 @@ def measure_model(
     options: Options,
     tell: Callable[[list[Row]], None],
 ) -> list[Row]:
-    """A model's rows, on a CPU at tiny sizes. tell: called with those so far, after each that is new."""
+    """Measures a model, on a CPU at tiny sizes, and returns its rows. tell: called with all rows so far whenever some are new."""
     nets = build_nets(model, device, dtype)
     rows: list[Row] = []
     for case in cases(nets, parts, options):
@@ -75,12 +77,12 @@ def measure_model(
         for of_case in measure(case, device, dtype, options.compile_until):
             rows = [*done, *of_case]
             tell(rows)
-        torch.compiler.reset()  # which holds on to compiled nets
+        torch.compiler.reset()  # which would keep compiled nets in memory
     return rows
 
 
 def build_nets(model: str, device: torch.device, dtype: torch.dtype) -> AnimateDiffNets | ControlNeXtNets:
-    """Both sides' nets of a model, tiny ones on a CPU."""
+    """A model's nets, ours and diffusers'; tiny ones on a CPU."""
     tiny = device.type == "cpu"
     if model == "animatediff":
         return animatediff_nets(sizes.TINY_ANIMATEDIFF if tiny else sizes.AnimateDiffSize(), device, dtype)
@@ -88,7 +90,7 @@ def build_nets(model: str, device: torch.device, dtype: torch.dtype) -> AnimateD
 
 
 def cases(nets: AnimateDiffNets | ControlNeXtNets, parts: Sequence[str], options: Options) -> Iterator[Case]:
-    """Those of one model."""
+    """The cases of one model."""
     unet = animatediff_cases(nets, options) if isinstance(nets, AnimateDiffNets) else controlnext_cases(nets, options)
     return chain(unet if "unet" in parts else (), job_cases(nets, options) if "jobs" in parts else ())
 
@@ -132,17 +134,17 @@ def _options(asked: argparse.Namespace) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="engines.bench", description=(__doc__ or "").splitlines()[0])
     where: Any = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpu", action="store_true", help="at full size, and record it")
+    where.add_argument("--gpu", action="store_true", help="full sizes, and record the results")
     where.add_argument("--tiny", action="store_true", help="tiny sizes on a CPU, nothing recorded")
     parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
     parser.add_argument("--model", action="append", choices=MODELS, help="this model; may be repeated")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and compilers do not tune kernels")
-    parser.add_argument("--steps", type=int, help="of a job; by default the endpoint's")
-    parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets; by default on a GPU only")
-    parser.add_argument("--compile-within", type=float, default=float("inf"), metavar="SECONDS", help="begin no compiling later")
-    parser.add_argument("--results", type=Path, help="the folder for records, in `kernels` and `engines`; else each their own")
-    parser.add_argument("--compile-diffusers", action="store_true", help="diffusers' compiled UNets, too")
+    parser.add_argument("--steps", type=int, help="steps of a job; by default the endpoint's")
+    parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets, too; default: on a GPU")
+    parser.add_argument("--compile-within", type=float, default=float("inf"), metavar="SECONDS", help="start no compiling later")
+    parser.add_argument("--results", type=Path, help="write the records to its folders `kernels` and `engines`")
+    parser.add_argument("--compile-diffusers", action="store_true", help="also measure diffusers' compiled UNets")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Whole jobs from conditioning to frames: the loop over the steps and the VAE, without text encoders, DWPose and the mp4.
 
-Ours are the product's own stages over the benchmark's nets. Theirs are diffusers' modules called as its pipelines call them, and
-for ControlNeXt as the published code does: both halves of guidance in one batch, and the control net at every step for both of
+Our jobs run the product's own stages with the benchmark's nets. Their jobs call diffusers' modules as its pipelines do, and for
+ControlNeXt as the published code does: both halves of guidance in one batch, and the control net at every step for both of
 them. Noise, sampler and rounding to levels are the same.
 """
 
@@ -41,7 +41,7 @@ from engines.sampling import euler_step, guide, karras_sigmas, linear_schedule, 
 
 SEED, GUIDANCE = 7, 3.0
 PIXELS = 8
-"""Per latent, each way."""
+"""Pixels per latent, in height and in width."""
 
 DECODE_FRAMES, CONTROL_FRAMES, VIDEO_DECODE_FRAMES, CHUNK = 4, 8, 8, 2
 """AnimateDiff's decode_chunk; ControlNeXt's control_batch_frames, decode_batch_frames and decode_chunk_size."""
@@ -49,11 +49,11 @@ DECODE_FRAMES, CONTROL_FRAMES, VIDEO_DECODE_FRAMES, CHUNK = 4, 8, 8, 2
 NOISE = NoiseRange(0.002, 700.0)
 
 PROFILED_STEPS = 4
-"""A longer job's kernels are not profiled: a profile holds every launch."""
+"""Jobs with more steps are not profiled, because a profile holds every kernel launch."""
 
 
 def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
-    """The API's defaults: guidance 1, three keyframes, nothing of SparseCtrl in the cache."""
+    """A job with the API's defaults: guidance 1, three keyframes. SparseCtrl's results are not cached."""
     size, like = nets.size, nets.unet.conv_in.weight
     side, steps = PIXELS * size.side, options.steps or size.steps
     config = AnimateDiffConfig(**_placed(like), num_frames=size.frames, height=side, width=side, control_cache_bytes=0)
@@ -71,7 +71,7 @@ def animatediff_job(nets: AnimateDiffNets, options: Options) -> Case:
 
 
 def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
-    """One window of all frames, guidance 3."""
+    """A job with all frames in one window, at guidance 3."""
     size, like = nets.size, nets.unet.conv_in.weight
     steps = options.steps or size.steps
     config = ControlNeXtConfig(**_placed(like), control_batch_frames=CONTROL_FRAMES)
@@ -87,7 +87,7 @@ def controlnext_job(nets: ControlNeXtNets, options: Options) -> Case:
 
 
 def job_cases(nets: AnimateDiffNets | ControlNeXtNets, options: Options) -> Iterator[Case]:
-    """The model's."""
+    """The jobs of the model."""
     yield animatediff_job(nets, options) if isinstance(nets, AnimateDiffNets) else controlnext_job(nets, options)
 
 
@@ -98,7 +98,7 @@ def _ours(
     shape: Shape,
     engine: ExactShapes | None = None,
 ) -> Way:
-    """A stage of its own that runs the UNet's call by `engine`, or eagerly without one."""
+    """A job by a new stage that runs the UNet's call with `engine`, or eagerly without one."""
     stage = make_stage()
     if engine is None:
         return lambda: job(stage, "eager")
@@ -108,7 +108,7 @@ def _ours(
 
 
 def _job(conditioning: Any, decoder: FrameDecoder, chunk_frames: int, stage: Any, engine: str) -> Tensor:
-    """The latents, decoded as well. Raises `EngineError` if the UNet was not run by `engine`: the time would be another's."""
+    """Samples latents, decodes them and returns them. Raises `EngineError` if another engine ran the UNet, as times would mislead."""
     latents = stage.sample(conditioning)
     if latents.engine != engine:
         raise EngineError(f"the UNet was run by {latents.engine}, not by {engine}")
@@ -209,5 +209,5 @@ def _their_video(nets: ControlNeXtNets, asked: ControlNeXtConditioning) -> Tenso
 
 
 def _placed(like: Tensor) -> dict[str, Any]:
-    """The device and the dtype of `like`, as a config has them."""
+    """The device and the dtype of `like`, as a config names them."""
     return {"device": str(like.device), "dtype": str(like.dtype).removeprefix("torch.")}

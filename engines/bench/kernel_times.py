@@ -16,7 +16,7 @@ KINDS = (
     ("product", r"gemm|nvjet|cublas|cutlass|matmul|splitk|gemv"),
     ("elementwise", r"elementwise|geglu|blend|upsample|vectorized|reduce|softmax|triton"),
 )
-"""A kernel is of the first kind whose pattern its name has, whatever the case. "kernel" is the name of our attentions'."""
+"""A kernel belongs to the first kind whose pattern matches its name, ignoring case. Our attention kernels are named "kernel"."""
 LONGEST = 12
 
 
@@ -30,7 +30,7 @@ class KernelTime:
 
 
 def kernel_times(run: Callable[[], Any]) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
-    """By kind and by kernel, the longest first. On CUDA; the run has been done before, or its compiling would be in it."""
+    """The times of one run by kind and by kernel, the longest first. CUDA only. Call `run` once before, else it includes compiling."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()

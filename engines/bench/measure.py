@@ -1,4 +1,4 @@
-"""One piece of work done in several ways, which take turns: how long each takes, what memory, and whether all give the same."""
+"""Measures the same work done in several ways, in turns: their times, their memory, and whether all give the same values."""
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
@@ -13,19 +13,19 @@ from engines.bench.kernel_times import KernelTime, kernel_times
 from kernels.bench import GPULostError, check_alive
 
 Way = Callable[[], Tensor]
-"""Does the work once, on inputs that are ready."""
+"""Does the work once, on prepared inputs."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-"""Of the largest difference between two ways, as a share of the largest value: above it they have not done the same work."""
+"""Limit of the largest difference between two ways, as a share of the largest value. Above it, their work was not the same."""
 
 
 @dataclass(frozen=True)
 class Case:
     """The same work in several ways.
 
-    ways: by name, the first is what the others are compared with; each makes its way ready, for which it may build or compile.
-    slow: those that take long to be made ready. What the others measured is told before. rounds: of timing. profiled: whether
-    to tell on a GPU, too, which kernels the time goes to.
+    ways: functions by name that prepare a way, which may include compiling. The others are compared with the first.
+    slow: names of ways that take long to prepare; before each of them, the results so far are reported. rounds: of timing.
+    profiled: whether to profile, on a GPU, which kernels take the time.
     """
 
     model: str
@@ -40,10 +40,10 @@ class Case:
 class Row:
     """One way's figures.
 
-    times_s: of each round. prepare_s: making it ready, its first run in it. working_bytes: of device memory at most, beyond
-    weights and inputs: what it holds (a graph's memory) and what a run allocates; None on a CPU. difference: of its
-    result from the first way's, largest, as a share of the largest value. refused: why it did not run, in place of all that.
-    kinds, longest: the GPU's time in one run by kind of kernel, and by kernel.
+    times_s: seconds of each round. prepare_s: seconds to prepare it, including its first run. working_bytes: peak device memory
+    beyond weights and inputs, which is what it holds (a graph's memory) and what a run allocates; None on a CPU. difference: the
+    largest difference from the first way's result, as a share of the largest value. refused: why it did not run; then there are
+    no figures. kinds, longest: the GPU's time in one run by kind of kernel, and by kernel.
     """
 
     model: str
@@ -60,15 +60,15 @@ class Row:
 
     @property
     def median_s(self) -> float:
-        """Not a number where it did not run."""
+        """The median of `times_s`, in seconds; nan if the way did not run."""
         return median(self.times_s) if self.times_s else float("nan")
 
 
 @torch.inference_mode()
 def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: float = float("inf")) -> Iterator[list[Row]]:
-    """The rows of all ways, again and more as slow ways become ready; the last are the result. A round has each way once.
+    """Yields the rows so far before each slow way; the last rows are the result. A round runs each way once.
 
-    slow_until: by `perf_counter`; no slow way is begun later. Raises `GPULostError`, after the rows so far.
+    slow_until: a time of `perf_counter` after which no slow way is started. Raises `GPULostError` after yielding the rows so far.
     """
     ready: dict[str, Way] = {}
     rows: dict[str, Row] = {}
@@ -81,7 +81,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: fl
             continue
         try:
             way, rows[name], result = _made_ready(case, name, make, device)
-        except Exception as exc:  # whatever it is: the other ways' figures are worth having, and it is told in its place
+        except Exception as exc:  # any error: it is reported in this way's row, and the other ways are still measured
             rows[name] = Row(case.model, case.name, name, refused=f"{type(exc).__name__}: {exc}"[:2000])
             try:
                 check_alive(device, f"{case.name}: {name}", exc)
@@ -100,7 +100,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, slow_until: fl
 
 
 def seconds(way: Way, device: torch.device) -> float:
-    """Of one run; on a GPU by its own clock, from an idle GPU to an idle GPU."""
+    """The duration of one run. On a GPU it is measured by the GPU's clock, from idle to idle."""
     if device.type != "cuda":
         started = perf_counter()
         way()
@@ -148,7 +148,7 @@ def _profiled(row: Row, way: Way) -> Row:
 
 
 def _reserved_bytes(device: torch.device) -> int:
-    """Memory that is in use or belongs to a graph; 0 on a CPU."""
+    """Device memory that is in use or belongs to a CUDA graph; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     gc.collect()

@@ -1,6 +1,6 @@
-"""The nets of both models, ours and diffusers', of the same random but seeded weights: what a benchmark needs of a checkpoint.
+"""The nets of both models, ours and diffusers', with the same random but seeded weights: benchmarks need no checkpoint.
 
-Each side has weights of its own, since ours lie in channels-last memory and diffusers' as it loads them.
+Each side has its own copy of the weights: ours are in channels-last memory, diffusers' in the layout in which it loads them.
 """
 
 import copy
@@ -48,7 +48,7 @@ PUBLISHED_CONTROL = ControlNetSize()
 
 @dataclass(frozen=True)
 class AnimateDiffSize:
-    """unet, control, vae: of diffusers' classes. side: of the latents."""
+    """unet, control, vae: arguments of diffusers' classes. side: height and width of the latents."""
 
     unet: Mapping[str, Any] = field(default_factory=lambda: animatediff.UNET)
     control: Mapping[str, Any] = field(default_factory=lambda: animatediff.SPARSE_CONTROL)
@@ -61,7 +61,7 @@ class AnimateDiffSize:
 
 @dataclass(frozen=True)
 class ControlNeXtSize:
-    """unet, vae: of diffusers' classes. height, width: of the latents. window: frames of the call, frames: of the whole job."""
+    """unet, vae: arguments of diffusers' classes. height, width: of the latents. window: frames of a call. frames: of a job."""
 
     unet: Mapping[str, Any] = field(default_factory=lambda: controlnext.UNET)
     vae: Mapping[str, Any] = field(default_factory=lambda: controlnext.VAE)
@@ -112,7 +112,7 @@ TINY_CONTROLNEXT = ControlNeXtSize(
 
 @dataclass(frozen=True)
 class AnimateDiffNets:
-    """Those of diffusers are their_*. vae is in channels-last memory."""
+    """diffusers' nets are named their_*; the others are ours. vae is in channels-last memory."""
 
     size: AnimateDiffSize
     their_unet: Any
@@ -125,9 +125,9 @@ class AnimateDiffNets:
 
 @dataclass(frozen=True)
 class ControlNeXtNets:
-    """Those of diffusers are their_*; of the control net and the VAE both sides use the same.
+    """their_unet is diffusers', unet is ours. Both sides use the same control net and VAE.
 
-    injected: what is under "control" is added in their UNet after its first block, at every call, as in the published code.
+    injected: every call of their_unet adds the value under "control" after its first block, as in the published code.
     """
 
     size: ControlNeXtSize
@@ -176,6 +176,6 @@ def _injecting(unet: Any) -> dict[str, Control | None]:
 
 def _built(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(SEED)
-    with torch.device(device):  # initialised where it is used: a minute less than on a host
+    with torch.device(device):  # initialised on the device where it is used: a minute less than on a host
         module = live(make())
     return nn.Module.to(module, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of half precision

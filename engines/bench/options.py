@@ -1,15 +1,16 @@
-"""What of the benchmark is asked for."""
+"""The options of the benchmark."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Options:
-    """graph: our UNets as CUDA graphs, too. inductor: our compiled UNets, too. compile_theirs: diffusers', too.
+    """graph: also measure our UNets as CUDA graphs. inductor: also our compiled UNets. compile_theirs: also diffusers'.
 
-    autotune: kernels are timed when compiling, minutes more.
+    autotune: compilers time kernels to choose among them, which takes minutes more.
     steps: of a job; None for the endpoint's default.
-    unet_rounds, job_rounds: of timing; of a short job twice as many. compile_until: by `perf_counter`, none is begun later.
+    unet_rounds, job_rounds: rounds of timing; AnimateDiff's short jobs have twice as many. compile_until: a time of
+    `perf_counter` after which no compiling is started.
     """
 
     graph: bool

@@ -1,4 +1,4 @@
-"""The benchmark's rows for people, as a table, and for later, in the GPU's file."""
+"""Shows the benchmark's rows as a table and records them in the GPU's file."""
 
 import json
 import math
@@ -21,18 +21,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Record:
-    """One run in the GPU's file, a list of runs. It is written anew as rows come, in one move, so that no half is ever there."""
+    """One run in the GPU's file, a list of runs. Whenever there are new rows the file is replaced atomically, so it is always whole."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, options: Options):
         self.path = record_of(torch.cuda.get_device_name(device), folder)
         self._runs = json.loads(self.path.read_text()) if self.path.exists() else []
-        asked = {name: value for name, value in asdict(options).items() if name != "compile_until"}  # a clock's, says nothing
+        asked = {name: value for name, value in asdict(options).items() if name != "compile_until"}  # a clock's reading, useless later
         self._run = circumstances(device, dtype) | {"driver": _driver(), "options": asked}
         self._run["versions"] |= {name: version(name) for name in ("diffusers", "transformers")}
         self._run["cudnn_benchmark"] = torch.backends.cudnn.benchmark
 
     def write(self, rows: Iterable[Row]) -> None:
-        """All rows so far."""
+        """Writes all rows so far."""
         run = self._run | {"results": [told(row) for row in rows]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".draft")
@@ -41,7 +41,7 @@ class Record:
 
 
 def told(row: Row) -> dict[str, object]:
-    """A row as the file has it: with its median where it has one, and without numbers that JSON does not know."""
+    """A row as the file holds it: with the median if there is one, and with None for a difference that JSON cannot express."""
     fields: dict[str, object] = asdict(row)
     if row.difference is not None and not math.isfinite(row.difference):
         fields["difference"] = None
@@ -49,7 +49,7 @@ def told(row: Row) -> dict[str, object]:
 
 
 def table(rows: list[Row]) -> Table:
-    """speed-up: how many times as fast as the first way of the case. working: memory beyond weights and inputs."""
+    """The rows as a table. speed-up: against the first way of the case. working: memory beyond weights and inputs."""
     shown = Table("model", "case", "way", "ms", "range", "speed-up", "ready in s", "working GB", "difference")
     first: dict[str, Row] = {}
     for row in rows:
@@ -73,7 +73,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, where its tool is at hand."""
+    """The NVIDIA driver's version, or None without `nvidia-smi`."""
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]

@@ -1,6 +1,6 @@
 """One call of each UNet at the published sizes: a step of AnimateDiff under SparseCtrl, a controlled window of SVD.
 
-What a request computes once (text keys and values, biases) is ready before, on our side as on theirs.
+What each side computes once a request (ours: text keys and values, biases) is computed before the timing.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,15 +25,15 @@ from engines.controlnext.unet import Control
 from kernels.choice import forced
 
 TIMESTEP, TIME, ADDED_IDS = 499, 0.7, (6.0, 127.0, 0.02)
-"""AnimateDiff's; SVD's, 0.25 ln sigma, with what else it is told (fps, motion bucket, noise strength)."""
+"""AnimateDiff's timestep. SVD's time, 0.25 ln sigma, and its added ids (fps, motion bucket, noise strength)."""
 
 
 SLOW = frozenset({"ours, inductor", "diffusers, compiled"})
-"""Ways that take minutes to be made ready."""
+"""Ways that take minutes to prepare."""
 
 
 def animatediff_cases(nets: AnimateDiffNets, options: Options) -> Iterator[Case]:
-    """At guidance 1, and with guidance as a batch of two clips."""
+    """A step at guidance 1, and one with guidance as a batch of two clips."""
     for halves in (1, 2):
         yield _motion_case(nets, halves, options)
 
@@ -49,7 +49,7 @@ def _motion_case(nets: AnimateDiffNets, halves: int, options: Options) -> Case:
     latents, text, mid = normal(sizes["latents"]), normal(halves, 77, size.text_width), normal(sizes["mid"])
     with torch.inference_mode():
         context, time = unet.text_context(text), unet.time_embeddings((TIMESTEP,))
-    images = [t.contiguous(memory_format=torch.channels_last) for t in (*skips, mid)]  # as SparseCtrl gives them, ours
+    images = [t.contiguous(memory_format=torch.channels_last) for t in (*skips, mid)]  # the layout of our SparseCtrl's output
     residuals = Residuals(tuple(images[:-1]), images[-1])
     repeated = text.repeat_interleave(size.frames, dim=0)
     timestep = torch.tensor(TIMESTEP, device=like.device)
@@ -70,7 +70,7 @@ def _motion_case(nets: AnimateDiffNets, halves: int, options: Options) -> Case:
 
 
 def controlnext_cases(nets: ControlNeXtNets, options: Options) -> Iterator[Case]:
-    """A window in the conditional half."""
+    """One window in the conditional half of guidance."""
     size, unet = nets.size, nets.unet
     call = svd_call(unet)
     shape = Shape(size.window, size.height, size.width)
@@ -114,7 +114,7 @@ def unet_case(
     prepared: Callable[[ExactShapes], Way],
     options: Options,
 ) -> Case:
-    """theirs: the way of diffusers' UNet, plain or compiled. prepared: the way of an engine of `call`."""
+    """theirs: makes the way of diffusers' UNet, plain or compiled. prepared: makes the way of an engine of `call`."""
     ways: dict[str, Callable[[], Way]] = {"diffusers": lambda: theirs(their_unet), "ours": ours}
     ways["ours, every kernel"] = lambda: by_kernels(ours())
     ways |= engine_ways(call, prepared, options)
@@ -125,7 +125,7 @@ def unet_case(
 
 
 def engine_ways(call: UNetCall, prepared: Callable[[ExactShapes], Way], options: Options) -> dict[str, Callable[[], Way]]:
-    """The engines that are asked for, each made when its turn comes."""
+    """The ways of the requested engines. Each engine is built only when its way is prepared."""
     ways: dict[str, Callable[[], Way]] = {}
     if options.graph:
         ways["ours, CUDA graph"] = lambda: prepared(GraphEngine(call))
@@ -135,7 +135,7 @@ def engine_ways(call: UNetCall, prepared: Callable[[ExactShapes], Way], options:
 
 
 def by_kernels(way: Way) -> Way:
-    """The way with our kernels at every site, whatever the record says; without this they run where it has them ahead."""
+    """The way with our kernels at every site. Without this, they run only where the record has them faster."""
 
     def run() -> Tensor:
         with forced("kernels"):
@@ -145,6 +145,6 @@ def by_kernels(way: Way) -> Way:
 
 
 def run_once(way: Way) -> Way:
-    """The way, after its first run: that is when `torch.compile` works."""
+    """The way, after a first run in which `torch.compile` compiles it."""
     way()
     return way

@@ -1,9 +1,9 @@
-"""All that a GPU should measure of this project, in the order of its value, within a limit of time.
+"""Runs all GPU measurements of this project within a time limit, the most valuable first.
 
     python -m engines.bench.within --limit 900 [--results FOLDER] [--skip PART]
 
-Each part is a process of its own that writes its record as it goes, so that a part which is cut off or fails loses only what was
-under way. What does not fit any more is left out, and the summary says so. The last words are every part's time.
+Each part is a process of its own that writes its record as it goes, so a part that is stopped or fails loses only the measurement
+in progress. Parts for which too little time is left are left out, and the summary says so. The output ends with every part's time.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from time import perf_counter
 
 @dataclass(frozen=True)
 class Part:
-    """name: for the summary. least_s: with less time left it is not begun. most_s: after which it is stopped. command: to run."""
+    """name: for the summary. least_s: not started with less time left. most_s: stopped after this time. command: to run."""
 
     name: str
     least_s: int
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """result: "done", "failed", "stopped" or "left out". seconds: that it took."""
+    """result: "done", "failed", "stopped" or "left out". seconds: how long it ran."""
 
     part: Part
     result: str
@@ -38,11 +38,11 @@ class Outcome:
 
 
 def parts(results: Path | None) -> tuple[Part, ...]:
-    """The most valuable first; what runs by the kernels' record stands behind them. The seconds are for an H200."""
+    """All parts, the most valuable first; parts that use the kernels' record come after the kernels. Seconds are for an H200."""
     python = sys.executable
     bench = (python, "-m", "engines.bench", "--gpu", "--quick", *(("--results", str(results)) if results else ()))
     kernels = (python, "-m", "kernels.bench", "--workers", "10", *(("--results", str(results / "kernels")) if results else ()))
-    workers = ("-n", "6") if find_spec("xdist") else ()  # the tests compile more than they compute
+    workers = ("-n", "6") if find_spec("xdist") else ()  # the tests spend more time compiling than computing
     tests = (python, "-m", "pytest", "-m", "gpu", "tests/kernels", "tests/engines", "--tb=short", "-p", "no:benchmark", *workers)
     return (
         Part("environment", 5, 30, ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv")),
@@ -57,11 +57,11 @@ def parts(results: Path | None) -> tuple[Part, ...]:
 
 
 _FP16 = "not bfloat16 and not dtype1 and not inductor"
-"""The tests in the dtype that is served, which compile little."""
+"""Selects the tests in the dtype that is served, which compile little."""
 
 
 def run(planned: Sequence[Part], limit_s: float) -> Iterator[Outcome]:
-    """Runs the parts one after the other; each outcome comes when it is there."""
+    """Runs the parts one after the other and yields each outcome when the part ends."""
     until = perf_counter() + limit_s
     for part in planned:
         left = until - perf_counter()
@@ -75,7 +75,7 @@ def run(planned: Sequence[Part], limit_s: float) -> Iterator[Outcome]:
 
 
 def _finished(command: Sequence[str], seconds: float) -> str:
-    """How a command ended that may take so long. It is a process group, so that none of its workers outlives it."""
+    """Runs a command for at most `seconds` and returns how it ended. Its process group is killed with it, workers included."""
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
             return "failed" if process.wait(seconds) else "done"
@@ -87,17 +87,17 @@ def _finished(command: Sequence[str], seconds: float) -> str:
 
 
 def _tell(words: str) -> None:
-    """At once: a part's own output comes between."""
+    """Prints at once, to keep the order with the parts' own output."""
     sys.stdout.write(words + "\n")
     sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 1 unless every part was done."""
+    """Runs the command. Returns 1 unless every part was done."""
     parser = argparse.ArgumentParser(prog="engines.bench.within", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all parts together")
     parser.add_argument("--results", type=Path, help="the folder for records; else kernels/results and engines/results")
-    parser.add_argument("--skip", action="append", default=[], help="a part that was measured before; may be repeated")
+    parser.add_argument("--skip", action="append", default=[], help="leave this part out; may be repeated")
     asked = parser.parse_args(arguments)
     outcomes = []
     for outcome in run([part for part in parts(asked.results) if part.name not in asked.skip], asked.limit):

@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_an_error(pipeline: Pipeline):
 
 
 def test_a_frame_count_beyond_the_position_table_is_refused(pipeline: Pipeline):
-    with pytest.raises(WeightsError, match="know 32 frames, not 33"):
+    with pytest.raises(WeightsError, match="positions for 32 frames, not 33"):
         Denoise(replace(pipeline.denoise.config, num_frames=33))
 
 
