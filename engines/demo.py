@@ -1,4 +1,4 @@
-"""What the models' demo checkpoints have in common: written whole or not at all, random but seeded, no dead branches."""
+"""Shared by the models' demo checkpoints, which are written completely or not at all, random but seeded, without dead branches."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SEED = 0
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a draft that becomes `folder` when it is complete, unless the folder is there already."""
+    """Let `write` fill a draft that becomes `folder` when it is complete. Does nothing if the folder exists."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def live(module: Any) -> Any:
-    """Noise on every parameter that starts at zero: whole branches would be dead, and tests of them prove nothing."""
+    """Fills parameters that start at zero with noise: else whole branches would give zero, and tests of them would prove nothing."""
     for parameter in module.parameters():
         if not parameter.data.any():
             nn.init.normal_(parameter, std=0.05)
@@ -42,6 +42,6 @@ def live(module: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A config file as the hub has them."""
+    """Writes a config file in the hub's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

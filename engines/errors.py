@@ -1,4 +1,4 @@
-"""Every error a caller can meet, in fal's two shapes, and the operator's own.
+"""Every error that a caller can get, in fal's two formats, and those for the operator.
 
     ReelrayError
     ├── ModelError                  detail is a list of {loc, msg, type}   (fal: model errors)
@@ -30,10 +30,10 @@
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
     │   └── StartTimeout                504  request_timeout
-    ├── WeightsError                the operator's: a checkpoint that does not fit
-    └── EngineError                 the operator's: an engine that cannot be built, loaded or run
+    ├── WeightsError                for the operator: a checkpoint that does not fit
+    └── EngineError                 for the operator: an engine that cannot be built, loaded or run
 
-Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. These objects cross Ray, so every
+Types and codes: fal.ai/docs, model-apis/errors and model-apis/request-errors. Ray pickles these objects, so every
 argument goes positionally to `Exception.__init__`: pickle rebuilds an exception from its `args`.
 """
 
@@ -271,7 +271,7 @@ class EngineError(ReelrayError):
 
 @contextmanager
 def blamed_on(field: str) -> Iterator[None]:
-    """Gives a `ModelError` that is raised within the loc ("body", field), unless it has one: media code does not know fields."""
+    """Sets the loc ("body", field) of a `ModelError` raised in this context, unless it has one: media code does not know fields."""
     try:
         yield
     except ModelError as exc:

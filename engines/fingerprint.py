@@ -1,6 +1,7 @@
-"""What shaped some bits, as one SHA-256: two values have the same fingerprint only if they hold the same, to the last bit.
+"""One SHA-256 of everything that a result's bits depend on: values with the same fingerprint are equal to the last bit.
 
-So a render is continued only by what would have begun it the same way: the same conditioning, weights and arithmetic.
+A render is resumed only under the fingerprint that it began with: the same conditioning, weights and arithmetic. Files of weights
+are the exception: only samples of them are read.
 """
 
 import hashlib
@@ -17,13 +18,14 @@ from engines.source import Source
 from kernels.choice import record_of
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""What is read of a file of weights: other weights differ nearly everywhere, and a whole checkpoint takes seconds to read."""
+"""How much is read of a file of weights: other weights differ nearly everywhere, and reading a whole checkpoint takes seconds."""
 
 
 def fingerprint_of(*values: Any) -> str:
     """64 hex digits. values: plain ones, paths, tensors, and tuples, dicts and dataclasses of these.
 
-    A `Source` is what its files hold, wherever they lie; a hub repo is its name and revision. Raises `TypeError` for all else.
+    A folder `Source` counts by the content of its files, not by its path; a hub repo counts by its name and revision. Raises
+    `TypeError` for all else.
     """
     digest = hashlib.sha256()
     for part in _parts(values):
@@ -32,10 +34,10 @@ def fingerprint_of(*values: Any) -> str:
 
 
 def arithmetic_of(device: str) -> tuple[Any, ...]:
-    """What else the bits of a step depend on: the library, the device and, on a CPU, how its threads share a sum."""
+    """What else the bits of a step depend on: the library, the device and, on a CPU, among how many threads a sum is split."""
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        record = record_of(gpu)  # of which kernels run
+        record = record_of(gpu)  # it decides which kernels run
         return torch.__version__, torch.version.cuda, gpu, record.read_bytes() if record.exists() else None
     return torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
 

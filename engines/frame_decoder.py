@@ -1,8 +1,8 @@
-"""Latents to frames by a VAE, some at a time, so that memory does not grow with their number. Both models decode by it.
+"""Decodes latents to frames for both models, some at a time, so that memory does not grow with the number of frames.
 
-A *chunk* is what must be decoded together: a temporal VAE mixes its frames, so the request fixes its size; where frames do not
-see each other, a chunk is one frame. A *batch* is the chunks that one call of the VAE takes. Its size changes no pixel, but for
-rounding: the chunks of a batch do not see each other, and only a chunk that failed is decoded again.
+A *chunk* is the frames that must be decoded together. A temporal VAE mixes the frames of a chunk, so the request fixes its size;
+for a VAE that decodes each frame independently, a chunk is one frame. A *batch* is the chunks in one call of the VAE. Its size
+changes no pixel, except by rounding: the chunks of a batch are independent, and only chunks that failed are decoded again.
 """
 
 import copy
@@ -25,10 +25,10 @@ CallVAE = Callable[[Any, Tensor, int], Tensor]
 
 
 class FrameDecoder:
-    """vae: of diffusers' classes, on its device. batch_frames: in one call of it, where more than one chunk fits.
+    """vae: one of diffusers' classes, on its device. batch_frames: frames in one call of it, if more than one chunk fits.
 
-    Half precision overflows at times, which shows as black frames: such a chunk is decoded again in fp32. A batch for which the
-    device has not the memory is decoded chunk by chunk.
+    Half precision sometimes overflows, which would show as black frames: such a chunk is decoded again in fp32. A batch that
+    does not fit into the device's memory is decoded chunk by chunk.
     """
 
     def __init__(self, vae: Any, call: CallVAE, batch_frames: int):
@@ -52,7 +52,7 @@ class FrameDecoder:
             yield levels
 
     def _decoded(self, batch: Tensor, in_chunk: int) -> Tensor:
-        """(n, 3, H, W): the batch at once, or chunk by chunk if the device has not the memory."""
+        """(n, 3, H, W): the batch at once, or chunk by chunk if it does not fit into the device's memory."""
         batch = batch.to(self.vae.dtype)
         try:
             return self.call(self.vae, batch, in_chunk)
@@ -60,11 +60,11 @@ class FrameDecoder:
             if len(batch) <= in_chunk:
                 raise
             logger.warning("decoding chunk by chunk", extra={"action": "decode_batch_too_large", "frames": len(batch)})
-        # outside the handler: its traceback holds what the call that failed had allocated
+        # outside the handler, whose traceback keeps the memory of the failed call
         return torch.cat([self.call(self.vae, chunk, in_chunk) for chunk in batch.split(in_chunk)])
 
     def _finite(self, pixels: Tensor, batch: Tensor, in_chunk: int) -> Tensor:
-        """The pixels, with every chunk decoded again in fp32 that is not finite. batch: their latents, scaled."""
+        """The pixels; a chunk that is not finite is decoded again in fp32. batch: their latents, scaled."""
         if pixels.isfinite().all():
             return pixels
         if self.vae.dtype not in (torch.float16, torch.bfloat16):

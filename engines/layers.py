@@ -1,7 +1,7 @@
-"""What the UNets of both families share: how diffusers' parameters are taken over into fewer, larger operations.
+"""Layers that both models' UNets share; they compute with diffusers' parameters in fewer, larger operations.
 
-A block runs layers in turn. A layer is the model's own: a resnet and what follows it at that level. What layers need besides the
-images (times, contexts, the number of frames) differs between the models, so a block passes it on unread.
+A block runs its layers in turn. Each model defines its own layer: a resnet and what follows it at that level. What layers need
+besides the images (times, contexts, the number of frames) differs between the models, so a block only passes it on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ def fused_qkv(source: Any) -> nn.Linear:
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, L, C); of channels-last images a view."""
+    """(N, C, H, W) -> (N, L, C); a view of images in channels-last memory."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -43,7 +43,7 @@ def as_images(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.Module):
-    """diffusers' GroupNorm with what follows it. silu: whether a SiLU does."""
+    """diffusers' GroupNorm. silu: whether a SiLU follows it, which is then computed here."""
 
     def __init__(self, source: Any, silu: bool):
         super().__init__()
@@ -51,12 +51,12 @@ class GroupNorm(nn.Module):
         self.num_groups, self.eps, self.silu = source.num_groups, source.eps, silu
 
     def forward(self, x: Tensor, num_frames: int = 1, added: Tensor | None = None) -> Tensor:
-        """x: (B F, C, H, W). num_frames: how many consecutive images share statistics. added: (C,), to x before."""
+        """x: (B F, C, H, W). num_frames: how many consecutive images share statistics. added: (C,), added to x first."""
         shared = (self.weight, self.bias, self.num_groups, self.eps)
         return group_norm_silu(x, *shared, num_frames=num_frames, silu=self.silu, added=added)
 
     def takes_bias(self, x: Tensor, num_frames: int = 1) -> bool:
-        """Whether it should add the bias of the convolution before it. x: images like that one's, of whatever width."""
+        """Whether it should add the bias of the convolution before it. x: images of the same size, with any number of channels."""
         like = x[:1, :1].expand(-1, len(self.weight), -1, -1)
         return norms_by_kernel(like, self.num_groups, num_frames, self.silu)
 
@@ -92,19 +92,19 @@ class FeedForward(nn.Module):
 
 
 def add_linear(layer: nn.Linear, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """residual + layer(x). residual: (..., C), the caller's own and contiguous: the sum may come into its memory.
+    """residual + layer(x). residual: (..., C), contiguous; the sum may overwrite it.
 
-    bias: in place of the layer's. A product that adds to what is there passes over the residual once less.
+    bias: used instead of the layer's. Adding the product in place saves one pass over the residual.
     """
     bias = layer.bias if bias is None else bias
-    if torch.compiler.is_compiling():  # a compiler adds where it sees fit
+    if torch.compiler.is_compiling():  # the compiler decides where to add
         return F.linear(x, layer.weight, bias) + residual
     residual.view(-1, residual.shape[-1]).addmm_(x.flatten(0, -2), layer.weight.t())  # not flatten, which may copy
     return residual.add_(bias)
 
 
 def conv_added(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + conv(x), the convolution's bias in the same pass where a kernel of ours adds. Both (N, C, H, W)."""
+    """residual + conv(x). Where our kernel adds, it adds the convolution's bias in the same pass. Both (N, C, H, W)."""
     if not adds_by_kernel(residual.permute(0, 2, 3, 1), conv.bias):
         return conv(x).add_(residual)
     h = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -125,7 +125,7 @@ class Slots:
 
 
 class DownBlock(nn.Module):
-    """Layers, then half the size. source: diffusers' block."""
+    """Layers, then a downsampler that halves the size. source: diffusers' block."""
 
     def __init__(self, layers: Iterable[nn.Module], source: Any):
         super().__init__()
@@ -135,7 +135,7 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor, *given: Any, first_layer: int = 0) -> list[Tensor]:
         """x: (N, C, H, W) -> the skip tensors, the last of them the output.
 
-        given: passed on to each layer. first_layer: where x enters.
+        given: passed on to each layer. first_layer: the first that runs.
         """
         skips = []
         for i in range(first_layer, len(self.layers)):
@@ -161,7 +161,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Layers over the concatenated skips, then twice the size. source: diffusers' block."""
+    """Layers over the concatenated skips, then an upsampler that doubles the size. source: diffusers' block."""
 
     def __init__(self, layers: Iterable[nn.Module], source: Any):
         super().__init__()
@@ -178,7 +178,7 @@ class UpBlock(nn.Module):
 
 
 def parts_of_layers(source: Any, *kinds: str) -> Iterator[tuple[Any, ...]]:
-    """Each resnet of diffusers' block, with what follows it of the other kinds; None where the level has none.
+    """Each resnet of diffusers' block, with the layers of the other kinds that follow it; None where there is none.
 
     kinds: names of the block's lists, e.g. "attentions".
     """

@@ -41,7 +41,7 @@ _SCHEDULER = {  # SD 1.5's own, with the scaled-linear betas that the loader mus
 
 @dataclass(frozen=True)
 class DemoSize:
-    """channels: of the UNet's two levels. latent: height and width in latents of 8 pixels. vae_channels: of its four levels."""
+    """channels: of the UNet's levels. latent: height and width in latents of 8 pixels. vae_channels: of the VAE's levels."""
 
     channels: tuple[int, int] = (32, 64)
     latent: int = 8

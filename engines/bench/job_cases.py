@@ -108,7 +108,7 @@ def _ours(
 
 
 def _job(conditioning: Any, decoder: FrameDecoder, chunk_frames: int, stage: Any, engine: str) -> Tensor:
-    """Samples latents, decodes them and returns them. Raises `EngineError` if another engine ran the UNet, as times would mislead."""
+    """Samples latents, decodes them and returns them. Raises `EngineError` if another engine than `engine` ran the UNet."""
     latents = stage.sample(conditioning)
     if latents.engine != engine:
         raise EngineError(f"the UNet was run by {latents.engine}, not by {engine}")

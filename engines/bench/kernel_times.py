@@ -30,7 +30,7 @@ class KernelTime:
 
 
 def kernel_times(run: Callable[[], Any]) -> tuple[tuple[KernelTime, ...], tuple[KernelTime, ...]]:
-    """The times of one run by kind and by kernel, the longest first. CUDA only. Call `run` once before, else it includes compiling."""
+    """The times of one run by kind and by kernel, the longest first. CUDA only. Run it once before, or compiling is counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()

@@ -21,12 +21,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class Record:
-    """One run in the GPU's file, a list of runs. Whenever there are new rows the file is replaced atomically, so it is always whole."""
+    """One run in the GPU's file, a list of runs. The file is replaced atomically as rows come, so it is always complete."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, options: Options):
         self.path = record_of(torch.cuda.get_device_name(device), folder)
         self._runs = json.loads(self.path.read_text()) if self.path.exists() else []
-        asked = {name: value for name, value in asdict(options).items() if name != "compile_until"}  # a clock's reading, useless later
+        asked = {name: value for name, value in asdict(options).items() if name != "compile_until"}  # means nothing later
         self._run = circumstances(device, dtype) | {"driver": _driver(), "options": asked}
         self._run["versions"] |= {name: version(name) for name in ("diffusers", "transformers")}
         self._run["cudnn_benchmark"] = torch.backends.cudnn.benchmark

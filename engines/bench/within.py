@@ -3,7 +3,7 @@
     python -m engines.bench.within --limit 900 [--results FOLDER] [--skip PART]
 
 Each part is a process of its own that writes its record as it goes, so a part that is stopped or fails loses only the measurement
-in progress. Parts for which too little time is left are left out, and the summary says so. The output ends with every part's time.
+in progress. Parts that no longer fit are left out, and the summary says so. The output ends with every part's time.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def run(planned: Sequence[Part], limit_s: float) -> Iterator[Outcome]:
 
 
 def _finished(command: Sequence[str], seconds: float) -> str:
-    """Runs a command for at most `seconds` and returns how it ended. Its process group is killed with it, workers included."""
+    """Runs a command and returns how it ended. After `seconds` its process group is killed, and so all of its workers."""
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
             return "failed" if process.wait(seconds) else "done"

@@ -1,4 +1,4 @@
-"""SVD's UNet call as flat tensors: `unet.py`'s arguments by name."""
+"""SVD's UNet call with flat tensors as inputs: the arguments of `unet.py`, by name."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from engines.controlnext.unet import Control, Half, SVDUNet
 
 
 def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:
-    """One window in one half of ControlNeXt. controlled: whether the control's maps are an input (the conditional half)."""
+    """The UNet call of one window in one half. controlled: whether the control's maps are an input (the conditional half)."""
     weight = unet.conv_in.weight
     levels = skip_levels(unet.down, unet.conv_in.out_channels)
     image_width: Any = next(m.cross_v.in_features for m in unet.modules() if isinstance(m, SelfAttention))
@@ -40,17 +40,17 @@ def no_control(unet: SVDUNet, latents: Tensor) -> Control:
 
 
 def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> dict[str, Tensor]:
-    """The arguments of `SVDUNet.forward` by the graph's names."""
+    """The arguments of `SVDUNet.forward` under the graph's input names."""
     inputs = {"latents": latents, "image": half.image}
     inputs |= dict((*numbered("context", half.context), *numbered("time", time)))
     return inputs if control is None else inputs | {"control": control.maps, "control_scale": latents.new_tensor([control.scale])}
 
 
 def _trunk(unet: SVDUNet) -> tuple[int, int]:
-    """Channels of what the control is added to, and how often the latents' size is divided there."""
+    """Channels of the features that the control is added to, and the divisor of the latents' size there."""
     first: Any = unet.down[0]
     levels = skip_levels(unet.down, unet.conv_in.out_channels)
-    behind = len(first.layers)  # the skip of the first downsampler, behind conv_in's and the layers'
+    behind = len(first.layers)  # the skips are conv_in's, then each layer's, then the first downsampler's
     return levels[behind + 1] if first.downsampler is not None else levels[behind]
 
 
@@ -63,5 +63,5 @@ class _SVDCall(nn.Module):
         latents, image, *rest = inputs
         context, rest = rest[: self.num_contexts], rest[self.num_contexts :]
         time, rest = rest[: self.num_times], rest[self.num_times :]
-        control = Control(rest[0], rest[1]) if rest else None  # type: ignore[arg-type]  # a number that may change
+        control = Control(rest[0], rest[1]) if rest else None  # type: ignore[arg-type]  # the scale as a tensor: it may change
         return self.unet(latents, Half(image, context), time, control)

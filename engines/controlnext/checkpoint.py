@@ -1,7 +1,7 @@
-"""From the published layouts to loaded modules: SVD XT's folders, ControlNeXt's UNet and net, DWPose's ONNX files.
+"""Loads modules from the published layouts: SVD XT's folders, ControlNeXt's UNet and net, DWPose's ONNX files.
 
-Every loader checks the config for what our layers do not compute and the tensors for an exact fit, and raises
-`WeightsError` otherwise. Layouts: `video-models.md` section 1B.
+Every loader raises `WeightsError` if the config asks for something that our layers do not compute, or if the tensors do not
+fit exactly. Layouts: `video-models.md` section 1B.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from engines.weights import (
 _STEM = "diffusion_pytorch_model"
 
 _SCHEDULER_DEFAULTS: dict[str, Any] = {"prediction_type": "epsilon", "timestep_type": "discrete", "use_karras_sigmas": False}
-"""Of diffusers' `EulerDiscreteScheduler`, for a config that leaves them out."""
+"""Defaults of diffusers' `EulerDiscreteScheduler`, for a config that leaves them out."""
 
 _SCHEDULER_NEEDS: dict[str, Any] = {
     "prediction_type": "v_prediction",
@@ -42,27 +42,27 @@ _SCHEDULER_NEEDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class NoiseRange:
-    """The ends of the sigmas."""
+    """The smallest and the largest sigma."""
 
     sigma_min: float
     sigma_max: float
 
 
 def weights_of(config: ControlNeXtConfig) -> ControlNeXtWeights:
-    """The folders or repos. The demo's own are put in place by whoever knows where they were written."""
+    """The configured folders or repos. Raises `WeightsError` for "demo", which the settings must have replaced by its folders."""
     if not isinstance(config.weights, ControlNeXtWeights):
         raise WeightsError('"demo" names no folder; see ControlNeXtWeights.demo')
     return config.weights
 
 
 def size_multiple(weights: ControlNeXtWeights) -> int:
-    """Height and width must be multiples of it, in pixels: 64 as published, three halvings below the VAE's eighth."""
+    """Height and width must be multiples of this many pixels: 64 as published, as the VAE divides by 8 and the UNet by 8 more."""
     unet = read_json(_base(weights) / "unet" / "config.json")
     return latent_scale(weights) * 2 ** (len(unet["block_out_channels"]) - 1)
 
 
 def latent_scale(weights: ControlNeXtWeights) -> int:
-    """Pixels per latent, each way."""
+    """Pixels per latent, in height and in width."""
     return 2 ** (len(read_json(_base(weights) / "vae" / "config.json")["block_out_channels"]) - 1)
 
 
@@ -72,7 +72,7 @@ def load_unet(config: ControlNeXtConfig) -> SVDUNet:
 
 
 def load_diffusers_unet(config: ControlNeXtConfig) -> UNetSpatioTemporalConditionModel:
-    """The same weights in diffusers' own class, on the host. Its 1428 keys must all be there: v2 replaces every one."""
+    """The same weights in diffusers' own class, on the host. The file must hold all its 1428 keys: v2 replaces every one."""
     weights = weights_of(config)
     unet_config = read_json(_base(weights) / "unet" / "config.json")
     model = build(lambda: UNetSpatioTemporalConditionModel.from_config(unet_config))
@@ -102,7 +102,7 @@ def load_vae(config: ControlNeXtConfig, dtype: torch.dtype) -> AutoencoderKLTemp
 
 
 def load_image_encoder(config: ControlNeXtConfig) -> CLIPVisionModelWithProjection:
-    """CLIP-H's image tower; `position_ids`, a buffer of old checkpoints, is a constant and left out."""
+    """CLIP-H's image encoder. `position_ids`, a buffer in old checkpoints, is a constant and is not loaded."""
     weights = weights_of(config)
     folder = _base(weights) / "image_encoder"
     stored = read_tensors(folder, "model", weights.base.variant)
@@ -110,12 +110,12 @@ def load_image_encoder(config: ControlNeXtConfig) -> CLIPVisionModelWithProjecti
     model: Any = build(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**read_json(folder / "config.json"))))
     load_strict(model, tensors, str(folder), torch_dtype(config.dtype))
     embeddings = model.vision_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # not stored, so still without storage
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # not in the checkpoint, so still on the meta device
     return model.to(config.device)
 
 
 def load_noise_range(weights: ControlNeXtWeights) -> NoiseRange:
-    """The ends of the sigmas, 0.002 and 700 as published."""
+    """The smallest and the largest sigma, 0.002 and 700 as published."""
     path = _base(weights) / "scheduler" / "scheduler_config.json"
     config = read_json(path)
     require(_SCHEDULER_DEFAULTS | config, _SCHEDULER_NEEDS, str(path))
@@ -123,7 +123,7 @@ def load_noise_range(weights: ControlNeXtWeights) -> NoiseRange:
 
 
 def pose_folder(weights: ControlNeXtWeights) -> Path:
-    """Where DWPose's two files lie."""
+    """The folder with DWPose's two files."""
     return locate(weights.pose, [DETECTOR_FILE, POSE_FILE])
 
 

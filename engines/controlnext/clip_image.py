@@ -1,6 +1,6 @@
-"""The reference image as CLIP sees it: SVD's own antialiased resize to 224x224, then CLIP's normalisation.
+"""The reference image as CLIP's input: SVD's own antialiased resize to 224x224, then CLIP's normalisation.
 
-Another resize would give another embedding than the one the model was trained with. `video-models.md` 2B.7.
+Another resize would give an embedding unlike those that the model was trained with. `video-models.md` 2B.7.
 """
 
 import torch
@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images. Radford et al., arXiv 2103.00020."""
+"""Of the pixels of CLIP's training images, by channel. Radford et al., arXiv 2103.00020."""
 
 
 def clip_pixels(image: Tensor, size: int) -> Tensor:
     """image: (3, H, W) in [0, 1] -> (1, 3, size, size), normalised for CLIP."""
     blurred = _blur((2 * image - 1)[None], size)
-    # corners aligned, and values beyond the range that bicubic weights make are kept, as in SVD's pipeline
+    # as in SVD's pipeline: corners are aligned, and values that bicubic weights push out of the range are kept
     small = F.interpolate(blurred, (size, size), mode="bicubic", align_corners=True) / 2 + 0.5
     mean, std = (torch.tensor(t, dtype=image.dtype, device=image.device)[:, None, None] for t in (MEAN, STD))
     return (small - mean) / std

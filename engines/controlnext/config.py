@@ -1,4 +1,4 @@
-"""Which weights answer for ControlNeXt SVD, and within which limits. `serve_config.yaml` fills it; no torch."""
+"""Which weights serve ControlNeXt SVD, and within which limits. `serve_config.yaml` sets it. Does not import torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,15 +8,15 @@ from engines.backends.config import EngineConfig
 from engines.source import DType, Source
 
 DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
-"""DWPose's two nets, as their hub repo names them."""
+"""Files of DWPose's two nets, as named in their hub repo."""
 
 
 @dataclass(frozen=True)
 class ControlNeXtWeights:
-    """Where each part lies (video-models.md, section 1B).
+    """Where each part is stored (video-models.md, section 1B).
 
-    base: Stable Video Diffusion XT; of its UNet only the config is read. unet, control: one .safetensors file each, made by
-    `reelray convert-weights` from the published pickles or had as such. pose: DWPose's two ONNX files.
+    base: Stable Video Diffusion XT; of its UNet only the config is read. unet, control: one .safetensors file each, converted
+    from the published pickles by `reelray convert-weights` or obtained in this format. pose: DWPose's two ONNX files.
     """
 
     base: Source
@@ -42,14 +42,17 @@ class ControlNeXtWeights:
 class ControlNeXtConfig:
     """How the model runs.
 
-    control_batch_frames: frames that go through the control net at once. control_cache_bytes: for the part of it that is
-    the same at every step (37 MB a frame at 1024x576, fp16, twice that with its residual); frames beyond are computed anew.
-    decode_batch_frames: frames in one VAE call where whole chunks fit, exact for any value; bounds memory (about 1.3 GB a
-    frame at 1024x576, fp16). max_image_pixels: larger images and video frames are refused before they are decoded.
-    max_decode_chunk: larger `decode_chunk_size`s are refused: a chunk is decoded at once, whatever decode_batch_frames says.
-    max_video_s: longer driving videos are refused. threads: torch's CPU threads in a process; None is all cores on a CPU
-    and one beside a GPU. engine: what runs the UNet; without shapes of its own it is made ready for the API's defaults, and
-    TensorRT for 2 to 25 frames at that size.
+    control_batch_frames: frames that go through the control net at once.
+    control_cache_bytes: memory for the control net's part that is the same at every step (37 MB a frame at 1024x576, fp16, twice
+    that with its residual). For frames that do not fit, it is computed again at every step.
+    decode_batch_frames: frames in one VAE call, in whole chunks and at least one; exact for any value; bounds memory (about
+    1.3 GB a frame at 1024x576, fp16).
+    max_image_pixels: larger images and video frames are refused before they are decoded.
+    max_decode_chunk: larger `decode_chunk_size`s are refused: a chunk is decoded at once, whatever decode_batch_frames is.
+    max_video_s: longer driving videos are refused.
+    threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
+    engine: what runs the UNet; if it names no shapes, it is prepared for the API's defaults, and TensorRT for 2 to 25 frames at
+    that size.
     """
 
     weights: ControlNeXtWeights | Literal["demo"] = "demo"
@@ -67,7 +70,7 @@ class ControlNeXtConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for numbers that cannot be."""
+        """Raises `ValueError` for numbers out of range."""
         counts = (self.control_batch_frames, self.decode_batch_frames, self.max_decode_chunk, self.max_image_pixels)
         if min(counts) < 1 or self.max_video_s <= 0:
             raise ValueError(

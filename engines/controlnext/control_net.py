@@ -1,6 +1,6 @@
-"""ControlNeXt's net: a pose image to one feature map that is added to the UNet's trunk. Each frame by itself.
+"""ControlNeXt's net: a pose image to one feature map that is added to the UNet's trunk, for each frame independently.
 
-Attribute names are the checkpoint's. Its layers up to the first resnet's first convolution do not see the timestep, so
+Attribute names are the checkpoint's. The layers up to the first resnet's first convolution do not depend on the timestep, so
 `prefix` can be kept for a whole request (5d). ControlNeXt, arXiv 2408.06070; `video-models.md` section 1B.
 """
 
@@ -20,7 +20,7 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class ControlNetSize:
-    """Widths; the defaults are the published net's. out: must be the width of the UNet's first level. time: sinusoid's length."""
+    """Widths; the defaults are the published net's. out: the width of the UNet's first level. time: the sinusoid's length."""
 
     stem: tuple[int, int, int] = (64, 64, 128)
     levels: tuple[int, int] = (128, 256)
@@ -30,7 +30,7 @@ class ControlNetSize:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What does not depend on the timestep. stem, hidden: (n, C, h, w), the first resnet's input and first convolution."""
+    """What does not depend on the timestep. stem: the first resnet's input. hidden: its first convolution's. Both (n, C, h, w)."""
 
     stem: Tensor
     hidden: Tensor
@@ -87,7 +87,7 @@ class ControlNet(nn.Module):
         return self.time_embedding(self.time_proj(torch.tensor(times, device=weight.device)).to(weight.dtype))
 
     def prefix(self, images: Tensor) -> Prefix:
-        """images: (n, 3, H, W) in [0, 1]."""
+        """The features of images that do not depend on the timestep. images: (n, 3, H, W) in [0, 1]."""
         stem = self.embedding(images.contiguous(memory_format=torch.channels_last))
         resnet: Any = self.down_res[0]
         return Prefix(stem, resnet.conv1(F.silu(resnet.norm1(stem))))
@@ -95,7 +95,7 @@ class ControlNet(nn.Module):
     def finish(self, prefix: Prefix, time: Tensor, size: tuple[int, int]) -> Tensor:
         """The maps, normalised per frame and pooled to the trunk's `size`: (n, C, h, w). time: (1, E).
 
-        Pooling commutes with cross normalisation, so all that `unet.inject` needs is a small map a frame (5e).
+        Pooling commutes with cross normalisation, so `unet.inject` needs only a small map for each frame (5e).
         """
         x = self.mid_convs[1](self._features(prefix, time))
         std, mean = frame_statistics(x)  # before pooling

@@ -1,7 +1,7 @@
 """Latents to an mp4: the temporal VAE decodes chunk by chunk, and the encoder takes the frames as they come.
 
-The decoder's convolutions and norms see the frames of a chunk together, so another `decode_chunk_size` gives other pixels
-and it is never altered; several chunks in one batch do not see each other (5i).
+The decoder's convolutions and norms mix the frames of a chunk, so another `decode_chunk_size` gives other pixels: the request's
+is never altered. Several chunks in one batch are decoded independently (5i).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class Decode:
     def __init__(self, config: ControlNeXtConfig):
         self.config = config
         self.vae = load_vae(config, torch_dtype(config.dtype)).to(config.device)
-        del self.vae.encoder, self.vae.quant_conv  # the preprocess stage's
+        del self.vae.encoder, self.vae.quant_conv  # only the preprocess stage needs them
         self.decoder = FrameDecoder(self.vae, call_vae, config.decode_batch_frames)
 
     def frames(self, latents: ControlNeXtLatents) -> Frames:
@@ -34,7 +34,7 @@ class Decode:
     def decode(
         self, latents: ControlNeXtLatents, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None
     ) -> Clip:
-        """The video as a file, at the rate that was asked for."""
+        """The video as a file, at the requested frame rate."""
         height, width = self.decoder.size(latents.values)
         total = latents.values.shape[2]
 

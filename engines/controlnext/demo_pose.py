@@ -1,13 +1,15 @@
-"""A puppet, and two tiny ONNX files of DWPose's shapes that find it: the pose side of the demo checkpoints.
+"""The pose part of the demo checkpoints: a drawn puppet, and two tiny ONNX files with DWPose's shapes that find it.
 
-The puppet wears a disc of its own colour on each of COCO's 17 joints, with a grey ring around it. The nets are not trained
-but written down: a joint is where a solid patch of its colour lies beside that grey. `demo-weights.md`, section 5.
+Each of COCO's 17 joints of the puppet has a disc of its own colour with a grey ring around it. The nets are not trained but
+written by hand: a joint is where a solid patch of its colour lies beside that grey. `demo-weights.md`, section 5.
 
-Colours are apart so that H.264 with its halved chroma does not confuse them: discs take corners and middles of the RGB
-cube's edges and faces (levels 0, 128, 255), rings its centre, everything else the centres of its eighths (levels 64, 192),
-110 away from every disc's. Noise or a gradient may hold the discs' colours, but not in solid patches beside that grey.
-Limits: one person, in frames whose short side is at least 128 after H.264 and 48 without; smaller
-ones lose joints, and noise in frames below 64 may be taken for some.
+The colours differ enough that H.264 with its halved chroma does not confuse them. Discs have the colours at the RGB cube's
+corners and at the middles of its edges and faces (levels 0, 128, 255), rings that of its centre. Everything else has the colours
+at the centres of its eighths (levels 64, 192), 110 away from every disc's. Noise or a gradient may contain the discs' colours,
+but not in solid patches beside that grey.
+
+Limits: one person, in frames whose short side is at least 128 pixels after H.264 and 48 without. In smaller frames joints are
+missed, and noise in frames below 64 may be taken for joints.
 """
 
 import io
@@ -33,7 +35,7 @@ Floats = NDArray[np.float64]
 JOINTS = 17
 NOSE = 0
 L_EYE, L_EAR, L_SHOULDER, L_ELBOW, L_WRIST, L_HIP, L_KNEE, L_ANKLE = 1, 3, 5, 7, 9, 11, 13, 15
-"""COCO's order; one more is the right one of each. Left is the puppet's own: on the right of the picture."""
+"""Indices of the left joints in COCO's order; the right one is one more. Left is the puppet's own, on the picture's right."""
 
 CODES: tuple[Colour, ...] = (
     *((255, 255, 128), (128, 255, 255), (255, 128, 128), (0, 0, 128), (128, 0, 0)),  # nose, eyes, ears
@@ -49,7 +51,7 @@ FRAMES_PER_DANCE = 24
 
 @dataclass(frozen=True)
 class Puppet:
-    """Colours and proportions. Colours have the levels 64 and 192 only (see above); lengths are fractions of its height.
+    """Colours and proportions. Colours use the levels 64 and 192 only (see above); lengths are fractions of its height.
 
     head, disc: radii. shoulders, hips: half widths. torso, arm, leg: lengths; an arm or a leg is two equal parts. limb: half
     width. size: height as a fraction of the frame's, or less where the frame is narrow. floor: where the ground begins, as a
@@ -74,7 +76,7 @@ class Puppet:
 
 
 DRIVER = Puppet()
-"""Of `write_puppet_clip`."""
+"""The puppet of `write_puppet_clip`."""
 
 REFERENCE = Puppet(
     shirt=(64, 192, 192),
@@ -90,11 +92,11 @@ REFERENCE = Puppet(
     size=0.64,
     floor=0.75,
 )
-"""Of `puppet_image`: another puppet than the clip's, and smaller in its frame."""
+"""The puppet of `puppet_image`: it differs from the clip's, and is smaller in its frame."""
 
 
 def puppet_joints(puppet: Puppet, time: float, height: int, width: int) -> Floats:
-    """(17, 2): x and y in pixels of a frame of (height, width). time: in dances; a dance begins anew at every whole number."""
+    """(17, 2): x and y in pixels of a frame of (height, width). time: in dances; a new dance begins at every whole number."""
     unit = _unit(puppet, height, width)
     beat = 2 * np.pi * time
     lean, crouch = 0.1 * np.sin(beat), 0.15 * (1 - np.cos(2 * beat))  # radians
@@ -119,7 +121,7 @@ def puppet_joints(puppet: Puppet, time: float, height: int, width: int) -> Float
 
 def puppet_frame(puppet: Puppet, time: float, height: int, width: int) -> NDArray[np.uint8]:
     """(height, width, 3), uint8, RGB: the puppet at a time of its dance, as in `puppet_joints`."""
-    fine = 3  # times finer, then averaged: smooth edges, the same bytes everywhere
+    fine = 3  # drawn this many times finer, then averaged: smooth edges, and the same bytes everywhere
     unit = _unit(puppet, height, width) * fine
     joints = (puppet_joints(puppet, time, height, width) + 0.5) * fine - 0.5
     picture = np.full((height * fine, width * fine, 3), puppet.wall, np.uint8)
@@ -178,22 +180,23 @@ def _disc(picture: NDArray[np.uint8], centre: Floats, radius: float, colour: Col
 _OPSET, _IR = 17, 8  # of 2022: old enough for every ONNX Runtime in use
 _REACH = 60.0  # levels, of 255: how far from a colour still counts; colours are at least 110 apart
 _STEEPNESS = 2.0  # similarity is full up to 0.7 of the reach
-_MIN_JOINTS = 5  # fewer kinds of disc are chance
+_MIN_JOINTS = 5  # fewer kinds of disc may be there by chance
 _MARGIN = 1.2  # of the box around the discs, for what they do not cover: the top of the head, hands, feet
 _LEVELS = 255.0
 
 
 def write_demo_pose(folder: Path) -> None:
-    """Write `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`, the same bytes every time; `folder` is made if need be."""
+    """Write `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`, the same bytes every time; `folder` is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DETECTOR_FILE).write_bytes(demo_detector().SerializeToString(deterministic=True))
     (folder / POSE_FILE).write_bytes(demo_keypoints().SerializeToString(deterministic=True))
 
 
 def demo_detector() -> ModelProto:
-    """YOLOX-L's shapes: images (1, 3, 640, 640) to raw cells (1, 8400, 85), all zero but the last: the box of all discs.
+    """A net with YOLOX-L's shapes: images (1, 3, 640, 640) to raw cells (1, 8400, 85).
 
-    With too few kinds of disc its objectness is 0. Works at half the resolution.
+    All cells are zero except the last, which is the box of all discs. With too few kinds of disc its objectness is 0. The net
+    computes at half the resolution.
     """
     net = _Graph()
     side = detector.SIDE // 2
@@ -223,10 +226,10 @@ def demo_detector() -> ModelProto:
 
 
 def demo_keypoints() -> ModelProto:
-    """DWPose's shapes: input (N, 3, 384, 288), normalised, to simcc_x (N, 133, 576) and simcc_y (N, 133, 768).
+    """A net with DWPose's shapes: input (N, 3, 384, 288), normalised, to simcc_x (N, 133, 576) and simcc_y (N, 133, 768).
 
-    The 17 body points peak at their discs' centres, with score m^2 / (m^2 + 4) for m pixels across, about 0.97, where a clip
-    to 1 would leave a plateau without a middle; points 17 to 132 are zero everywhere, that is absent.
+    The 17 body points peak at their discs' centres, with score m^2 / (m^2 + 4) for m pixels across, about 0.97. Clipping to 1
+    instead would give a plateau without a middle. Points 17 to 132 are zero everywhere, which means absent.
     """
     net = _Graph()
     std, mean = (np.reshape(values, (1, 3, 1, 1)) / _LEVELS for values in (keypoints.STD, keypoints.MEAN))
@@ -256,8 +259,8 @@ def demo_keypoints() -> ModelProto:
 def _joint_maps(net: "_Graph", colours: str, erode: int, dilate: int) -> str:
     """(N, 3, H, W) in [0, 1] to (N, 17, H, W): 1 inside joint k's disc, 0 elsewhere.
 
-    Likeness to colour c is clip(s * (1 - |x - c|^2 / r^2), 0, 1), one 1x1 convolution of (x, x^2). Eroding removes seams, where
-    two colours mix to a third; what has no ring's grey within half of `dilate` pixels is not a disc.
+    Similarity to colour c is clip(s * (1 - |x - c|^2 / r^2), 0, 1), one 1x1 convolution of (x, x^2). Eroding removes seams, where
+    two colours mix to a third. A patch without a ring's grey within half of `dilate` pixels is not a disc.
     """
     targets = np.array((*CODES, RING), np.float64) / _LEVELS
     steep = _STEEPNESS / (_REACH / _LEVELS) ** 2
@@ -273,7 +276,7 @@ def _joint_maps(net: "_Graph", colours: str, erode: int, dilate: int) -> str:
 
 
 class _Graph:
-    """Nodes in order, with constants and names made up on the way."""
+    """Collects an ONNX graph's nodes in order, with their constants, and generates the names."""
 
     def __init__(self) -> None:
         self._nodes: list[NodeProto] = []

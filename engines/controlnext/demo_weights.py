@@ -1,6 +1,6 @@
 """Tiny checkpoints in the published layouts: random but seeded, so that everything runs without a hub and without a GPU.
 
-They draw coloured noise, not people; they exist to be loaded, moved and compared like the real ones. The pose models are
+They give coloured noise, not people; their purpose is to be loaded, moved and compared like the real ones. The pose models are
 made by hand and do find the puppet of `demo_pose`. Sizes: `video-models.md` section 8, about 12 MB in all.
 """
 
@@ -51,7 +51,7 @@ TINY = DemoSize()
 
 
 def write_demo_weights(folder: Path, size: DemoSize = TINY) -> ControlNeXtWeights:
-    """Write all parts below `folder`, at once or not at all, unless they are there. Returns where they lie."""
+    """Write all parts to `folder`, completely or not at all, unless it exists. Returns where each part is."""
     write_once(folder, lambda draft: _write_all(ControlNeXtWeights.demo(draft), size))
     return ControlNeXtWeights.demo(folder)
 

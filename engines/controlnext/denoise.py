@@ -33,7 +33,7 @@ FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape
 
 @dataclass(frozen=True)
 class Nets:
-    """What the checkpoints hold of denoising. noise: the ends of the sigmas. scale: pixels per latent, each way."""
+    """The parts of the checkpoints that denoising needs. noise: range of the sigmas. scale: pixels per latent, each way."""
 
     unet: SVDUNet
     control_net: ControlNet
@@ -42,14 +42,14 @@ class Nets:
 
 
 def load_nets(config: ControlNeXtConfig) -> Nets:
-    """Raises `WeightsError` for checkpoints that do not fit."""
+    """Loads the nets. Raises `WeightsError` for checkpoints that do not fit."""
     weights = weights_of(config)
     scale, noise = latent_scale(weights), load_noise_range(weights)
     return Nets(load_unet(config), load_control_net(config), noise, scale)
 
 
 class Denoise:
-    """Holds the UNet and the control net. nets: in place of the config's weights, for a benchmark."""
+    """Holds the UNet and the control net. nets: used by benchmarks instead of the config's weights."""
 
     def __init__(self, config: ControlNeXtConfig, nets: Nets | None = None):
         nets = nets or load_nets(config)
@@ -73,13 +73,14 @@ class Denoise:
         """The video's latents, (1, 4, N, h, w).
 
         on_step, on_progress: see `run_steps`; `resume` takes a checkpoint of `on_step`.
-        on_progress: called within a step, too, after each window but the last.
-        should_stop: asked before every net's call. Raises `Cancelled` then, `GenerationFailed` on non-finite latents.
+        on_progress: also called within a step, after each window but the last.
+        should_stop: called before every call of a net; if it returns true, raises `Cancelled`.
+        Raises `GenerationFailed` on non-finite latents.
         """
         run = _Run(self, conditioning, on_progress, should_stop)
         start = resume or self._start(conditioning)
         if (start.steps, start.latents.shape[2]) != (conditioning.num_inference_steps, len(conditioning.poses)):
-            raise ValueError("the checkpoint is another request's")
+            raise ValueError("the checkpoint belongs to another request")
         # contiguous, as between steps: a checkpoint from a file is not, and other strides could mean other kernels and other bits
         x = start.latents[0].transpose(0, 1).contiguous().to(self.config.device)  # (N, 4, h, w)
         x = run_steps(run.step, start, x, _as_clip, on_step, on_progress)
@@ -92,7 +93,7 @@ class Denoise:
         return self.prepared.by_call
 
     def run_unet(self, latents: Tensor, half: Half, time: Biases, control: Control | None = None) -> tuple[Tensor, str]:
-        """`SVDUNet.forward` by the engine that there is for it, and that one's name."""
+        """Runs `SVDUNet.forward` with the engine prepared for it. Returns the output and the engine's name."""
         frames, _, height, width = latents.shape
 
         def inputs() -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ class Denoise:
         return self.prepared.call("svd-controlled", shape, inputs, lambda: self.unet(latents, half, time, control))
 
     def _start(self, conditioning: ControlNeXtConditioning) -> Checkpoint:
-        """Noise at the largest sigma: the draw after the image's."""
+        """Noise at the largest sigma, drawn after the reference image's noise."""
         generator = restored_generator(conditioning.rng_state)
         num_frames, _, height, width = conditioning.poses.shape
         shape = (1, num_frames, self.unet.latent_channels, height // self.scale, width // self.scale)
@@ -155,7 +156,7 @@ class _Run:
         return total / self.counts
 
     def _guided(self, latents: Tensor, maps: Tensor | None, window: Window, i: int) -> Tensor:
-        """The velocity of one window. At guidance 1 the unconditional half has no part in it (5h)."""
+        """The velocity of one window. At guidance 1 the unconditional half is not needed (5h)."""
         control = None if maps is None else Control(maps[window.control_frames], self.control_scale)
         check(self.should_stop)
         conditional = self._half(latents, self.conditional, i, control)
@@ -171,7 +172,7 @@ class _Run:
 
 
 class ControlMaps:
-    """The control of every frame at one step: once a frame, not once a window, and for the conditional half alone (5b)."""
+    """The control maps of all frames at a step: once a frame, not once a window, and only for the conditional half (5b)."""
 
     def __init__(self, stage: Denoise, poses: Tensor, times: list[float], should_stop: ShouldStop | None):
         self.net, self.should_stop = stage.control_net, should_stop
@@ -192,7 +193,7 @@ class ControlMaps:
         return torch.cat(maps)
 
     def _prefix(self, k: int) -> Prefix:
-        """The part that is the same at every step, of the k-th batch of frames; kept as long as memory is to spare (5d)."""
+        """The k-th batch's part that is the same at every step; it is kept as long as the cache has room (5d)."""
         if k < len(self._kept):
             return self._kept[k]
         prefix = self.net.prefix(self.poses[k].to(self.device).to(self.dtype) / 255)

@@ -1,15 +1,15 @@
-"""The layers of SVD's UNet, over diffusers' weights, in the form that saves work exactly.
+"""The layers of SVD's UNet, with diffusers' weights, computed exactly but with less work.
 
-diffusers' classes define and load the parameters; these modules take them over and compute the same function with less.
-What depends on the request is, in the end, biases: a resnet's time projection joins the bias of its first convolution
-(5g), and cross-attention over SVD's single image token is a constant that joins the bias of the self-attention before it
-(5a). So a call gets two lists of vectors, one for the step and one for the guidance half, and each layer knows its slots.
+diffusers' classes define and load the parameters; these modules take them over and compute the same function with less work.
+What depends on the request becomes biases: a resnet's time projection joins the bias of its first convolution (5g), and
+cross-attention over SVD's single image token is a constant that joins the bias of the self-attention before it (5a). So a call
+gets two lists of vectors, one for the step and one for the guidance half, and each layer knows its indices in them, its slots.
 The blend factors are constants of the weights (5g) and are folded into the temporal convolutions.
-Numbers refer to `video-models.md` section 5; the net is Stable Video Diffusion, arXiv 2311.15127, appendix D.
+Numbers such as 5g refer to `video-models.md` section 5; the net is Stable Video Diffusion, arXiv 2311.15127, appendix D.
 
-Letters: F frames of one clip, C channels, L = H W tokens. Images are (F, C, H, W) in channels-last memory, so that reading
-them as tokens (F, L, C), or as one image of F rows and L columns (1, C, F, L), moves no data (on a
-CPU; CUDA's GroupNorm gives other strides).
+Letters: F frames of one clip, C channels, L = H W tokens. Images are (F, C, H, W) in channels-last memory, so that on a CPU
+reading them as tokens (F, L, C), or as one image of F rows and L columns (1, C, F, L), moves no data. CUDA's GroupNorm gives
+other strides.
 """
 
 from collections.abc import Sequence
@@ -41,14 +41,14 @@ Biases = Sequence[Tensor]
 
 
 class BlockSlots:
-    """The counters from which the layers of a net take their places: in the step's biases and in the half's."""
+    """Counters that give the layers of a net their slots, in the step's biases and in the guidance half's."""
 
     def __init__(self) -> None:
         self.time, self.context = Slots(), Slots()
 
 
 class SpatialConvs(nn.Module):
-    """diffusers' `ResnetBlock2D` as SVD has it."""
+    """diffusers' `ResnetBlock2D` as SVD uses it."""
 
     def __init__(self, source: Any, slot: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Resnet(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention, and with it the cross-attention to one image token that follows: a vector in its output bias (5a)."""
+    """Self-attention and the cross-attention to one image token that follows it, as a vector in the output bias (5a)."""
 
     def __init__(self, source: Any, cross: Any, slot: int):
         super().__init__()
@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         self.cross_v, self.cross_out = cross.to_v, cross.to_out[0]
 
     def context_bias(self, image_embedding: Tensor) -> Tensor:
-        """image_embedding: (1, D) -> (C,). The softmax over one key is 1 whatever the query, so q and k have no part in it."""
+        """image_embedding: (1, D) -> (C,). The softmax over one key is 1 for any query, so q and k are not needed."""
         return self.out.bias + self.cross_out(self.cross_v(image_embedding))[0]
 
     def forward(self, x: Tensor, residual: Tensor, context: Biases, over_frames: bool) -> Tensor:
@@ -147,7 +147,7 @@ class SpatialBlock(nn.Module):
         self.norm3, self.ff = LayerNorm(source.norm3), FeedForward(source.ff)
 
     def forward(self, x: Tensor, context: Biases) -> Tensor:
-        """x: (F, L, C), which is changed."""
+        """x: (F, L, C), may be overwritten."""
         x = self.attn(self.norm1(x), x, context, over_frames=False)
         return self.ff(self.norm3(x), x)
 
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
 
     def positions(self, num_frames: int) -> Tensor:
         """(F, 1, C): the MLP of the frame's index, a constant of the weights (5g)."""
-        if exporting():  # F has no value then, and what is kept would be no tensor
+        if exporting():  # F is symbolic then, and a kept result would not be a real tensor
             return self._computed_positions(num_frames)
         if (found := self._positions.get(num_frames)) is None:
             found = self._positions[num_frames] = self._computed_positions(num_frames)
@@ -219,7 +219,7 @@ class Layer(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        """Of the images that it gives."""
+        """Channels of its output."""
         return int(self.resnet.spatial.conv2.out_channels)
 
     def forward(self, x: Tensor, time: Biases, context: Biases) -> Tensor:
@@ -236,12 +236,12 @@ def layers(source: Any, slots: BlockSlots) -> list[Layer]:
 def _mix(blender: Any) -> float:
     """The share a = sigmoid(mix_factor) of the spatial path."""
     assert blender.merge_strategy == "learned_with_images"
-    assert not blender.switch_spatial_to_temporal_mix  # the VAE's
+    assert not blender.switch_spatial_to_temporal_mix  # only the VAE's blenders have it
     return float(torch.sigmoid(blender.mix_factor.double()))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(F, C, H, W) -> (1, C, F, L): the video as one image of a row for each frame."""
+    """(F, C, H, W) -> (1, C, F, L): the video as one image with a row for each frame."""
     return x.flatten(2).permute(1, 0, 2)[None]
 
 

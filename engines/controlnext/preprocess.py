@@ -1,6 +1,6 @@
 """A reference image and a driving video to tensors: the person's poses in the image's proportions, CLIP and VAE of the image.
 
-The video is read and posed frame by frame, and only its skeletons are kept until the alignment is known. The published
+People are detected in the video frame by frame, and only their skeletons are kept until the alignment is known. The published
 code fits the alignment to every strided frame of the file; here it is fitted to the frames that are used, so that the
 rest need not be read (5j of `video-models.md`).
 """
@@ -29,10 +29,10 @@ from engines.spec import OnProgress, Progress, ShouldStop
 from engines.stopping import stoppable
 
 NOISE_STRENGTH = 0.02
-"""Of the noise on the reference image before it is encoded; the third added id."""
+"""Strength of the noise on the reference image before it is encoded; also the third added id."""
 
 REFERENCE_IDS = (6.0, 128.0, NOISE_STRENGTH)
-"""What the published code uses whatever it is asked for (3B)."""
+"""The added ids that the published code uses for every request (3B)."""
 
 
 class Preprocess:
@@ -51,7 +51,7 @@ class Preprocess:
     def encode(
         self, spec: ControlNeXtSpec, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None
     ) -> ControlNeXtConditioning:
-        """Raises `ModelError` with the field in its loc for media that cannot be used, `Cancelled` between frames."""
+        """Raises `ModelError` for media that cannot be used, with the field in its loc, and `Cancelled` between frames."""
         if spec.decode_chunk_size > (limit := self.config.max_decode_chunk):
             message = f"This service decodes at most {limit} frames together."
             raise ValueTooLarge(message, ("body", "decode_chunk_size"), {"le": limit})
@@ -99,7 +99,7 @@ class Preprocess:
                 found = [self.dwpose(frame) for frame in frames]
                 alignment = fit(reference, found, (height, width), (video.height, video.width))
                 driving = (draw(alignment.apply(pose), height, width) for pose in found)
-            # one block, filled as they come: 425 MB for 240 frames at 1024x576 need not exist twice
+            # one array, filled frame by frame, so that its 425 MB (240 frames at 1024x576) do not exist twice
             poses = np.empty((spec.max_frame_num, height, width, 3), np.uint8)
             count = 0
             for pose in chain((draw(reference, height, width),), driving):
@@ -113,7 +113,7 @@ class Preprocess:
         return self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).image_embeds.float().cpu()
 
     def _latent(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """(4, h, w) fp32: the posterior's mean, unscaled, of the image with a little noise: the first draw of a request."""
+        """(4, h, w) fp32: the posterior's mean, unscaled, for the image with a little noise, which is a request's first draw."""
         noise = torch.randn((1, *image.shape), generator=generator)
         pixels = (2 * image - 1)[None] + NOISE_STRENGTH * noise
         return self.vae.encode(pixels.to(self.config.device)).latent_dist.mean[0].cpu()
@@ -122,7 +122,7 @@ class Preprocess:
 def _watched(
     video: VideoReader, spec: ControlNeXtSpec, on_progress: OnProgress | None, should_stop: ShouldStop | None
 ) -> Iterator[NDArray[np.uint8]]:
-    """The driving frames, as many as the output has after the reference's own."""
+    """The driving frames, as many as the output needs after the reference's own. Reports each to on_progress."""
     count = spec.max_frame_num - 1
     total = video.at_most(spec.sample_stride, count)
     for done, frame in enumerate(stoppable(video.frames(spec.sample_stride, count), should_stop), start=1):

@@ -1,12 +1,13 @@
-"""The published nets' sizes, for who builds them without their checkpoints. What is not named is the diffusers class's default.
+"""The published nets' sizes, for building them without their checkpoints. Sizes not given are the diffusers class's defaults.
 
-`video-models.md`, section 1B; a test holds what they compute to its section 4. The control net's are `ControlNetSize`'s own.
+Source: `video-models.md`, section 1B. A test compares the nets' operation counts with its section 4. The control net's sizes are
+the defaults of `ControlNetSize`.
 """
 
 from typing import Any
 
 UNET: dict[str, Any] = {"num_attention_heads": (5, 10, 20, 20)}
-"""The class default of the heads, 5, 10, 10, 20, is not what was published."""
+"""The published numbers of heads; the class's default is 5, 10, 10, 20."""
 VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,

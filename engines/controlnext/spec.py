@@ -1,4 +1,4 @@
-"""What is asked of ControlNeXt SVD, and what its stages hand to each other. No torch at import."""
+"""The request to ControlNeXt SVD, and what its stages pass to each other. No torch at import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_FIELD, VIDEO_FIELD = "image_url", "video_url"
-"""What the caller named the two files, for error messages."""
+"""The request's fields for the two files, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class ControlNeXtSpec(RenderSpec):
 
     image: path of the reference image. video: path of the driving video. height, width: of the output, in pixels.
     max_frame_num: cap on the output's frames, the reference's own frame 0 included. batch_frames, overlap: of the windows.
-    sample_stride: every so manieth frame drives. decode_chunk_size: frames that the VAE decodes together; changes pixels.
-    fps: of the output, and with motion_bucket_id a condition of the model. controlnext_cond_scale: of the pose's influence.
-    video_is_pose: the video shows drawn poses already, in this model's colours. strict_reference: the published code's
-    ids (6, 128, 0.02), whatever `fps` and `motion_bucket_id` are.
+    sample_stride: every n-th frame of the video is used. decode_chunk_size: frames that the VAE decodes together; changes pixels.
+    fps: frame rate of the output; the model is also conditioned on it and on motion_bucket_id. controlnext_cond_scale: strength
+    of the pose's influence. video_is_pose: the video already shows drawn poses, in this model's colours. strict_reference: use
+    the published code's ids (6, 128, 0.02), whatever `fps` and `motion_bucket_id` are.
     """
 
     image: Path

@@ -1,6 +1,6 @@
 """SVD's UNet with ControlNeXt's injection: one call is one window in one guidance half at one step.
 
-The walk of diffusers' `UNetSpatioTemporalConditionModel.forward` over `layers`; a test holds the two together.
+It runs `layers` in the order of diffusers' `UNetSpatioTemporalConditionModel.forward`; a test compares the two.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class SVDUNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def guidance_half(self, image_latent: Tensor, image_embedding: Tensor) -> Half:
-        """What `forward` needs of one guidance half, once a request; zeros for the unconditional one.
+        """What `forward` needs of one guidance half, computed once a request. For the unconditional half, pass zeros.
 
         image_latent: (4, h, w). image_embedding: (1, D).
         """
@@ -62,9 +62,9 @@ class SVDUNet(nn.Module):
         return Half(image, [attn.context_bias(image_embedding.to(weight)) for attn in attentions])
 
     def time_biases(self, times: Sequence[float], added_ids: Sequence[float]) -> list[Biases]:
-        """What `forward` needs at each step, once a request (5g): every resnet's time projection of every step.
+        """What `forward` needs at each step, computed once a request (5g): every resnet's time projection at every step.
 
-        times: 0.25 ln sigma of S steps. added_ids: (fps id, motion bucket, noise strength), in fp32 as the rest of the
+        times: 0.25 ln sigma of S steps. added_ids: (fps id, motion bucket, noise strength), in fp32 like the rest of the
         embedding: bf16 would round a strength of 0.02 by 0.1 %.
         """
         like = self.conv_in.weight
@@ -93,9 +93,9 @@ class SVDUNet(nn.Module):
 
 
 def inject(x: Tensor, control: Control) -> Tensor:
-    """Cross normalisation: the control takes each frame's mean and deviation before it is added. x: (F, C, h, w).
+    """Cross normalisation: the control is given each frame's mean and deviation before it is added. x: (F, C, h, w).
 
-    ControlNeXt, arXiv 2408.06070, section 3.3; the control's own statistics are already out of `maps` (5e).
+    ControlNeXt, arXiv 2408.06070, section 3.3. `maps` are already normalised by their own statistics (5e).
     """
     std, mean = frame_statistics(x)
     return x + (INJECTION * control.scale) * (control.maps * std.to(x.dtype) + mean.to(x.dtype))

@@ -1,4 +1,4 @@
-"""How a long video is cut into overlapping windows, and whose result counts for which frame. `video-models.md` 2B.6."""
+"""How a long video is cut into overlapping windows, and which window's result counts for which frame. `video-models.md` 2B.6."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ class Window:
 
     @property
     def control_frames(self) -> list[int]:
-        """The frames whose poses control this window: in front always the reference's own, frame 0."""
+        """The frames whose poses control this window. The first is always the reference's own, frame 0."""
         return [0, *range(self.start + 1, self.stop)]
 
     @property
     def first_counted(self) -> int:
-        """Local frame 0 stands for the reference; what it gives counts in the first window only."""
+        """The window's first frame whose result counts. Its frame 0 stands for the reference, and counts in the first window only."""
         return 0 if self.start == 0 else 1
 
 
 def windows(num_frames: int, batch_frames: int, overlap: int) -> tuple[Window, ...]:
-    """Starts every batch_frames - overlap frames, the last moved back to end with the video: 240, 24, 6 are 13 windows.
+    """Windows start every batch_frames - overlap frames; the last is moved back to end with the video: 240, 24, 6 give 13.
 
     Every frame is counted in one window at least. Raises `ValueError` unless 1 <= overlap < batch_frames.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from engines.errors import ImageLoadError, ImageTooLarge, ImageTooSmall, UnsupportedImageFormat
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is decoded; PIL knows more, but every decoder is a way in."""
+"""The formats that are decoded. PIL knows more, but every decoder adds to the attack surface."""
 
 
 def load_image(data: bytes, height: int, width: int, max_pixels: int) -> Tensor:
@@ -27,9 +27,9 @@ def load_image(data: bytes, height: int, width: int, max_pixels: int) -> Tensor:
 def load_cover(data: bytes, height: int, width: int, max_pixels: int, min_side: int = 64) -> Tensor:
     """(3, height, width), fp32 in [0, 1]: upright, RGB, the centre of the image scaled to cover the size, aspect kept.
 
-    Bilinear without antialiasing, the free side rounded up, then torchvision's centre crop: ControlNeXt SVD v2 as published.
-    It rounds to 8 bits behind the scaling, this does not (at most half a level apart). Only the pixels that the crop keeps
-    are computed: one row of a million pixels would otherwise cost gigabytes.
+    Bilinear without antialiasing, the free side rounded up, then torchvision's centre crop, as in ControlNeXt SVD v2's
+    published code. That code rounds to 8 bits after scaling, this does not (at most half a level apart). Only the pixels that
+    the crop keeps are computed: an image of one row of a million pixels would otherwise cost gigabytes.
 
     Raises what `load_image` raises, and `ImageTooSmall` (ctx min_height, min_width) below min_side pixels on a side.
     """
@@ -50,9 +50,9 @@ def load_cover(data: bytes, height: int, width: int, max_pixels: int, min_side: 
 def _taps(size: int, scaled: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """For the middle `kept` of `scaled` pixels made from `size`: the two source pixels of each, (kept,), and the second's share.
 
-    Those of torch's `interpolate(mode="bilinear", align_corners=False)`: pixel i looks at (i + 1/2) size / scaled - 1/2.
+    As in torch's `interpolate(mode="bilinear", align_corners=False)`, pixel i is sampled at (i + 1/2) size / scaled - 1/2.
     """
-    start = round((scaled - kept) / 2)  # halves to even, as torchvision
+    start = round((scaled - kept) / 2)  # rounds halves to even, as torchvision does
     position = ((torch.arange(start, start + kept, dtype=torch.float64) + 0.5) * (size / scaled) - 0.5).clamp(min=0)
     first = position.floor().long()
     return first, (first + 1).clamp(max=size - 1), (position - first).float()
@@ -70,7 +70,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     """Upright by its EXIF tag, 8-bit RGB."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # PIL's own guess at a bomb; ours follows
+            warnings.simplefilter("ignore")  # PIL's own warning of large images; our check follows
             if image.width * image.height > max_pixels:
                 raise _too_large(max_pixels)
             return _rgb(ImageOps.exif_transpose(image))
@@ -85,7 +85,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. PIL clips what has more than 8 bits instead of scaling it; floating point says no range at all."""
+    """8-bit RGB. PIL would clip values of more than 8 bits, so they are scaled here; floating-point images state no range."""
     if image.mode == "F":
         raise UnsupportedImageFormat("Floating-point images are not served.")
     if image.mode.startswith("I"):

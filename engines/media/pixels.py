@@ -1,4 +1,4 @@
-"""What a VAE returns, as the levels that an encoder takes."""
+"""Converts a VAE's output to the 8-bit levels that a video encoder takes."""
 
 import numpy as np
 import torch

@@ -15,8 +15,8 @@ Frames = Iterator[NDArray[np.uint8]]
 X264_OPTIONS = {"crf": "18", "x264-params": "threads=4:mbtree=0"}
 """Constant quality 18, visually lossless, and the same bytes from the same frames.
 
-With x264's macroblock tree 120 encodes of one 64x64 clip gave 11 different files (its assembly reads memory that nobody
-wrote: without assembly they were one), without the tree one. The number of threads shapes the file, so it is fixed.
+With x264's macroblock tree, 120 encodes of one 64x64 clip gave 11 different files, and without it one. The tree's assembly reads
+uninitialised memory: without assembly all files were the same. The number of threads changes the file, so it is fixed.
 """
 
 _BT709 = 1
@@ -26,8 +26,8 @@ _BT709 = 1
 def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[bytes, int]:
     """An mp4 with its index in front (faststart), yuv420p, BT.709; and the number of frames. height, width: even.
 
-    Frames are converted to yuv420p here, so that the encoder does not convert them its own way. The file passes through
-    a temporary folder: moving the index needs to read back.
+    Frames are converted to yuv420p here, so that the encoder does not convert them its own way. The file is written to
+    a temporary folder, because moving the index to the front needs to read it back.
     """
     count = 0
     with tempfile.TemporaryDirectory(prefix="reelray-") as folder:

@@ -1,7 +1,7 @@
 """A video file of unknown origin to RGB frames, one at a time, with every limit checked before memory is taken.
 
-The container is told by its first bytes and its demuxer is forced, so that FFmpeg never guesses: no playlist, no other
-file and no address is ever opened. The file's headers are believed where they refuse, never where they allow.
+The container is recognised by its first bytes and its demuxer is fixed, so FFmpeg never guesses: no playlist, no other file and
+no URL is ever opened. A file may be refused for what its headers say, but is never accepted for it.
 """
 
 import ctypes
@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 from engines.errors import ImageTooLarge, UnsupportedVideoFormat, VideoLoadError, VideoTooLong
 
 FORMATS = ("AVI", "GIF", "MKV", "MOV", "MP4", "WEBM")
-"""What is read; FFmpeg knows 300 more, but every demuxer is a way in. A GIF is read whole, as FFmpeg adds up its duration."""
+"""The formats that are read. FFmpeg knows 300 more, but every demuxer adds to the attack surface.
+
+A GIF is read whole, as FFmpeg adds up its duration.
+"""
 
 DECODERS = ("av1", "gif", "h264", "hevc", "libdav1d", "mjpeg", "mpeg4", "prores", "vp8", "vp9")
 """FFmpeg's names of the decoders that may run. Sound is never decoded."""
@@ -33,16 +36,16 @@ DECODERS = ("av1", "gif", "h264", "hevc", "libdav1d", "mjpeg", "mpeg4", "prores"
 _DEMUXERS = "avi,gif,matroska,mov"
 
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
-"""HEIF and AVIF pictures wear mp4's clothes: ISO/IEC 23008-12, annex B."""
+"""Brands of HEIF and AVIF pictures, which use mp4's container: ISO/IEC 23008-12, annex B."""
 
 _ENDS_EARLY_S = 0.5
-"""A file may end this much before it says it does: the last frame's duration is often missing, and headers round."""
+"""A file may end this many seconds before its declared end: the last frame's duration is often missing, and headers round."""
 
 _MAX_STREAMS = 16
-"""Of any kind: each has an index of its own. Beyond, Matroska's are ignored and other files refused."""
+"""Limit of streams of any kind, as each has an index. Above it, Matroska's streams are ignored and other files are refused."""
 
 _MAX_BLOCK = 128 << 20
-"""Bytes that FFmpeg may take at once: a frame of 44 megapixels in RGB, or the index of five million frames."""
+"""Bytes that FFmpeg may allocate at once: a frame of 44 megapixels in RGB, or the index of five million frames."""
 
 _DAMAGED = "The video is damaged and could not be decoded."
 
@@ -54,16 +57,16 @@ class VideoReader:
     """One video, read once, forwards. `open_video` makes it.
 
     height, width: of the frames as displayed, in pixels: rotation and mirroring in the file's display matrix are applied,
-    its sample aspect ratio is not. packets: how many were decoded so far, one frame each but in odd files.
+    its sample aspect ratio is not. packets: how many were decoded so far, one frame each except in unusual files.
     """
 
     def __init__(self, container: InputContainer, max_pixels: int, max_duration_s: float):
         self.packets = 0
         self._closed = False
         self._container = container
-        self._max_pixels = min(max_pixels, _MAX_BLOCK // 3)  # a frame as RGB must be had in one block
+        self._max_pixels = min(max_pixels, _MAX_BLOCK // 3)  # a frame in RGB must fit into one block
         self._stream = _video_stream(container)
-        # Matroska declares one end, of sound and picture together; FFmpeg sometimes copies it to the streams.
+        # Matroska declares one end for sound and picture together; FFmpeg sometimes copies it to the streams.
         self._declares_streams = container.format.name != "matroska" and self._stream.duration is not None
         self._declared_end_s = self._check_header(max_duration_s)
         self._reached_s = Fraction(0)
@@ -80,15 +83,16 @@ class VideoReader:
         self._frames = chain((first,), self._decoding)
 
     def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
-        """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB. Once.
+        """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB.
 
-        stride, count: at least 1. Stops behind the last frame asked for: what follows is not decoded, nor read but for the
-        decoder's reordering and FFmpeg's buffer. The frames between are decoded, as others lean on them, but not converted.
-        A shorter file gives fewer frames. A frame of another size than the first, as browsers record them, is scaled to it.
+        Call it once. stride, count: at least 1. Stops after the last requested frame: what follows is not decoded, and not read
+        except for the decoder's reordering and FFmpeg's buffer. The frames between are decoded, because others depend on them,
+        but not converted. A shorter file gives fewer frames. A frame of another size than the first, as in browsers'
+        recordings, is scaled to it.
 
-        Raises `ImageTooLarge` at a frame above the limit, `VideoLoadError` where decoding fails and where the file ends
-        before these frames and half a second or more before the end that its header declares. Blemishes that the decoder
-        conceals are shown, as every player does.
+        Raises `ImageTooLarge` at a frame above the limit. Raises `VideoLoadError` if decoding fails, and if the file ends before
+        these frames and more than half a second before the end that its header declares. Errors that the decoder conceals
+        remain in the frames, as in every player.
         """
         last = (count - 1) * stride
         index = -1
@@ -103,18 +107,18 @@ class VideoReader:
             )
 
     def at_most(self, stride: int, count: int) -> int:
-        """How many frames `frames` will give by the file's own word, for telling progress only; count where it has none."""
+        """How many frames `frames` will give according to the file's header, or count if it does not say. For progress only."""
         rate = self._stream.average_rate
         declared = self._stream.frames or (self._declared_end_s is not None and rate and round(self._declared_end_s * rate))
         return min(count, -(-declared // stride)) if declared else count
 
     def close(self) -> None:
-        """End the demuxer's loop before its container goes: PyAV 18 reads on from a closed one and crashes."""
+        """End the demuxer's loop before its container is closed: PyAV 18 would go on reading from a closed one and crash."""
         self._decoding.close()
         self._closed = True
 
     def _check_header(self, max_duration_s: float) -> Fraction | None:
-        """The declared end on the clock of the packets, in seconds; None where the file declares none, as live recordings."""
+        """The declared end on the packets' clock, in seconds; None if the file declares none, as in live recordings."""
         stream, container = self._stream, self._container
         if stream.codec_context.width * stream.codec_context.height > self._max_pixels:
             raise self._too_large()
@@ -134,10 +138,10 @@ class VideoReader:
 
     def _set_up_decoder(self) -> None:
         context = self._stream.codec_context
-        # One thread: each further one decodes a frame ahead, and holds it. 59 frames of 1080p H.264 take one 0.12 s.
+        # One thread: each further thread decodes a frame ahead and holds it. One takes 0.12 s for 59 frames of 1080p H.264.
         context.thread_count = 1
-        # The decoder's own limit stands before its allocations. It counts padded sizes (1080 lines are 1088 for H.264),
-        # hence the room; frames in between are refused by `_decode`.
+        # The decoder checks its own limit before it allocates. It counts padded sizes (1080 lines are 1088 for H.264), so its
+        # limit is larger than ours; `_checked` refuses frames in between.
         context.options = {"codec_whitelist": ",".join(DECODERS), "max_pixels": str(2 * self._max_pixels + 65536)}
         if context.name == "h264":
             # Without this a stream that does not state its reorder depth loses frames until the decoder has learnt it.
@@ -147,7 +151,7 @@ class VideoReader:
         with _translated():
             for packet in self._container.demux():
                 self._note_time(packet)
-                if packet.stream_index != self._stream.index or not packet.size:  # no size: "as before" (AVI), or the end
+                if packet.stream_index != self._stream.index or not packet.size:  # no size: the last frame repeats (AVI), or the end
                     continue
                 if packet.is_corrupt:
                     raise VideoLoadError("The video is damaged: a packet is cut off.")
@@ -161,7 +165,7 @@ class VideoReader:
         try:
             frames = context.decode(packet)
         except av.error.FFmpegError as exc:
-            # How decoders leave a size they refuse: H.264 keeps it, the others forget it and speak of a bad argument.
+            # After a refused size, H.264's decoder still holds it; the others reset it to 0 and report an invalid argument.
             forgotten = context.width == 0 and isinstance(exc, av.error.ArgumentError)
             if forgotten or context.width * context.height > self._max_pixels:
                 raise self._too_large() from exc
@@ -174,7 +178,7 @@ class VideoReader:
             yield frame
 
     def _note_time(self, packet: Any) -> None:
-        """How far the file goes: its picture where the header declares the picture's end, else all that is in it."""
+        """Notes how far the file reaches: its picture stream if the header declares that stream's end, else all of its streams."""
         time = packet.pts if packet.pts is not None else packet.dts
         if time is not None and (packet.stream_index == self._stream.index or not self._declares_streams):
             self._reached_s = max(self._reached_s, (time + (packet.duration or 0)) * packet.time_base)
@@ -195,11 +199,11 @@ class VideoReader:
 def open_video(path: Path, max_pixels: int, max_duration_s: float) -> Iterator[VideoReader]:
     """The first video stream of the file that is not a cover picture, with its first frame decoded.
 
-    max_pixels: of one frame. max_duration_s: in seconds, against what the header declares; it need not declare any.
+    max_pixels: of one frame. max_duration_s: limit of the duration that the header declares, if it declares one, in seconds.
 
-    Raises `UnsupportedVideoFormat` (ctx supported_formats) for what is no such file, has no such stream or codec,
+    Raises `UnsupportedVideoFormat` (ctx supported_formats) for another kind of file, or one without such a stream or codec,
     `ImageTooLarge` (ctx max_height, max_width: of a square at the limit), `VideoTooLong` (ctx max_duration,
-    provided_duration) and `VideoLoadError`; all with an empty loc, as `load_image`.
+    provided_duration) and `VideoLoadError`; all with an empty loc, as in `load_image`.
     """
     with path.open("rb", buffering=0) as file, _open_container(file) as container:
         reader = VideoReader(container, max_pixels, max_duration_s)
@@ -214,17 +218,18 @@ def _open_container(file: BinaryIO) -> InputContainer:
     if demuxer is None:
         raise _unsupported(f"The file is not a video in one of the formats {', '.join(FORMATS)}.")
     file.seek(0)
-    # No decoder may run here: FFmpeg would decode to learn more than the header says, before a limit could be checked,
-    # would believe the frames over the header, and would guess durations.
+    # No decoder may run here. FFmpeg would decode frames to learn more than the header says, before a limit could be checked.
+    # It would also trust the frames over the header, and would guess durations.
     options = {"codec_whitelist": "none", "format_whitelist": _DEMUXERS, "max_streams": str(_MAX_STREAMS)}
     with _translated():
         return av.open(file, "r", demuxer, options, metadata_errors="replace", io_open=_open_nothing_else)
 
 
 def _limit_blocks() -> None:
-    """Bound every allocation of PyAV's FFmpeg, process-wide: an mp4 of 3 kB that promises 100 million samples took 2.3 GB.
+    """Bound every allocation of PyAV's FFmpeg, process-wide: an mp4 of 3 kB that declares 100 million samples took 2.3 GB.
 
-    PyAV 18 does not offer the call, its wheels bring the library. On a build over the system's FFmpeg there is no such bound.
+    PyAV 18 does not expose the call, but its wheels contain the library. A PyAV built against the system's FFmpeg has no such
+    bound.
     """
     for library in (Path(av.__file__).parents[1] / "av.libs").glob("libavutil*.so*"):
         ctypes.CDLL(str(library)).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))
@@ -234,7 +239,7 @@ _limit_blocks()
 
 
 def _demuxer(head: bytes) -> str | None:
-    """FFmpeg's name for what the first 16 bytes announce."""
+    """FFmpeg's name of the demuxer for a file that begins with these 16 bytes; None if it is not served."""
     if head[4:8] == b"ftyp":
         return None if head[8:12] in _STILL_BRANDS else "mov"
     if head[4:8] in (b"free", b"mdat", b"moov", b"skip", b"wide"):  # QuickTime, before it had ftyp
@@ -263,7 +268,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
 def _display_matrix(frame: av.VideoFrame) -> Matrix:
     try:
         data: Any = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18 stumbles over side data that is newer than its list, such as Exif: it has the angle only
+    except ValueError:  # PyAV 18 fails on side data that is newer than its list, such as Exif; it still gives the angle
         angle = radians(-frame.rotation)
         return cos(angle), sin(angle), -sin(angle), cos(angle)
     if data is None:
@@ -273,7 +278,7 @@ def _display_matrix(frame: av.VideoFrame) -> Matrix:
 
 
 def _lies_down(matrix: Matrix) -> bool:
-    """Whether the display swaps height and width. Angles between are rounded to quarter turns."""
+    """Whether the display swaps height and width. Other angles are rounded to quarter turns."""
     a, b, c, d = matrix
     return abs(b) + abs(c) > abs(a) + abs(d)
 
@@ -288,15 +293,18 @@ def _upright(pixels: NDArray[np.uint8], matrix: Matrix) -> NDArray[np.uint8]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """What PyAV raises on files: FFmpeg's errors, ValueError (Unicode's among them), OverflowError for odd numbers."""
+    """Turns what PyAV raises on files into `VideoLoadError`.
+
+    These are FFmpeg's errors, ValueError (Unicode errors among them), and OverflowError for odd numbers.
+    """
     try:
         yield
     except (av.error.FFmpegError, ValueError, ArithmeticError) as exc:
         raise VideoLoadError(_DAMAGED) from exc
     except OSError as exc:
-        if exc.errno != errno.EINVAL:  # our disk's trouble, not the file's
+        if exc.errno != errno.EINVAL:  # a fault of our disk, not of the file
             raise
-        raise VideoLoadError(_DAMAGED) from exc  # the file sent FFmpeg to a negative offset
+        raise VideoLoadError(_DAMAGED) from exc  # the file made FFmpeg seek to a negative offset
 
 
 def _open_nothing_else(url: str, flags: int, options: dict[str, str]) -> NoReturn:

@@ -1,7 +1,7 @@
 """Moves and scales the driving poses onto the reference body, by one affine fit over the whole video.
 
-`video-models.md`, section 2B.4. The published code fails on input that the fit cannot use, or draws a figure turned on its
-head or shrunk to a dot; here the former is an error for the caller and the latter becomes a shift without scaling.
+`video-models.md`, section 2B.4. On input that the fit cannot use, the published code fails, or draws a figure upside down
+or shrunk to a dot. Here the first case is an error for the caller, and the second becomes a shift without scaling.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD
 from engines.errors import PersonNotFound
 
 MIN_SPREAD = 1e-4
-"""Standard deviation of heights, as a fraction of the image's, under which they say nothing about scale: 0.1 pixel in 1024."""
+"""Standard deviation of the points' y, as a fraction of the image, below which it gives no scale: 0.1 pixel in 1024."""
 
 MIN_SCALE = 0.02
-"""A smaller factor makes a dot of a figure as high as the frame (20 pixels in 1024), a negative one turns it on its head."""
+"""A smaller factor shrinks a figure as high as the frame to a dot (20 pixels in 1024); a negative one turns it upside down."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Fractions of the driving frame to fractions of the reference image: x -> scale_x * x + shift_x, y likewise."""
+    """Maps fractions of the driving frame to fractions of the reference image: x -> scale_x * x + shift_x, y likewise."""
 
     scale_x: float
     scale_y: float
@@ -30,13 +30,13 @@ class Alignment:
     shift_y: float
 
     def apply(self, pose: Pose) -> Pose:
-        """Body, face and hands of every person moved; scores as they were."""
+        """The pose with every person's body, face and hands moved. Scores are unchanged."""
         scale, shift = np.array((self.scale_x, self.scale_y)), np.array((self.shift_x, self.shift_y))
         return replace(pose, body=pose.body * scale + shift, hands=pose.hands * scale + shift, face=pose.face * scale + shift)
 
 
 def require_person(reference: Pose) -> None:
-    """Raises `PersonNotFound` if the reference image's first person shows no point of K: known before a video is read."""
+    """Raises `PersonNotFound` if the reference image's first person shows no point of K. Needs no video."""
     if not reference.persons or not reference.visible[0, list(ALIGNED)].any():
         raise PersonNotFound("No person was found in the reference image.", ("body", IMAGE_FIELD))
 
@@ -48,11 +48,11 @@ def fit(reference: Pose, driving: Sequence[Pose], reference_size: tuple[int, int
         scale_x = scale_y * (w / h) * (H / W)    the same in pixels on both axes
         shift_x = mean(x_ref - scale_x * x)
 
-    reference_size: (H, W) of the reference image, frame_size: (h, w) of the video, in pixels. The fit takes points of those
-    frames whatever their score, as published. Where it would not scale but collapse or turn the figure (all heights equal
-    within `MIN_SPREAD` on either side, as with a single visible point; a scale below `MIN_SCALE`), scale_y is 1.
-    Raises `PersonNotFound` if the reference shows no point of K, no driving frame exactly one person, or none of those a
-    visible point of K.
+    reference_size: (H, W) of the reference image, frame_size: (h, w) of the video, in pixels. The fit uses points of those
+    frames whatever their score, as published. scale_y is 1 where the fit would collapse the figure or turn it upside down: if
+    on either side all y are equal within `MIN_SPREAD`, as with a single visible point, or if the scale is below `MIN_SCALE`.
+    Raises `PersonNotFound` if the reference shows no point of K, if no driving frame shows exactly one person, or if none of
+    those frames shows a visible point of K.
     """
     require_person(reference)
     aligned = list(ALIGNED)
@@ -72,7 +72,7 @@ def fit(reference: Pose, driving: Sequence[Pose], reference_size: tuple[int, int
 
 
 def _slope(source: Floats, target: Floats) -> float:
-    """Of the least-squares line through (source, target), or 1 where that would be no scale."""
+    """The slope of the least-squares line through (source, target), or 1 if it is not usable as a scale."""
     if min(source.std(), target.std()) < MIN_SPREAD:
         return 1.0
     deviation = source - source.mean()

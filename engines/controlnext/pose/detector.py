@@ -1,4 +1,4 @@
-"""Finds people: the frame in YOLOX's square, YOLOX's raw cells to boxes. `video-models.md`, section 2B.3."""
+"""Finds people: fits the frame into YOLOX's square input, and reads boxes from its raw cells. `video-models.md`, section 2B.3."""
 
 import cv2
 import numpy as np
@@ -11,14 +11,14 @@ SIDE = 640
 STRIDES = (8, 16, 32)
 CELLS = sum((SIDE // stride) ** 2 for stride in STRIDES)  # 8400
 VALUES = 85
-"""Of a cell: centre x, y, log width, height, objectness, 80 COCO classes."""
+"""Values of a cell: centre x and y, log width and log height, objectness, 80 COCO classes."""
 
 PERSON = 0
 MIN_SCORE = 0.3
 MAX_OVERLAP = 0.45
 _GREY = 114
 _FAR = 1e6
-"""Pixels from the frame's corner beyond which a box is no box; so are those that are not numbers."""
+"""Boxes with a coordinate of this many pixels or more are dropped, and so are those with nan."""
 
 
 def letterbox(frame: NDArray[np.uint8]) -> tuple[Array, float]:
@@ -35,8 +35,8 @@ def find_people(cells: Array, scale: float) -> Floats:
     """Boxes (P, 4): left, top, right, bottom in pixels of the frame, best first; P is 0 if nobody is there.
 
     cells: (1, 8400, 85), YOLOX's raw output. scale: `letterbox`'s.
-    The published code drops scores below 0.1 before suppressing overlaps and those up to 0.3 after; as a box is only ever
-    suppressed by a better one, dropping both before gives the same boxes.
+    The published code drops scores below 0.1 before suppressing overlaps and those up to 0.3 after. A box is only ever
+    suppressed by a better one, so dropping both before gives the same boxes.
     """
     values = cells[0].astype(np.float64)  # (8400, 85)
     scores = values[:, 4] * values[:, 5 + PERSON]
@@ -61,9 +61,9 @@ def _grid() -> tuple[Floats, Floats]:
 
 
 def _suppress(boxes: Floats, scores: Floats) -> Floats:
-    """Greedy: the best box stays, those that share more than `MAX_OVERLAP` of their union with it go, and so on.
+    """Greedy: keeps the best box, drops those that share more than `MAX_OVERLAP` of their union with it, and repeats.
 
-    YOLOX's published code counts the pixel of the right and bottom edge into a box, hence the ones.
+    YOLOX's published code counts the pixels of the right and bottom edge as part of a box, hence the `+ 1`.
     """
     left, top, right, bottom = boxes.T
     areas = (right - left + 1) * (bottom - top + 1)

@@ -1,7 +1,7 @@
 """Poses as the picture that the control net was trained on. `video-models.md`, section 2B.5.
 
-Bit for bit the published drawing on a canvas whose short side is 2160, at a twelfth of its time (5 ms instead of 62 at
-1024x576, one person, two Xeon cores), because that canvas is never passed over as a whole: limbs are drawn in colours
+It equals the published drawing on a canvas whose short side is 2160, bit for bit, and takes a twelfth of its time (5 ms instead
+of 62 at 1024x576, one person, two Xeon cores), because it saves passes over that canvas: limbs are drawn in colours that are
 already darkened, which is the same since nothing is blended, and the channels are reversed after the resize.
 """
 
@@ -21,7 +21,7 @@ BONE_THICKNESS = 2
 LIMB_SHADE = 0.6
 
 _FAR = 1 << 20
-"""Canvas pixels from the corner beyond which nothing is drawn: OpenCV's coordinates end, and so does sense."""
+"""Points with a coordinate of this many canvas pixels or more are not drawn: OpenCV's coordinates are limited."""
 
 _BONE_COLOURS = tuple(colorsys.hsv_to_rgb(e / len(HAND_BONES), 1.0, 1.0) for e in range(len(HAND_BONES)))
 
@@ -90,12 +90,12 @@ def _draw_face(canvas: Canvas, points: Floats, scores: Floats) -> None:
 
 
 def _shades(colour: tuple[int, int, int], score: float) -> list[int]:
-    """Scores may exceed 1; a channel ends at 255."""
+    """The colour times the score. Scores may exceed 1, so a channel is limited to 255."""
     return [min(int(channel * score), 255) for channel in colour]
 
 
 def _pixel(point: Floats) -> Point:
-    """Cut off towards 0, not rounded, as published."""
+    """Truncated towards 0, not rounded, as published."""
     return int(point[0]), int(point[1])
 
 
@@ -104,6 +104,6 @@ def _near(points: Floats) -> bool:
 
 
 def _pixels_inside(points: Floats) -> dict[int, Point]:
-    """(K, 2) to the pixel of each point, but for those in the canvas's first row or column or before: they are not drawn."""
+    """(K, 2) to the pixel of each point. Points in or before the canvas's first row or column are left out, as published."""
     inside = np.flatnonzero((points >= 1).all(axis=1) & (points < _FAR).all(axis=1))
     return {k: (int(x), int(y)) for k, (x, y) in zip(inside.tolist(), points[inside].tolist(), strict=True)}

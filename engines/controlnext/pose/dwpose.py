@@ -12,15 +12,15 @@ from engines.controlnext.pose.session import OnnxNet
 from engines.controlnext.pose.skeleton import Pose
 
 MAX_PEOPLE = 20
-"""A picture may hold thousands of faces, and each costs a pass of the pose net."""
+"""Limit of people in a frame: a picture may show thousands, and each costs a pass of the pose net."""
 
 
 class DWPose:
     """Both nets, loaded once. Several threads may call it at once.
 
-    folder: holds `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`. device: "cpu", "cuda" or "cuda:1"; CPU where ONNX Runtime was
-    built without CUDA. threads: of one call on the CPU; None is one per core.
-    Raises `WeightsError` if a file is absent, no ONNX model, or has other inputs and outputs than the published one.
+    folder: holds `yolox_l.onnx` and `dw-ll_ucoco_384.onnx`. device: "cpu", "cuda" or "cuda:1"; the CPU is used if ONNX
+    Runtime was built without CUDA. threads: of one call on the CPU; None is one per core.
+    Raises `WeightsError` if a file is absent, is not an ONNX model, or has other inputs and outputs than the published one.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None):
@@ -33,9 +33,9 @@ class DWPose:
         )
 
     def __call__(self, frame: NDArray[np.uint8]) -> Pose:
-        """The people of one frame, at least one: where nobody is detected the whole frame is taken for a person's box.
+        """The people of one frame, at least one: if nobody is detected, the whole frame is used as a person's box.
 
-        Of a crowd the `MAX_PEOPLE` that are detected best.
+        If there are more than `MAX_PEOPLE`, only the best detections are kept.
 
         frame: (H, W, 3), uint8, RGB, of any size from 2x2; may be a view.
         """
@@ -49,7 +49,7 @@ class DWPose:
         boxes = boxes[:MAX_PEOPLE] if len(boxes) else np.array([[0.0, 0.0, width, height]])
         points = np.empty((len(boxes), POINTS, 2))
         scores = np.empty((len(boxes), POINTS))
-        for i, box in enumerate(boxes):  # one by one, so that a person's bits do not depend on who else is there
+        for i, box in enumerate(boxes):  # one by one, so that the number of people does not change a person's bits
             crop = Crop.around(box)
             in_crop, scores[i] = keypoints.decode_simcc(*self._pose(crop.cut(frame)))
             points[i] = crop.to_frame(in_crop)

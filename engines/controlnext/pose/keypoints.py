@@ -1,4 +1,4 @@
-"""From a box to 133 points: the crop that the pose net sees, its SimCC output read back, OpenPose's numbering.
+"""From a box to 133 points: the pose net's input crop, decoding its SimCC output, OpenPose's numbering.
 
 `video-models.md`, section 2B.3; SimCC, arXiv 2107.03332: one classification over x, one over y, two bins per pixel.
 """
@@ -23,27 +23,27 @@ STD = np.array((58.395, 57.12, 57.375), np.float32)
 _FACE, _LEFT, _RIGHT = slice(23, 91), slice(91, 112), slice(112, 133)
 
 _COCO_LEFT_SHOULDER, _COCO_RIGHT_SHOULDER = 5, 6
-_NECK = 17  # where it is put behind COCO's 17
+_NECK = 17  # its index after COCO's 17
 _TO_OPENPOSE = (0, _NECK, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a frame that the net sees: centre and size, in pixels of the frame; its aspect is 288:384."""
+    """The part of a frame that the net gets: centre and size, in pixels of the frame; its aspect is 288:384."""
 
     centre: tuple[float, float]
     size: tuple[float, float]
 
     @classmethod
     def around(cls, box: Floats) -> "Crop":
-        """A quarter larger than `box` (left, top, right, bottom), and widened or heightened to the net's aspect."""
+        """A quarter larger than `box` (left, top, right, bottom), and then made wider or higher to match the net's aspect."""
         left, top, right, bottom = box.tolist()
         width, height = max(right - left, 1.0) * _PADDING, max(bottom - top, 1.0) * _PADDING
         width = max(width, height * WIDTH / HEIGHT)
         return cls(((left + right) / 2, (top + bottom) / 2), (width, width * HEIGHT / WIDTH))
 
     def cut(self, frame: NDArray[np.uint8]) -> Array:
-        """(1, 3, 384, 288), normalised by ImageNet's mean and deviation; black where the crop leaves the frame."""
+        """(1, 3, 384, 288), normalised by ImageNet's mean and deviation; black outside the frame."""
         scale = WIDTH / self.size[0]
         (x, y), half = self.centre, (WIDTH / 2, HEIGHT / 2)
         to_crop = np.array([[scale, 0.0, half[0] - scale * x], [0.0, scale, half[1] - scale * y]])
@@ -58,8 +58,8 @@ class Crop:
 def decode_simcc(simcc_x: Array, simcc_y: Array) -> tuple[Floats, Floats]:
     """Points (133, 2) in pixels of the crop, and scores (133,).
 
-    simcc_x: (1, 133, 576). simcc_y: (1, 133, 768). A point is where both peak; its score the smaller of the peaks. Where
-    that is not above 0 (or is not a number: then 0), the point lies at bin -1, as the published code has it.
+    simcc_x: (1, 133, 576). simcc_y: (1, 133, 768). A point is where both peak, and its score is the smaller of the peaks;
+    a score that is not finite becomes 0. If the score is not above 0, the point is at bin -1, as in the published code.
     """
     x, y = simcc_x[0], simcc_y[0]
     points = np.stack([x.argmax(axis=1), y.argmax(axis=1)], axis=1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""An ONNX file as a function of one array, checked to have the shapes its user relies on when it is loaded."""
+"""An ONNX file as a function of one array. When it is loaded, its shapes are checked against those that the caller expects."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ Shape = tuple[int, ...]
 class OnnxNet:
     """One ONNX model with one float32 input. Several threads may call it at once: ONNX Runtime's `run` allows it.
 
-    device: "cpu", "cuda" or "cuda:1"; CPU where ONNX Runtime was built without CUDA. threads: of one call; None is one per
-    core. Raises `WeightsError` if the file is absent, no ONNX model, or of other shapes than `takes` and `gives`;
-    where the file leaves a dimension open, any number fits.
+    device: "cpu", "cuda" or "cuda:1"; the CPU is used if ONNX Runtime was built without CUDA. threads: of one call; None is
+    one per core. Raises `WeightsError` if the file is absent, is not an ONNX model, or has other shapes than `takes` and
+    `gives`; a dimension that the file leaves open matches any number.
     """
 
     def __init__(self, path: Path, takes: Shape, gives: Sequence[Shape], device: str = "cpu", threads: int | None = None):
@@ -30,15 +30,15 @@ class OnnxNet:
             raise WeightsError(f"{path} does not exist; the pose nets are DWPose's two ONNX files")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3  # errors only: the rest goes to stderr, past our log
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the cores to others
+        options.log_severity_level = 3  # errors only: ONNX Runtime writes to stderr, not to our log
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads give up their cores
         try:
             self._session = ort.InferenceSession(os.fspath(path), options, providers=_providers(device))
         except Exception as exc:  # ONNX Runtime's errors share no base class of their own
             raise WeightsError(f"{path} cannot be loaded as an ONNX model: {exc}") from exc
         if device.startswith("cuda") and "CUDAExecutionProvider" not in self._session.get_providers():
             logger.warning(
-                "pose net on the CPU: ONNX Runtime has no CUDA here; onnxruntime-gpu brings it",
+                "the pose net runs on the CPU: this ONNX Runtime has no CUDA; install onnxruntime-gpu",
                 extra={"action": "pose_on_cpu", "model": path.name},
             )
         self._path, self._gives = path, list(gives)
@@ -48,7 +48,7 @@ class OnnxNet:
         self._input = inputs[0].name
 
     def __call__(self, values: Array) -> list[Array]:
-        """The outputs for one input, batch of one. Raises `WeightsError` if open dimensions turn out as others."""
+        """The outputs for one input, batch of one. Raises `WeightsError` if their shapes are not `gives`."""
         outputs: list[Array] = self._session.run(None, {self._input: values})
         self._check("outputs", [("tensor(float)", list(output.shape)) for output in outputs], self._gives)
         return outputs
@@ -63,7 +63,7 @@ class OnnxNet:
 
 
 def _fits(shape: list[int | str | None], want: Shape) -> bool:
-    """An open dimension has a name or nothing in place of a number."""
+    """Whether the shape matches. An open dimension has a name or None instead of a number."""
     return len(shape) == len(want) and all(not isinstance(n, int) or n == m for n, m in zip(shape, want, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The people of one frame as points with scores, and how OpenPose numbers, joins and colours them. Arithmetic only."""
+"""The people of one frame as points with scores, and how OpenPose numbers, joins and colours them."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ VISIBLE = 0.3
 """A body point whose score is not above this is absent (video-models.md, section 2B.3)."""
 
 ALIGNED = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
-"""K: the body points that say how large a person is and where; elbows (3, 6) and wrists (4, 7) swing (section 2B.4)."""
+"""K: the body points that tell a person's size and place; elbows (3, 6) and wrists (4, 7) swing too much (section 2B.4)."""
 
 LIMBS = (
     *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7)),  # arms
@@ -63,7 +63,7 @@ class Pose:
 
     @property
     def persons(self) -> int:
-        """P."""
+        """P, the number of people."""
         return len(self.body)
 
     @property
