@@ -1,4 +1,4 @@
-"""Shared by the models' demo checkpoints, which are written completely or not at all, random but seeded, without dead branches."""
+"""What the demo checkpoints share: they are written completely or not at all, random but seeded, without dead branches."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def live(module: Any) -> Any:
-    """Fills parameters that start at zero with noise: else whole branches would give zero, and tests of them would prove nothing."""
+    """Fills parameters that start at zero with noise: else whole branches would give zero, and tests of them prove nothing."""
     for parameter in module.parameters():
         if not parameter.data.any():
             nn.init.normal_(parameter, std=0.05)

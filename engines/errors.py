@@ -271,7 +271,7 @@ class EngineError(ReelrayError):
 
 @contextmanager
 def blamed_on(field: str) -> Iterator[None]:
-    """Sets the loc ("body", field) of a `ModelError` raised in this context, unless it has one: media code does not know fields."""
+    """Gives a `ModelError` raised in this context the loc ("body", field) if it has none: media code does not know fields."""
     try:
         yield
     except ModelError as exc:

@@ -56,7 +56,7 @@ class GroupNorm(nn.Module):
         return group_norm_silu(x, *shared, num_frames=num_frames, silu=self.silu, added=added)
 
     def takes_bias(self, x: Tensor, num_frames: int = 1) -> bool:
-        """Whether it should add the bias of the convolution before it. x: images of the same size, with any number of channels."""
+        """Whether it should add the bias of the convolution before it. x: images of the same size, any channels."""
         like = x[:1, :1].expand(-1, len(self.weight), -1, -1)
         return norms_by_kernel(like, self.num_groups, num_frames, self.silu)
 

@@ -1,4 +1,4 @@
-"""The three stages of a model in one process: the whole product without Ray, and its first test."""
+"""The three stages of a model in one process: renders a clip without Ray, for tests and benchmarks."""
 
 from typing import Any
 
@@ -20,5 +20,5 @@ class Pipeline:
         return self.denoise.sample(conditioning, on_step=on_step, on_progress=on_progress)
 
     def render(self, spec: RenderSpec, on_step: OnStep | None = None, on_progress: OnProgress | None = None) -> Clip:
-        """The clip as a file. on_step: of denoising, on_progress: of all three stages. Raises `ModelError`."""
+        """The clip as a file. on_step: called by denoising. on_progress: called by all three stages. Raises `ModelError`."""
         return self.decode.decode(self.latents(spec, on_step, on_progress), on_progress=on_progress)

@@ -49,20 +49,21 @@ def build_stage(model: str, stage: str, config: Any) -> Any:
     """
     cores = os.cpu_count() or 1
     if config.device == "cpu":
-        # OpenMP's threads spin while they wait, and take the cores from each other's work: two processes of two threads on two
-        # cores took 0.8 to 1.8 s a job, at times 22; with a short spin 0.3 s, and no longer alone (0.19). Read when torch loads.
+        # OpenMP's threads spin while they wait, and keep cores from threads with work: two processes of two threads on two cores
+        # took 0.8 to 1.8 s a job, at times 22. With a short spin they take 0.3 s, and a process alone takes no longer than before
+        # (0.19 s). Read when torch loads.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        # Tensors above 32 MB are mapped and given back at every use; in huge pages that costs far fewer faults: decoding 8
-        # frames of 512x288 took 5.7 s instead of 8.1.
+        # Memory for tensors above 32 MB is mapped and released at every use. Huge pages make that cost far fewer page faults:
+        # decoding 8 frames of 512x288 took 5.7 s instead of 8.1.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if config.engine.folder is not None:
-        # what inductor compiled stays beside the plans for the next process; without this, until the temporary folder is emptied
+        # keeps inductor's compiled code beside the plans for the next process; by default it is in a temporary folder
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.engine.folder / "inductor"))
     import torch
 
     from engines.arithmetic import exact_arithmetic
 
     exact_arithmetic()
-    # Ray gives a process with less than two CPUs one thread, which on a CPU halves the speed
+    # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
     torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
     return getattr(_MODELS[model](), stage)(config)

@@ -9,7 +9,7 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 LCM_GRID = 50
-"""Steps of the teacher whose grid an LCM was distilled on; requests ask for 1 to this many."""
+"""Steps of the teacher's grid, on which an LCM was distilled; a request may have 1 to this many."""
 
 _RHO = 7.0
 _SIGMA_DATA = 0.5
@@ -27,7 +27,7 @@ class NoiseSchedule:
 def linear_schedule(
     beta_start: float = 0.00085, beta_end: float = 0.012, train_steps: int = 1000, prediction_type: PredictionType = "epsilon"
 ) -> NoiseSchedule:
-    """Betas linear in t: AnimateLCM's setting. SD's own is linear in sqrt(beta) and gives bad results with it."""
+    """Betas linear in t: AnimateLCM's setting. SD's own is linear in sqrt(beta) and gives bad results with AnimateLCM."""
     betas = torch.linspace(beta_start, beta_end, train_steps, dtype=torch.float32)
     return NoiseSchedule(torch.cumprod(1.0 - betas, dim=0), prediction_type)
 
@@ -86,7 +86,7 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float) -> tuple[float
 def euler_step(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """One Euler step of a v-prediction: x0 = x / (s^2 + 1) - s v / sqrt(s^2 + 1); x' = x + (x - x0) / s (s' - s).
 
-    Computed as x0 + (x - x0) s' / s: towards small s' the other form takes the difference of two large numbers.
+    Computed as x0 + (x - x0) s' / s, because for small s' the other form subtracts two large numbers.
     x, velocity: one shape; x fp32. arXiv 2206.00364, algorithm 1 without churn; v: arXiv 2202.00512, appendix D.
     """
     clean = x / (sigma**2 + 1) - velocity * (sigma / (sigma**2 + 1) ** 0.5)
@@ -99,7 +99,7 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 
 def seeded_generator(seed: int) -> torch.Generator:
-    """The request's one generator. On the CPU whatever the device, so that a seed means the same noise everywhere."""
+    """The request's only generator. It is on the CPU for every device, so that a seed gives the same noise everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
 
 

@@ -1,4 +1,4 @@
-"""What passes between the three stages: frozen dataclasses of host tensors, and the shape of a stage.
+"""What the three stages pass to each other: frozen dataclasses of host tensors. Also the interface of a stage.
 
 A model derives its own spec and conditioning from the bases here and keeps them in its folder. Nothing here imports
 torch, so the ingress can build a spec without it.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RenderSpec:
-    """What is asked of a model, with all media already fetched: the input of `Preprocess`."""
+    """A request to a model, with all media already fetched: the input of `Preprocess`."""
 
     seed: int
     num_inference_steps: int
@@ -27,7 +27,7 @@ class RenderSpec:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What `Preprocess` found out and `Denoise` needs; models add their tensors.
+    """What `Preprocess` computes and `Denoise` needs; models add their tensors.
 
     seed: the request's seed. rng_state: (5056,) uint8, state of the request's one CPU generator after every draw
     that preprocessing made, so that all draws of a request come from one stream in a fixed order.
@@ -43,7 +43,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A job between two steps; resuming from it gives the bits of an undisturbed run.
+    """A job between two steps; resuming from it gives the same bits as an uninterrupted run.
 
     step: steps already done, of `steps`. latents: (B, C, T, H/8, W/8), fp32, on the host.
     rng_state: (5056,) uint8, the generator after the draws of those steps.
@@ -79,9 +79,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Progress:
-    """done of total: so many units of a stage's work are behind it. unit: one word for the caller's log, e.g. "pose".
+    """How much of a stage's work is done: `done` of `total` units. unit: one word for the caller's log, e.g. "pose".
 
-    within: how far the unit is that is being worked on, e.g. window 5 of 13 of a step.
+    within: the progress of the current unit, e.g. window 5 of 13 of a step.
     """
 
     unit: str
@@ -91,7 +91,7 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """How much of the work is behind it, in [0, 1]."""
+        """The share of the work that is done, in [0, 1]."""
         if self.total <= 0:
             return 1.0
         begun = 0.0 if self.within is None else self.within.fraction
@@ -99,19 +99,19 @@ class Progress:
 
 
 CallEngines = tuple[tuple[str, str], ...]
-"""(name of a UNet's call, name of the engine that runs it), sorted; calls that the modules themselves run are left out."""
+"""(name of a UNet's call, name of the engine that runs it), sorted; calls without an engine, which run eagerly, are left out."""
 
 OnStep = Callable[[Checkpoint], None]
 OnProgress = Callable[[Progress], None]
 ShouldStop = Callable[[], bool]
-"""Asked between units of work; once true, the stage raises `Cancelled`."""
+"""Called between units of work; once it returns true, the stage raises `Cancelled`."""
 
 
 class PreprocessStage(Protocol):
     """Media and text to tensors."""
 
     def encode(self, spec: Any, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Conditioning:
-        """Raises `ModelError` for media that cannot be used, `Cancelled` within one frame after `should_stop` turns true."""
+        """Raises `ModelError` for media that cannot be used, `Cancelled` within one frame once `should_stop` returns true."""
         ...
 
 
@@ -120,7 +120,7 @@ class DenoiseStage(Protocol):
 
     @property
     def engines(self) -> CallEngines:
-        """Part of what the bits of a step depend on."""
+        """The engines in use. The bits of a step depend on them."""
         ...
 
     def sample(
@@ -132,7 +132,7 @@ class DenoiseStage(Protocol):
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Latents:
-        """Raises `Cancelled` within one UNet call after `should_stop` turns true, `GenerationFailed` on non-finite values."""
+        """Raises `Cancelled` within one UNet call once `should_stop` returns true, `GenerationFailed` on non-finite values."""
         ...
 
 
@@ -144,5 +144,5 @@ class DecodeStage(Protocol):
         ...
 
     def decode(self, latents: Any, *, on_progress: OnProgress | None = None, should_stop: ShouldStop | None = None) -> Clip:
-        """The frames, encoded as they come. Raises `Cancelled` within one VAE call after `should_stop` turns true."""
+        """The frames, encoded as they come. Raises `Cancelled` within one VAE call once `should_stop` returns true."""
         ...

@@ -1,6 +1,6 @@
 """The loop over a request's steps, which both models share: every step is checked, reported, and can be resumed from.
 
-Whoever runs a step keeps its latents in the layout that suits it; checkpoints hold them as a clip.
+Each model runs its steps on latents in its own layout; checkpoints hold them as a clip.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from engines.sampling import restored_generator
 from engines.spec import Checkpoint, OnProgress, OnStep, Progress
 
 RunStep = Callable[[Tensor, int, torch.Generator], Tensor]
-"""The latents after step i (from 0), of those before it. The generator is the request's; a step draws its noise from it."""
+"""(latents before step i, i from 0, the request's generator) -> latents after it. A step's noise comes from the generator."""
 
 
 def run_steps(
@@ -27,7 +27,7 @@ def run_steps(
     """The latents after the last step.
 
     x: the latents of `start`, on the device. as_clip: gives latents in the layout of a `Checkpoint`, on the host.
-    on_step: called after each step with a checkpoint; as `start` it gives the bits of an undisturbed run.
+    on_step: called after each step with a checkpoint; a run with it as `start` gives the same bits as an uninterrupted one.
     on_progress: called before the first step and after each. Raises `GenerationFailed` after the first step whose latents are not
     finite; that step is not reported.
     """

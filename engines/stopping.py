@@ -1,4 +1,4 @@
-"""How a stage obeys `should_stop`: it is called before every unit of work."""
+"""Lets a stage be stopped: `should_stop` is called before every unit of work."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 def check(should_stop: ShouldStop | None) -> None:
-    """Raises `Cancelled` if it is time to stop."""
+    """Raises `Cancelled` if `should_stop` returns true."""
     if should_stop is not None and should_stop():
         raise Cancelled
 
 
 def stoppable(items: Iterable[T], should_stop: ShouldStop | None) -> Iterator[T]:
-    """The items. Raises `Cancelled` instead of making the next once `should_stop` says so."""
+    """Yields the items. Before each it calls `should_stop` and raises `Cancelled` if that returns true."""
     iterator = iter(items)
     while True:
         check(should_stop)

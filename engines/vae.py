@@ -1,6 +1,6 @@
-"""A VAE's decoder with each norm, SiLU, bias and residual in the pass of its neighbour, over diffusers' weights.
+"""A VAE's decoder with norms, SiLUs, biases and residuals fused into shared passes, with diffusers' weights.
 
-Its images are the largest tensors of a job, and nearly all of its time but the convolutions' is passes over them.
+Its images are the largest tensors of a job. Apart from the convolutions, nearly all of its time goes into passes over them.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from engines.layers import GroupNorm, conv_added
 
 
 class ImageResnet(nn.Module):
-    """diffusers' `ResnetBlock2D` as a VAE has it: without a time."""
+    """diffusers' `ResnetBlock2D` as a VAE uses it: without a time embedding."""
 
     def __init__(self, source: Any):
         super().__init__()
@@ -23,7 +23,7 @@ class ImageResnet(nn.Module):
         self.conv1, self.conv2, self.shortcut = source.conv1, source.conv2, source.conv_shortcut
 
     def forward(self, x: Tensor, temb: None = None) -> Tensor:
-        """x: (N, C, H, W) -> (N, C', H, W). temb: its callers are diffusers', and pass none."""
+        """x: (N, C, H, W) -> (N, C', H, W). temb: always None; diffusers' code passes it."""
         bias, later = self.conv1.bias, self.norm2.takes_bias(x)
         h = F.conv2d(self.norm1(x), self.conv1.weight, None if later else bias, padding=1)
         h = self.norm2(h, added=bias if later else None)
@@ -31,7 +31,7 @@ class ImageResnet(nn.Module):
 
 
 def fuse(decoder: nn.Module) -> None:
-    """Exchanges the image resnets and the last norm of a decoder, of diffusers' classes and in channels-last memory."""
+    """Replaces the image resnets and the last norm of diffusers' decoder, which must be in channels-last memory, in place."""
     parents = [module for module in decoder.modules() if not isinstance(module, ResnetBlock2D)]
     for parent in parents:
         for name, child in list(parent.named_children()):

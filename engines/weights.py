@@ -22,7 +22,7 @@ from engines.source import DType, Source
 Tensors = dict[str, Tensor]
 
 MAX_NAMES = 8
-"""How many keys of a kind an error lists before it only counts."""
+"""How many keys of a kind an error lists; it only counts further ones."""
 
 
 def torch_dtype(name: DType) -> torch.dtype:
@@ -101,7 +101,7 @@ def read_source_file(source: Source) -> Tensors:
 
 
 def require(config: Mapping[str, Any], needs: Mapping[str, Any], where: str) -> None:
-    """Raises `WeightsError` if a config asks for what our layers do not compute; an absent key is diffusers' default."""
+    """Raises `WeightsError` if a config asks for what our layers do not compute; an absent key means diffusers' default."""
     for name, needed in needs.items():
         if (value := config.get(name, needed)) != needed:
             raise WeightsError(f"{where}: {name} is {value!r}; only {needed!r} is served")
@@ -118,7 +118,7 @@ def union(where: str, *parts: Tensors) -> Tensors:
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module without storage, for `load_strict` to fill: nothing is initialised only to be overwritten."""
+    """A module without storage, for `load_strict` to fill: no parameter is initialised only to be overwritten."""
     with torch.device("meta"):
         return make()
 

@@ -1,1 +1,1 @@
-"""Tensor operations, one a file. No code here: diffusers and transformers probe for a package of this name."""
+"""Tensor operations, one per file. No code here: diffusers and transformers probe for a package of this name."""

@@ -1,7 +1,7 @@
-"""Attention on tokens with their heads side by side, as the projections write them. Attention over frames has a file of its own.
+"""Attention on tokens with their heads side by side, as the projections write them; over frames see `temporal_attention.py`.
 
-It is a custom operation, one node to `torch.compile`, with two back ends: PyTorch's fused kernels, and on CUDA one of ours whose
-tiles are as wide as heads of 40, 80 and 160 are, at the sites where it measured faster (`choice.py`). Where several images share
+It is a custom operation, a single node for `torch.compile`, with two back ends: PyTorch's fused kernels, and on CUDA our kernel,
+whose tiles fit heads of 40, 80 and 160. Ours runs at the sites where it measured faster (`choice.py`). Where several images share
 their keys and values (the frames of a clip and its text), fold them into the queries: (F, N, heads, D) is (1, F N, heads, D).
 """
 
@@ -15,9 +15,9 @@ from kernels.choice import Shape, chosen, exports_natively
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V for every head.  Attention Is All You Need, arXiv 1706.03762, eq. 1.
 
-    query: (B, N, heads, D); key, value: (B, M, heads, D), one dtype, any strides; our kernel copies heads that do not lie side by
-    side, so not views of (B, N, C) or of a fused projection. Returns (B, N, heads, D), contiguous. Raises `ValueError` where the
-    shapes do not fit.
+    query: (B, N, heads, D); key, value: (B, M, heads, D), one dtype, any strides. Our kernel copies inputs whose heads do
+    not lie side by side; in views of (B, N, C) and of a fused projection they do. Returns (B, N, heads, D), contiguous. Raises
+    `ValueError` if the shapes do not fit.
     """
     if exports_natively("attention"):
         return by_pytorch(query, key, value)
@@ -62,6 +62,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
         raise ValueError(f"{tuple(query.shape)} and {tuple(key.shape)} differ in batch, heads or head dimension")
     if key.shape[1] < 1:
-        raise ValueError("a softmax over no keys is nothing")
+        raise ValueError("there are no keys to attend to")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"{query.dtype}, {key.dtype} and {value.dtype} are not one dtype")

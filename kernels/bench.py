@@ -1,8 +1,8 @@
-"""Every operation of ours against the best that PyTorch has, at the shapes at which the models call it.
+"""Measures each of our operations against PyTorch's best, at the shapes with which the models call it.
 
 `python -m kernels.bench` on a machine with a GPU measures all sites and appends to `kernels/results/<gpu>.json`, with versions
-and date: the record that decides where a kernel is used. Each operation is recorded as soon as it is measured, so that a run
-that is cut off loses one. Without a GPU it runs tiny shapes, compares values, records nothing.
+and date: the record that decides where a kernel is used. Each operation is recorded as soon as it is measured, so a run
+that is stopped loses only one. Without a GPU it runs tiny shapes, compares values and records nothing.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from torch import Tensor
 from kernels.choice import Shape, record_of, winners
 
 SITES_IN = ("kernels.bench_attention", "kernels.bench_fusions")
-"""The modules with a tuple `SITES`. A new kernel's sites are one file and one name here."""
+"""Modules with a tuple `SITES`. To add a kernel's sites, write such a module and name it here."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Of the largest difference between two ways, as a share of the largest value: more is an error, not rounding."""
+"""Limit of the largest difference between two ways, as a share of the largest value. Above it is an error, not rounding."""
 
 Way = Callable[[], Tensor]
-"""One call of one implementation on inputs that are ready. All ways of a contest give the same values in the same order."""
+"""One call of one implementation on prepared inputs. All ways of a contest give the same values in the same order."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """ours, theirs: ways by name, e.g. a tile's or a back end's. A way may raise `RuntimeError` where it does not serve.
+    """ours, theirs: ways by name, e.g. a tile's or a back end's. A way may raise `RuntimeError` if it does not support this.
 
-    shape: as the operation's `site` gives it, by which `choice.py` finds the result.
+    shape: as the operation's `site` returns it; `choice.py` looks results up by it.
     """
 
     shape: Shape
@@ -54,7 +54,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Site:
-    """One operation at one place of a model. calls: of a step of its UNet. prepare: (device, dtype, tiny) to inputs and ways."""
+    """One operation at one place of a model. calls: in a step of its UNet. prepare: (device, dtype, tiny) -> inputs and ways."""
 
     operation: str
     name: str
@@ -64,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one site. ours, theirs: microseconds of a call by way. refused: why a way did not run. difference: largest, relative."""
+    """One site's. ours, theirs: microseconds of a call by way. refused: why a way did not run. difference: largest, relative."""
 
     operation: str
     site: str
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the best of theirs the best of ours is; nan where either has none."""
+        """The time of their best way divided by that of our best; nan if either side has none."""
         return min(self.theirs.values()) / min(self.ours.values()) if self.ours and self.theirs else float("nan")
 
 
@@ -87,16 +87,16 @@ def all_sites() -> tuple[Site, ...]:
 
 
 class GPULostError(RuntimeError):
-    """The GPU answers nothing any more: every later call in this process would fail, whatever it does."""
+    """The GPU can no longer be used: every later call in this process would fail."""
 
 
 @torch.inference_mode()
 def compare(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> tuple[Contest, dict[str, str], float]:
-    """Runs every way once. Gives the contest, why ways did not run, and the largest difference, relative.
+    """Runs every way once. Returns the contest, why some ways did not run, and the largest relative difference.
 
-    The first of theirs is what the others are compared with. Raises `ArithmeticError` where values differ, `GPULostError`.
+    All are compared with the first of theirs. Raises `ArithmeticError` if values differ, and `GPULostError`.
     """
-    # All ways of a site are closures of one function, and dynamo, which compiles by function, stops at 8 of them without a word.
+    # All ways of a site are closures of one function. dynamo compiles by function, and silently stops after 8 of them.
     torch.compiler.reset()
     torch.manual_seed(0)
     contest = site.prepare(device, dtype, tiny)
@@ -130,9 +130,9 @@ def measure(site: Site, device: torch.device, dtype: torch.dtype, *, tiny: bool 
 
 
 def _first_run(way: Way, device: torch.device) -> Tensor:
-    """Its result, once it is there: what a GPU reports late is this way's fault, and not the next one's."""
+    """The way's result, after waiting for it: an error that a GPU reports late is then blamed on this way, not on the next."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns of every reason why a back end does not serve; the record has the error
+        warnings.simplefilter("ignore")  # PyTorch warns of every reason why a back end cannot run; the record has the error
         got = way()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -140,7 +140,7 @@ def _first_run(way: Way, device: torch.device) -> Tensor:
 
 
 def check_alive(device: torch.device, who: str, error: Exception) -> None:
-    """Raises `GPULostError` if the error stays with the process, as an illegal access does."""
+    """Raises `GPULostError` if the error makes the GPU unusable for this process, as an illegal access does."""
     if device.type != "cuda":
         return
     try:
@@ -150,11 +150,11 @@ def check_alive(device: torch.device, who: str, error: Exception) -> None:
 
 
 def microseconds(way: Way, device: torch.device) -> float:
-    """The median of a call, on a GPU with the L2 cache emptied before each."""
+    """The median time of a call; on a GPU the L2 cache is emptied before each."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(way, warmup=5, rep=30, return_mode="median")) * 1e3  # milliseconds of each, the emptying included
+        return float(do_bench(way, warmup=5, rep=30, return_mode="median")) * 1e3  # warmup and rep are in ms, emptying included
     times = []
     for _ in range(3):
         start = perf_counter()
@@ -166,9 +166,9 @@ def microseconds(way: Way, device: torch.device) -> float:
 def measure_sites(
     sites: Iterable[Site], device: torch.device, dtype: torch.dtype, console: Console, folder: Path | None = None
 ) -> bool:
-    """Measures and shows the sites, on a GPU also records them, in `folder` or where choices are read; operation by operation.
+    """Measures and shows the sites, operation by operation. On a GPU also records them, in `folder` or where choices are read.
 
-    Returns whether all ways agreed; a site where they do not is told and left out. Raises `GPULostError` after recording.
+    Returns whether all ways agreed; a site where they differ is reported and not recorded. Raises `GPULostError` after recording.
     """
     agreed, on_gpu = True, device.type == "cuda"
     for operation, of_operation in groupby(sorted(sites, key=lambda site: site.operation), key=lambda site: site.operation):
@@ -187,12 +187,12 @@ def measure_sites(
             console.print(shown(results), f"{operation}: {perf_counter() - started:.0f} s")
             if on_gpu and results:
                 console.print(f"Recorded in {append(folder, results, device, dtype)}.", markup=False)
-                winners.cache_clear()  # what follows runs by the new record
+                winners.cache_clear()  # later choices use the new record
     return agreed
 
 
 def compile_ahead(sites: Sequence[Site], device: torch.device, dtype: torch.dtype, workers: int) -> None:
-    """Runs every site once in as many processes, for what the compilers leave on disk: a kernel compiles on one core alone."""
+    """Runs every site once, in `workers` processes, to fill the compilers' caches on disk: a kernel compiles on one core only."""
     names = [(site.operation, site.name) for site in sites]
     shares = [(frozenset(names[i::workers]), device, dtype) for i in range(workers)]
     with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -202,10 +202,10 @@ def compile_ahead(sites: Sequence[Site], device: torch.device, dtype: torch.dtyp
 def _compile(share: tuple[frozenset[tuple[str, str]], torch.device, torch.dtype]) -> None:
     names, device, dtype = share
     inductor: Any = torch._inductor.config
-    with inductor.patch(compile_threads=1, autotune_local_cache=False):  # what is timed while others use the GPU is not kept
+    with inductor.patch(compile_threads=1, autotune_local_cache=False):  # timings made while others use the GPU are not kept
         for site in all_sites():
             if (site.operation, site.name) in names:
-                with suppress(ArithmeticError, RuntimeError):  # told where it is measured
+                with suppress(ArithmeticError, RuntimeError):  # reported when it is measured
                     compare(site, device, dtype, tiny=device.type != "cuda")
                 torch.cuda.empty_cache()
 
@@ -223,7 +223,7 @@ def append(folder: Path | None, results: Iterable[Result], device: torch.device,
 
 @cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU does at most: TB/s of a large copy, counting reads and writes, and TFLOP/s of a large product."""
+    """What this GPU reaches at most: TB/s of a large copy, counting reads and writes, and TFLOP/s of a large product."""
     source = torch.ones(2**31, dtype=torch.uint8, device=device)
     a, b = torch.randn(2, 8192, 8192, dtype=dtype, device=device)
     copying, product = (microseconds(way, device) for way in (source.clone, lambda: a @ b))
@@ -249,7 +249,7 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def shown(results: Iterable[Result]) -> Table:
-    """The results for people: the best way of each side."""
+    """The results as a table: the best way of each side."""
     table = Table("operation", "site", "calls", "best of theirs", "us", "best of ours", "us", "gain", "difference")
     for result in results:
         cells = [cell for side in (result.theirs, result.ours) for cell in _best(side)]
@@ -264,12 +264,12 @@ def _best(times: Mapping[str, float]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures the sites whose operation or name contains the word given, or all. Returns 1 if a way gave other values."""
+    """Measures the sites whose operation or name contains the given word, or all. Returns 1 if a way gave other values."""
     parser = argparse.ArgumentParser(prog="kernels.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("word", nargs="?", default="", help="only sites whose operation or name contains this")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--results", type=Path, help="the folder to record in; kernels/results if none is named")
-    parser.add_argument("--workers", type=int, default=0, help="compile in as many processes first; on a GPU only")
+    parser.add_argument("--workers", type=int, default=0, help="compile first, in this many processes; on a GPU only")
     options = parser.parse_args(arguments)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 180)
     sites = [site for site in all_sites() if options.word in f"{site.operation} {site.name}"]

@@ -1,7 +1,7 @@
 """The sites of both models' attentions. Every way starts at the projections' output and ends where the next projection reads it.
 
-What a back end needs permuted, its way permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips.
-ControlNeXt SVD: 576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
+If a back end needs another layout, its way includes the permutes. AnimateDiff: 512x512, 16 frames, guidance in one batch of two
+clips. ControlNeXt SVD: 576x1024, a window of 24 frames, the halves of guidance one after the other, so twice the calls.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, back_end: SDPBackend | None 
 
 
 def back_ends(device: torch.device) -> Iterator[tuple[str, SDPBackend | None]]:
-    """Those to try. On the CPU there is nothing to choose."""
+    """The back ends to try. On the CPU there is no choice."""
     yield "sdpa", None
     if device.type == "cuda":
         yield from BACK_ENDS.items()
@@ -58,7 +58,7 @@ def temporal(
     image = torch.randn(clips * frames, positions, width, device=device, dtype=dtype)
 
     def permuted(back_end: SDPBackend | None) -> Tensor:
-        """From the video's layout, all clips in one call: of one clip a view is enough, of more it takes a copy."""
+        """From the video's layout, all clips in one call: a view is enough for one clip, more clips need a copy."""
         q, k, v = heads_first(biased()).flatten(1, 2)  # each (B S, heads, F, D)
         seen = sdpa(q, k, v, back_end).unflatten(0, (clips, positions))  # (B, S, heads, F, D)
         return seen.permute(0, 3, 1, 2, 4).reshape(clips * frames, positions, width)
@@ -99,7 +99,7 @@ def _temporal_ways(qkv: Tensor, frames: int, heads: int, position: Tensor | None
 def spatial(
     batch: int, tokens: int, keys: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, tiny: bool
 ) -> Contest:
-    """keys: of the text, in a tensor of their own; 0 for self-attention from a fused projection."""
+    """keys: how many the text has, in a separate tensor; 0 for self-attention from a fused projection."""
     if tiny:
         batch, tokens, heads = 1, min(tokens, 65), 2
     if keys:

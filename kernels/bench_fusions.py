@@ -1,4 +1,4 @@
-"""The sites of the memory-bound operations: what both models do between their products, at the sizes at which they do it.
+"""The sites of the memory-bound operations: what both models compute between their matrix products, at the models' sizes.
 
 AnimateDiff: 512x512, 16 frames, guidance in one batch of two clips. ControlNeXt SVD: 576x1024, a window of 24 frames, the halves
 of guidance one after the other, so twice the calls. Theirs is what the layers run today, eagerly and as inductor fuses it.
@@ -17,7 +17,7 @@ from kernels.bench import Contest, Site, Way
 from kernels.choice import INDUCTOR, forced
 
 GROUPS = 32
-"""Of every GroupNorm in both models."""
+"""Groups of every GroupNorm in both models."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Images:
     channels: int
 
     def tiny(self) -> "Images":
-        """The same in kind, for a CPU."""
+        """Small images of the same kind, for a CPU."""
         return Images(self.clips, 3, 5, 2 * GROUPS)
 
 
 def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Values as activations are."""
+    """Normally distributed values, like activations."""
     return torch.randn(shape, device=device, dtype=dtype)
 
 
 def theirs(way: Way) -> dict[str, Way]:
-    """PyTorch's ways. Inductor needs a compiler, which a CPU's machine may not have, and says nothing about GPUs there."""
+    """PyTorch's ways. Without a GPU, inductor is left out: it needs a compiler, and its times would say nothing about GPUs."""
     return {"eager": way} | ({INDUCTOR: torch.compile(way, dynamic=False)} if torch.cuda.is_available() else {})
 
 
 def kernel(way: Way) -> Way:
-    """The operation and not PyTorch's instead of it."""
+    """The way with our operation in any case, never PyTorch's instead."""
 
     def run() -> Tensor:
         with forced("kernels"):
@@ -55,7 +55,7 @@ def kernel(way: Way) -> Way:
 
 
 def of_group_norm(images: Images, shared: bool, silu: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
-    """shared: one statistic for the frames of a clip. Theirs is `F.group_norm`, of a clip as one image of all its rows."""
+    """shared: the frames of a clip share statistics. Theirs is `F.group_norm`, with a clip as one image of all its rows."""
     images = images.tiny() if tiny else images
     c, frames = images.channels, images.frames if shared else 1
     x = normal(device, dtype, images.clips * images.frames, images.pixels, 1, c).permute(0, 3, 1, 2)  # channels-last
@@ -93,7 +93,7 @@ def of_geglu(images: Images, device: torch.device, dtype: torch.dtype, tiny: boo
 
 
 def of_residual(images: Images, with_bias: bool, blend: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
-    """with_bias: a convolution's, which cuDNN may have left to a pass of its own. blend: SVD's, after a temporal block."""
+    """with_bias: a convolution's bias, for which cuDNN may need a separate pass. blend: SVD's, after a temporal block."""
     images = images.tiny() if tiny else images
     h, residual, other = normal(device, dtype, 3, images.clips * images.frames, images.pixels, images.channels)
     bias = normal(device, dtype, images.channels) if with_bias else None
@@ -115,7 +115,7 @@ def of_residual(images: Images, with_bias: bool, blend: bool, device: torch.devi
 
 
 def of_layer_norm(images: Images, with_positions: bool, device: torch.device, dtype: torch.dtype, tiny: bool) -> Contest:
-    """with_positions: AnimateDiff's table of 32 frames, on tokens (B L, F, C); the model has it in a bias of q, k and v."""
+    """with_positions: AnimateDiff's table of 32 frames, on tokens (B L, F, C); the model folds it into a bias of q, k, v."""
     images = images.tiny() if tiny else images
     c, n = images.channels, images.clips * images.frames
     tokens = (images.clips * images.pixels, images.frames) if with_positions else (n, images.pixels)
@@ -138,9 +138,9 @@ def of_layer_norm(images: Images, with_positions: bool, device: torch.device, dt
     )
 
 
-# By level: channels, spatial transformers, motion modules of AnimateDiff, resnets. The last level counts the middle block in.
+# By level: channels, spatial transformers, motion modules of AnimateDiff, resnets. The last level includes the middle block.
 LEVELS = ((320, 5, 5, 5), (640, 5, 5, 5), (1280, 5, 5, 5), (1280, 1, 6, 7))
-# By level: calls of the resnets' norms by width, which skips add to on the way up. The norm before the output is in the first.
+# By level: calls of the resnets' norms by width; skips widen them on the way up. The first level includes the output's norm.
 RESNETS = (
     {320: 8, 640: 2, 960: 1},
     {320: 1, 640: 6, 960: 1, 1280: 1, 1920: 1},
@@ -184,7 +184,7 @@ def _controlnext() -> Iterator[tuple[str, str, int, Prepare]]:
         yield "layer_norm", f"tokens {pixels}", 10 * blocks, partial(of_layer_norm, images, False)
 
 
-# By pixels / 4096: the decoder's norms by width. The VAE of both models; SVD's has image resnets of the same widths.
+# By pixels / 4096: the decoder's norms by width. This VAE serves both models: SVD's has image resnets of the same widths.
 VAE = {1: {512: 10}, 4: {512: 6}, 16: {512: 1, 256: 5}, 64: {256: 1, 128: 6}}
 
 

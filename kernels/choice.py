@@ -1,9 +1,9 @@
-"""Where a kernel of ours runs: at the sites, on the GPU and in the dtype at which a recorded measurement has it faster than
-every way that PyTorch has there. All else is PyTorch's.
+"""Decides where our kernels run: where a recorded measurement has them faster than every way of PyTorch's.
 
-`make bench-kernels` measures and records (`results/`, one file a GPU). An entry says which tile won, so the same record gives
-the same bits. What inductor fuses is a rival only in a compiled model: modules that run as they are cannot have it.
-Exported graphs hold PyTorch's operations, for which their run time has kernels of its own, or a plugin of ours.
+A measurement counts for its site, GPU and dtype. Everything else runs PyTorch's operations. `make bench-kernels` measures and
+records (`results/`, one file a GPU). An entry says which tile won, so the same record gives the same bits. Inductor's fused code
+is compared only for a compiled model, because eager modules cannot use it. Exported graphs hold PyTorch's operations, for which
+their runtime has kernels of its own, or a plugin of ours.
 """
 
 import json
@@ -50,7 +50,7 @@ def exporting() -> bool:
 
 
 def exports_natively(operation: str) -> bool:
-    """Whether a graph is being exported in which PyTorch's operations take the place of this one."""
+    """Whether a graph is being exported that uses PyTorch's operations instead of this one."""
     return exporting() and operation not in _plugins
 
 
@@ -67,7 +67,7 @@ def forced(back_end: Literal["kernels", "pytorch"]) -> Iterator[None]:
 
 @contextmanager
 def records_in(folder: Path | None) -> Iterator[None]:
-    """Choices by the records of another folder than `RESULTS`, and by what was added to them meanwhile. None changes nothing."""
+    """Makes choices by the records in `folder`, and reads them anew. None keeps the folder in use, by default `RESULTS`."""
     global _folder
     before, _folder = _folder, folder or _folder
     winners.cache_clear()
@@ -79,15 +79,15 @@ def records_in(folder: Path | None) -> Iterator[None]:
 
 
 def record_of(gpu: str, folder: Path | None = None) -> Path:
-    """The file of a GPU by its name, e.g. "NVIDIA H200". folder: None for the one that choices are made by."""
+    """The file of a GPU by its name, e.g. "NVIDIA H200". folder: None is the one in use for choices."""
     return (folder or _folder) / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | None:
-    """The tile that our kernel runs with for x, on CUDA, or None for PyTorch's. tiles: those that the kernel can, the first by
-    default.
+    """The tile with which our kernel runs for x, on CUDA, or None for PyTorch's operation.
 
-    fp32 is PyTorch's: matrix units round its inputs, and without them a tile spills.
+    tiles: those that the kernel supports; the first is the default. fp32 always runs PyTorch's: matrix units would round its
+    inputs, and without them a tile spills registers.
     """
     if x.element_size() != 2 or not tiles or _forced == "pytorch":
         return None
@@ -99,7 +99,7 @@ def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | N
 
 
 def prefers_kernel(operation: str, shape: Shape, x: Tensor) -> bool:
-    """Whether to call an operation that PyTorch, and inductor better, can do without one: asked as a model runs or is traced."""
+    """Whether to call our operation where PyTorch's could do the same. Called while a model runs or is traced."""
     if exporting() or _forced == "pytorch":
         return False
     if _forced == "kernels":
@@ -107,7 +107,7 @@ def prefers_kernel(operation: str, shape: Shape, x: Tensor) -> bool:
     return x.is_cuda and _wins(operation, shape, x.dtype, x.device.index, torch.compiler.is_compiling())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiled model asks once
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called once in a compiled model
 def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int, compiled: bool) -> bool:
     won = winners(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."), compiled=compiled)
     return (operation, shape) in won
@@ -115,9 +115,9 @@ def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int, compile
 
 @cache
 def winners(gpu: str, dtype: str, *, compiled: bool) -> dict[tuple[str, Shape], str]:
-    """The tile of every site at which the newest measurement has ours ahead. dtype: as "float16".
+    """The tile of every site where our kernel is faster in the newest measurement. dtype: e.g. "float16".
 
-    compiled: ahead of what inductor makes of the operation, too.
+    compiled: it must be faster than inductor's code, too.
     """
     path = record_of(gpu)
     found: dict[tuple[str, Shape], str] = {}

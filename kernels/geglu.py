@@ -11,7 +11,7 @@ from kernels.choice import Shape, chosen, prefers_kernel
 def geglu(x: Tensor) -> Tensor:
     """a gelu(g), computed in fp32, with gelu(g) = g (1 + erf(g / sqrt 2)) / 2.
 
-    x: (..., 2 D), the projection: a beside g. Returns (..., D). GLU Variants, arXiv 2002.05202, eq. 6.
+    x: (..., 2 D), the projection: a, then g. Returns (..., D). GLU Variants, arXiv 2002.05202, eq. 6.
     """
     assert x.shape[-1] % 2 == 0, x.shape
     if prefers_kernel("geglu", site(x), x):
@@ -40,5 +40,5 @@ def _launch(x: Tensor) -> Tensor:
     from kernels.triton.geglu import TILES, launch  # late: Triton is optional
 
     tile = chosen("geglu", site(x), x, TILES) or TILES[0]
-    with torch.cuda.device_of(x):  # where Triton launches
+    with torch.cuda.device_of(x):  # the device where Triton launches
         return launch(x.contiguous(), tile)

@@ -1,4 +1,4 @@
-"""GroupNorm and the SiLU after it in two reads and one write of channels-last images; PyTorch's takes three and two.
+"""GroupNorm and the SiLU after it in two reads and one write of channels-last images; PyTorch takes three and two.
 
 A clip's frames may share their statistics, as in motion modules and temporal convolutions: in channels-last memory a clip is
 just a longer image.
@@ -25,9 +25,10 @@ def group_norm_silu(
 ) -> Tensor:
     """silu((y - mean) / sqrt(var + eps) weight + bias) of y = x + added, mean and var of each group over its clip, in fp32.
 
-    x: (B num_frames, C, H, W), in channels-last memory or copied into it, as the result is. weight, bias: (C,). groups divides C.
-    num_frames: how many consecutive images share statistics. silu: without it, the norm alone. added: (C,) or None, e.g. the bias
-    of the convolution before, which costs the kernel nothing and PyTorch a pass: see `norms_by_kernel`.
+    x: (B num_frames, C, H, W); our kernel copies it into channels-last memory if needed, and returns channels-last images.
+    weight, bias: (C,). groups divides C. num_frames: how many consecutive images share statistics. silu: False is the norm alone.
+    added: (C,) or None, e.g. the bias of the convolution before; adding it costs our kernel nothing, but PyTorch a pass: see
+    `norms_by_kernel`.
     Group Normalization, arXiv 1803.08494, eq. 1; SiLU, arXiv 1606.08415, section 2.
     """
     assert x.ndim == 4, x.shape
@@ -42,12 +43,12 @@ def group_norm_silu(
 
 
 def norms_by_kernel(x: Tensor, groups: int, num_frames: int, silu: bool) -> bool:
-    """Whether `group_norm_silu` is ours for images like x: then a convolution before it leaves its bias to it."""
+    """Whether `group_norm_silu` runs our kernel for images like x. If so, a convolution before it should leave the bias to it."""
     return prefers_kernel("group_norm_silu", site(x, groups, num_frames, silu), x)
 
 
 def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, num_frames: int, silu: bool) -> Tensor:
-    """`group_norm_silu` by PyTorch's operations. A clip's frames are one image of F H rows, in this memory a view."""
+    """`group_norm_silu` by PyTorch's operations. A clip's frames are one image of F H rows, a view if channels-last."""
     if num_frames == 1:
         y = F.group_norm(x, groups, weight, bias, eps)
         return F.silu(y, inplace=True) if silu else y
@@ -82,6 +83,6 @@ def _launch(
     from kernels.triton.group_norm_silu import CUTS, launch  # late: Triton is optional
 
     cut = chosen("group_norm_silu", site(x, groups, num_frames, silu), x, CUTS) or CUTS[0]
-    with torch.cuda.device_of(x):  # where Triton launches
+    with torch.cuda.device_of(x):  # the device where Triton launches
         images = x.contiguous(memory_format=torch.channels_last)
         return launch(images, weight, bias, groups, eps, num_frames, silu, *cut, added=added)

@@ -13,8 +13,8 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) weight + bias + positions[i], mean and var over the channels of a token, in fp32.
 
-    x: (..., C). weight, bias: (C,). positions: (P, C) or None; i is a token's index along `axis` of x,
-    0 for (F, L, C) and 1 for (B L, F, C), of no more than P. Layer Normalization, arXiv 1607.06450, eq. 4.
+    x: (..., C). weight, bias: (C,). positions: (P, C) or None; i is a token's index along `axis` of x, which
+    has at most P entries and is 0 for (F, L, C) and 1 for (B L, F, C). Layer Normalization, arXiv 1607.06450, eq. 4.
     """
     assert weight.shape == bias.shape == x.shape[-1:], (weight.shape, bias.shape, x.shape)
     assert 0 <= axis < x.ndim - 1, (axis, x.shape)
@@ -50,5 +50,5 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tens
     from kernels.triton.layer_norm import VALUES, launch  # late: Triton is optional
 
     tile = chosen("layer_norm", site(x, positions), x, VALUES) or VALUES[0]
-    with torch.cuda.device_of(x):  # where Triton launches
+    with torch.cuda.device_of(x):  # the device where Triton launches
         return launch(x.contiguous(), weight, bias, eps, positions, axis, tile)

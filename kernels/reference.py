@@ -1,4 +1,4 @@
-"""What each operation must equal, in plain PyTorch. Shapes are those of the operation of the same name."""
+"""The reference of each operation in plain PyTorch, to test it against. Shapes are those of the operation of the same name."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def temporal_attention(qkv: Tensor, num_frames: int, heads: int, position: Tenso
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """With the scores held in memory. (..., N or M, D) each."""
+    """Attention that stores all scores. query: (..., N, D); key, value: (..., M, D)."""
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # (..., N, M)
     return scores.softmax(dim=-1) @ value
 
@@ -51,7 +51,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def residual_blend(h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None) -> Tensor:
-    """`kernels.residual_blend`'s two functions by their equations, the first with other and mix None."""
+    """`kernels.residual_blend`'s two functions by their equations; `residual_add` is the one with other and mix None."""
     y = _wide(h) + residual
     if bias is not None:
         y = y + (bias if bias.ndim == 1 else bias.unflatten(0, (-1,) + (1,) * (h.ndim - 2)))

@@ -1,7 +1,7 @@
 """What follows a layer's last product, in one pass: its bias, the residual, and SVD's learned blend of space and time.
 
-The blend factors of SVD's convolutions are folded into their weights, so those sites are residuals alone; after a temporal
-block the blend remains, with a residual before it: tokens of the spatial path, of the temporal path, and the feed-forward's.
+The blend factors of SVD's convolutions are folded into their weights, so those sites only add a residual. After a temporal block
+the blend remains, and a residual before it: its inputs are tokens of the spatial path, the temporal path and the feed-forward.
 """
 
 from math import prod
@@ -16,7 +16,7 @@ from kernels.choice import Shape, chosen, prefers_kernel
 def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual + h + bias, added in fp32.
 
-    h, residual: (..., C); images in channels-last memory come as x.permute(0, 2, 3, 1), which is free.
+    h, residual: (..., C); pass images in channels-last memory as x.permute(0, 2, 3, 1), which is free.
     bias: (C,), or (N, C) for the N entries of the first axis, or None.
     """
     _check(h, residual, bias)
@@ -40,7 +40,7 @@ def residual_blend(h: Tensor, residual: Tensor, other: Tensor, mix: Tensor, bias
 
 
 def adds_by_kernel(residual: Tensor, bias: Tensor | None) -> bool:
-    """Whether `residual_add` is ours here: then its caller leaves the bias to it."""
+    """Whether `residual_add` runs our kernel here. If so, its caller should leave the bias to it."""
     return prefers_kernel("residual_blend", site(residual, bias, None), residual)
 
 
@@ -75,7 +75,7 @@ def _launch(h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | No
     from kernels.triton.residual_blend import TILES, launch  # late: Triton is optional
 
     tile = chosen("residual_blend", site(h, bias, other), h, TILES) or TILES[0]
-    with torch.cuda.device_of(h):  # where Triton launches
+    with torch.cuda.device_of(h):  # the device where Triton launches
         h, residual = h.contiguous(), residual.contiguous()
         other, mix = (None, None) if other is None or mix is None else (other.contiguous(), mix.float())
         return launch(h, residual, bias, other, mix, tile)

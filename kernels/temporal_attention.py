@@ -1,8 +1,8 @@
-"""Self-attention over the frames of a video, straight from the fused projection and straight into the next one.
+"""Self-attention over the frames of a video, from the fused projection's layout to that of the next projection.
 
-A library's attention wants (batch, heads, frames, D), where the video is (frames, positions, heads, D). It is a custom operation,
-one node to `torch.compile`, with two back ends: PyTorch's attention with the permutes that it needs, and on CUDA a kernel of ours
-that reads and writes the video's own layout, at the sites where it measured faster (`choice.py`).
+A library's attention needs (batch, heads, frames, D), but the video is (frames, positions, heads, D). It is a custom operation, a
+single node for `torch.compile`, with two back ends: PyTorch's attention with the permutes that it needs, and on CUDA our kernel,
+which reads and writes the video's own layout. Ours runs at the sites where it measured faster (`choice.py`).
 """
 
 import torch
@@ -15,8 +15,8 @@ from kernels.choice import Shape, chosen, exports_natively
 def temporal_attention(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V for every position and head, over the frames.  arXiv 1706.03762, eq. 1.
 
-    qkv: (B F, S, 3 C), any strides; C is heads x D. position: (F or more, 3 C), of the same dtype, added to every position's qkv
-    by its frame; or None. Returns (B F, S, C), contiguous. Raises `ValueError` where the shapes do not fit.
+    qkv: (B F, S, 3 C), any strides; C is heads x D. position: None, or (F or more, 3 C), of the same dtype; row f
+    is added to the qkv of frame f. Returns (B F, S, C), contiguous. Raises `ValueError` if the shapes do not fit.
     """
     if exports_natively("temporal_attention"):
         return by_pytorch(qkv, num_frames, heads, position)
@@ -24,12 +24,12 @@ def temporal_attention(qkv: Tensor, num_frames: int, heads: int, position: Tenso
 
 
 def by_pytorch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> Tensor:
-    """`temporal_attention` by `scaled_dot_product_attention`. One clip's q, k and v are views of qkv; of more they are copies."""
+    """`temporal_attention` by `scaled_dot_product_attention`. For one clip q, k and v are views, for more they are copies."""
     clips = qkv.unflatten(0, (-1, num_frames))  # (B, F, S, 3 C)
     if position is not None:
         clips = clips + position[:num_frames, None]
     if len(clips) > 1 and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.cat([by_pytorch(clip, num_frames, heads, None) for clip in clips])  # views, and smaller than a cache
+        return torch.cat([by_pytorch(clip, num_frames, heads, None) for clip in clips])  # views, and small enough for the cache
     num_clips, _, positions, _ = clips.shape
     query, key, value = clips.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (B S, heads, F, D)
     seen = F.scaled_dot_product_attention(query, key, value).unflatten(0, (num_clips, positions))
@@ -67,7 +67,7 @@ def _(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> Tens
 
 def _check(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None) -> None:
     if num_frames < 1:
-        raise ValueError(f"{num_frames} frames are no clip")
+        raise ValueError(f"a clip has at least 1 frame, not {num_frames}")
     if qkv.ndim != 3 or qkv.shape[0] % num_frames or qkv.shape[2] % (3 * heads):
         raise ValueError(f"{tuple(qkv.shape)} is not (clips x {num_frames}, positions, 3 x {heads} x D)")
     if position is not None and (position.ndim != 2 or position.shape[0] < num_frames or position.shape[1] != qkv.shape[2]):

@@ -30,7 +30,7 @@ class ControlNetSize:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What does not depend on the timestep. stem: the first resnet's input. hidden: its first convolution's. Both (n, C, h, w)."""
+    """What does not depend on the timestep. stem: the first resnet's input. hidden: its conv1's output. Both (n, C, h, w)."""
 
     stem: Tensor
     hidden: Tensor

@@ -17,7 +17,7 @@ class Window:
 
     @property
     def first_counted(self) -> int:
-        """The window's first frame whose result counts. Its frame 0 stands for the reference, and counts in the first window only."""
+        """The first local frame whose result counts. Frame 0 stands for the reference and counts in the first window only."""
         return 0 if self.start == 0 else 1
 
 

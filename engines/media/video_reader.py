@@ -151,7 +151,7 @@ class VideoReader:
         with _translated():
             for packet in self._container.demux():
                 self._note_time(packet)
-                if packet.stream_index != self._stream.index or not packet.size:  # no size: the last frame repeats (AVI), or the end
+                if packet.stream_index != self._stream.index or not packet.size:  # no size: a repeated frame (AVI), or the end
                     continue
                 if packet.is_corrupt:
                     raise VideoLoadError("The video is damaged: a packet is cut off.")
@@ -178,7 +178,7 @@ class VideoReader:
             yield frame
 
     def _note_time(self, packet: Any) -> None:
-        """Notes how far the file reaches: its picture stream if the header declares that stream's end, else all of its streams."""
+        """Notes how far the file reaches: its picture stream if the header declares that stream's end, else any stream."""
         time = packet.pts if packet.pts is not None else packet.dts
         if time is not None and (packet.stream_index == self._stream.index or not self._declares_streams):
             self._reached_s = max(self._reached_s, (time + (packet.duration or 0)) * packet.time_base)

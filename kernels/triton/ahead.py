@@ -1,4 +1,4 @@
-"""A kernel compiled before any launch, for a GPU that need not be here: what a launcher other than Triton's must know."""
+"""Compiles a kernel before any launch, for a GPU that may be absent, and tells what a launcher other than Triton's needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 THREADS = 32
-"""Of a warp."""
+"""Threads of a warp."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """entry: the kernel's name in `ptx`. threads, shared: of a block, the latter in bytes. scratch: bytes of memory that its
-    launcher must bring along, by pointers that Triton adds behind the arguments whether it needs them or not."""
+    """A compiled kernel.
+
+    entry: its name in `ptx`. threads: of a block. shared: bytes of shared memory of a block. scratch: bytes of memory that the
+    launcher must provide; Triton adds pointers for it after the arguments, even if it needs none.
+    """
 
     entry: str
     ptx: str
@@ -30,8 +33,8 @@ def compiled(
 ) -> Compiled:
     """Compiles a `triton.jit` function. capability: 90 for an H200.
 
-    types: of its parameters that are no constants, by name: "*fp16" or "i32"; "*fp16:16" or "i32:16" where the address or the
-    number is a multiple of 16, without which loads are narrow.
+    types: of the parameters that are not constants, by name: "*fp16" or "i32"; "*fp16:16" or "i32:16" if the address or the
+    number is a multiple of 16. Without that, loads are narrow.
     """
     names = list(kernel.arg_names)
     signature = {name: types.get(name, "constexpr").removesuffix(":16") for name in names}

@@ -1,4 +1,4 @@
-"""Attention that keeps no scores, for head dimensions between powers of two, on tokens with their heads side by side.
+"""Attention that does not store the scores, for head dimensions between powers of two, on tokens with heads side by side.
 
 A head of 40, 80 or 160 is two tiles: the scores are the sum of two products, and the output has two accumulators. Queries, keys
 and values are read where the projections wrote them, and the output is written where the next projection reads it.
@@ -23,9 +23,9 @@ LOG2_E = log2(2.718281828459045)
 
 @dataclass(frozen=True)
 class Tile:
-    """queries, keys: rows of a block and of one step of its loop. warps: of a block. stages: steps whose loads are under way.
+    """queries: rows of a block. keys: rows of a step of its loop. warps: of a block. stages: steps whose loads are in flight.
 
-    padded: a head is one tile of the next power of two, with fewer and larger instructions, and not two.
+    padded: a head is one tile of the next power of two instead of two tiles, with fewer and larger instructions.
     """
 
     queries: int
@@ -36,10 +36,11 @@ class Tile:
 
 
 def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
-    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+    """The tiles that do not spill registers. The first is used unless a measurement says otherwise.
 
     Each has two stages or more: with one, Triton 3.6 on an H200 gave other values for heads of two tiles (2026-11-27).
-    capability: 90 for an H200. At 160 a step of 64 keys spills on 80 and 89, a tile of 128 rows with 4 warps anywhere.
+    capability: 90 for an H200. At head dimension 160, a step of 64 keys spills on capabilities 80 and 89, and a tile of 128 rows
+    with 4 warps spills everywhere.
     """
     if head_dim > 80 and capability not in WARPGROUPS:
         return Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)
@@ -48,7 +49,7 @@ def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
 
 
 def tiles_of(query: Tensor) -> tuple[Tile, ...]:
-    """Those for queries (B, N, heads, D) on their GPU; none for a D above 160 or with rows that do not begin at 16 bytes."""
+    """The tiles for queries (B, N, heads, D) on their GPU; none if D is above 160 or rows are not aligned to 16 bytes."""
     head_dim = query.shape[3]
     return () if head_dim > WIDEST or head_dim % 8 else tiles(head_dim, capability(query.device))
 
@@ -79,7 +80,7 @@ def kernel(
     """out[n] = sum_m softmax_m(SCALE q[n] k[m]) v[m], with SCALE in units of log 2 and the softmax's sum kept while m runs.
 
     One block is `QUERIES` rows of one head; blocks of one head follow each other, so its keys and values stay in the L2 cache.
-    RAGGED: whether `keys` is no multiple of `KEYS`. The output is the last pointer and every other argument whole or constant.
+    RAGGED: whether `keys` is not a multiple of `KEYS`. The output is the last pointer; other arguments are integers or constants.
     """
     index = tl.program_id(0)
     tiles = tl.cdiv(queries, QUERIES)
@@ -127,7 +128,7 @@ def kernel(
 
 @triton.jit
 def _load(row, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Columns from START of the rows at these pointers. A mask that is true throughout would still cost its registers."""
+    """Columns from START of the rows at these pointers. There is no mask where it would be all true: it would cost registers."""
     column = START + tl.arange(0, WIDTH)
     at = row[:, None] + column[None, :]
     if START + WIDTH > HEAD_DIM:

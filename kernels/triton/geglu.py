@@ -14,15 +14,15 @@ TILES = (Tile(8, 256, 4), Tile(4, 256, 4))
 def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out = a g (1 + erf(g / sqrt 2)) / 2. The exact gelu, which the models were trained with, not the one with tanh.
 
-    40 instructions a value, most of them erf's (sm_90), are 0.87 of what an H200 can issue while the memory moves 6 bytes.
-    x: (rows, 2 width), a beside g. out: (rows, width).
+    A value takes 40 instructions, most of them for erf (sm_90): 0.87 of what an H200 can issue while its memory moves 6 bytes.
+    x: (rows, 2 width), a, then g. out: (rows, width).
     """
     blocks = tl.cdiv(width, COLUMNS)
     first = tl.program_id(0) // blocks * ROWS
     columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     lanes = tl.arange(0, ROWS)
     inside = (lanes < rows - first)[:, None] & (columns < width)[None, :]
-    base = first.to(tl.int64) * width  # at SVD's top level half of 2**31 values for a pair of clips
+    base = first.to(tl.int64) * width  # int64: SVD's top level has half of 2**31 values for two clips
     spots = lanes[:, None] * width + columns[None, :]
     gates = 2 * base + 2 * lanes[:, None] * width + columns[None, :]
     a = tl.load(x + gates, inside, other=0.0).to(tl.float32)
@@ -32,7 +32,7 @@ def geglu_rows(x, rows, width, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def launch(x: Tensor, tile: Tile = TILES[0]) -> Tensor:
-    """Launches. Shapes as `kernels.geglu.geglu`; x contiguous. tile: how to cut."""
+    """Launches the kernel. Shapes as in `kernels.geglu.geglu`; x contiguous. tile: how the work is cut into programs."""
     assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     assert x.is_contiguous(), f"contiguous rows, not strides {x.stride()}"
     width = x.shape[-1] // 2

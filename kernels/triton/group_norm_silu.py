@@ -1,7 +1,7 @@
 """GroupNorm and SiLU over rows of channels, in three launches: moments by chunk, an affine map by channel, its application.
 
-The input is read twice and written once; between the launches pass 8 bytes a channel and chunk. No atomics: each sum has one
-order, fixed by the shape, so the same input gives the same bits.
+The input is read twice, and the output written once; between the launches 8 bytes are passed for each channel and chunk. There
+are no atomics: each sum has one order, fixed by the shape, so the same input gives the same bits.
 """
 
 import torch
@@ -13,10 +13,10 @@ from kernels.triton.tile import Tile, cdiv, next_power_of_2
 
 # 64 columns divide every width of both UNets (320 to 2560), so no lane is idle; in fp16 they are a cache line of 128 bytes.
 MOMENTS = (Tile(32, 64, 4, repeats=16), Tile(32, 64, 4, repeats=4))
-"""A chunk is rows x repeats rows. With 512 the partial results are 1/128 of fp16 input, and SVD's top level is 2160 programs."""
+"""A chunk has rows x repeats rows. With 512, partial results are 1/128 of fp16 input, and SVD's top level is 2160 programs."""
 APPLY = (Tile(64, 64, 4), Tile(32, 64, 4))
 CUTS = tuple((moments, apply) for moments in MOMENTS for apply in APPLY)
-"""Each with each."""
+"""All pairs of the two."""
 PARTIALS = 1024
 """Partial results that `channel_affine` holds at a time: 8 a thread. 4096 took 255 registers."""
 
@@ -26,11 +26,11 @@ def chunk_moments(x, rows, channels, chunks, means, squares, ROWS: tl.constexpr,
     """Mean of each channel over a chunk of rows, and the sum of squared differences from it.
 
     Welford's recurrence down the rows of each lane, Chan's formula across lanes (Chan, Golub, LeVeque 1983, eq. 2.1): a sum of
-    squares less the square of a sum would lose the variance where the mean is large.
+    squares minus the square of a sum would lose the variance if the mean is large.
     x: (clips, rows, channels). means, squares: (clips, chunks, channels), fp32.
     """
     blocks = tl.cdiv(channels, COLUMNS)
-    place = tl.program_id(0) // blocks  # clip x chunks + chunk; columns go fastest, so that neighbours share pages
+    place = tl.program_id(0) // blocks  # clip x chunks + chunk; columns vary fastest, so that neighbours share pages
     columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     first = place % chunks * (ROWS * REPEATS)
     x += ((place // chunks).to(tl.int64) * rows + first) * channels  # a clip in the VAE has more than 2**31 values
@@ -60,7 +60,7 @@ def channel_affine(
 ):  # fmt: skip
     """GroupNorm as one multiplication and one addition: scale = weight / sqrt(var + eps), shift = bias + (added - mean) scale.
 
-    What is added to every value of a channel moves that channel's means, and no difference from them.
+    Adding a constant to every value of a channel shifts the channel's means, but not the differences from them.
 
     Chan's formula over the chunks and channels of a group: var = sum_i (squares_i + n_i (means_i - mean)^2) / sum_i n_i.
     means, squares: (clips, chunks, channels). weight, bias, added: (channels,), the last may be None. scale, shift: (clips,
@@ -136,7 +136,10 @@ def launch(
     apply: Tile = APPLY[0],
     added: Tensor | None = None,
 ) -> Tensor:
-    """Launches. Shapes as `kernels.group_norm_silu.group_norm_silu`; x in channels-last memory. moments, apply: how to cut."""
+    """Launches the kernels. Shapes as in `kernels.group_norm_silu.group_norm_silu`; x in channels-last memory.
+
+    moments, apply: how the work is cut into programs.
+    """
     assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     assert x.is_contiguous(memory_format=torch.channels_last), f"channels-last images, not strides {x.stride()}"
     assert weight.is_contiguous()

@@ -8,7 +8,7 @@ from kernels.triton.tile import Tile, cdiv, next_power_of_2
 
 # A row's columns are rounded up to a power of two: at 320, 640 and 1280 three of eight lanes idle, but nothing is read for them.
 VALUES = (Tile(1, 4096, 4), Tile(1, 2048, 4))
-"""How many values a program holds (rows x columns); rows follow from the width."""
+"""How many values a program holds (rows x columns); the number of rows follows from the width."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def layer_norm_rows(
 def launch(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, axis: int, tile: Tile = VALUES[0]
 ) -> Tensor:
-    """Launches. Shapes as `kernels.layer_norm.layer_norm`; everything contiguous. tile: how to cut."""
+    """Launches the kernel. Shapes as in `kernels.layer_norm.layer_norm`; everything contiguous. tile: how the work is cut."""
     assert x.itemsize <= 4, f"{x.dtype} would be computed in fp32"
     for tensor in (x, weight, bias, positions):
         assert tensor is None or tensor.is_contiguous(), f"contiguous rows, not strides {tensor.stride()}"
@@ -55,6 +55,6 @@ def launch(
 
 
 def cut_rows(tile: Tile, channels: int) -> Tile:
-    """The tile as rows of that many channels."""
+    """The tile cut into rows of that many channels."""
     columns = next_power_of_2(channels)
     return tile._replace(rows=max(1, tile.columns // columns), columns=columns)

@@ -14,8 +14,8 @@ TILES = (Tile(32, 64, 4), Tile(64, 64, 4))
 def blend_rows(h, residual, bias, other, mix, rows, channels, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y = residual + h + bias; out = y, or mix other + (1 - mix) y.
 
-    h, residual, other, out: (images, rows, channels). bias: (images, channels). mix: (1,) fp32, by address, so that the
-    layers' 32 values are one kernel and not 32. bias None: no bias. other and mix None: no blend.
+    h, residual, other, out: (images, rows, channels). bias: (images, channels). mix: (1,) fp32, passed by address, so that
+    the layers' 32 values need one kernel and not 32. bias None: no bias. other and mix None: no blend.
     """
     blocks = tl.cdiv(channels, COLUMNS)
     tiles = tl.cdiv(rows, ROWS)
@@ -40,7 +40,7 @@ def blend_rows(h, residual, bias, other, mix, rows, channels, out, ROWS: tl.cons
 def launch(
     h: Tensor, residual: Tensor, bias: Tensor | None, other: Tensor | None, mix: Tensor | None, tile: Tile = TILES[0]
 ) -> Tensor:
-    """Launches. Shapes as `kernels.residual_blend.residual_blend`; everything contiguous. tile: how to cut."""
+    """Launches the kernel. Shapes as in `kernels.residual_blend.residual_blend`; everything contiguous. tile: how it is cut."""
     assert h.itemsize <= 4, f"{h.dtype} would be computed in fp32"
     for tensor in (h, residual, bias, other):
         assert tensor is None or tensor.is_contiguous(), f"contiguous rows, not strides {tensor.stride()}"

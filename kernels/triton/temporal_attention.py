@@ -1,8 +1,8 @@
 """Temporal self-attention on the layout of the video: several positions share a tile, and nothing is permuted.
 
-A pixel's sequence has 14 to 32 frames, where attention kernels work on 64 or more rows: one sequence a tile would waste most of
+A pixel's sequence has 14 to 32 frames, but attention kernels work on 64 or more rows: one sequence a tile would waste most of
 it. Here a tile holds `ROWS / PADDED` neighbouring positions with all of their frames, and a block-diagonal mask keeps them apart.
-The operation is bound by memory, so the scores computed in vain cost nothing.
+The operation is memory-bound, so the scores that the mask removes cost nothing.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from kernels.triton.head_dim import WIDEST, split
 LOG2_E = log2(2.718281828459045)
 """exp(x) = exp2(x log2 e), and exp2 is one instruction."""
 MOST_FRAMES = 32
-"""AnimateDiff's motion modules have positions for no more, and SVD works in windows of 25 at most. More would spill."""
+"""AnimateDiff's motion modules have positions for no more, and SVD's windows have 25 at most. More would spill registers."""
 LEAST_PADDED = 16
-"""Frames are padded to a power of two; below 16 a tile of few frames would read rows of many positions, and gain nothing."""
+"""Frames are padded to a power of two, at least 16: with less, a tile would read rows of many positions and gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Tile:
 
 
 def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
-    """Those that need no more registers than there are, the first the one to take unless a measurement says otherwise.
+    """The tiles that do not spill registers. The first is used unless a measurement says otherwise.
 
-    capability: 90 for an H200. On 80 and 89 a tile of 64 rows spills at head dimension 160; anywhere one of 128 rows does.
-    A head of two tiles must not be multiplied by warpgroups, which take over at 64 rows and 4 warps: on an H200 with Triton 3.6
-    that gave other values, or an illegal access to shared memory, in most runs (40, 80 and 160; 2026-11-27).
-    There are as many for every head dimension: a TensorRT plan knows them by number.
+    capability: 90 for an H200. At head dimension 160, a tile of 64 rows spills on 80 and 89, and one of 128 rows everywhere.
+    A head of two tiles must not be multiplied by warpgroup instructions, which are used from 64 rows and 4 warps on: on an H200
+    with Triton 3.6 they gave other values, or an illegal access to shared memory, in most runs (head dimensions 40, 80 and 160;
+    2026-11-27). The number of tiles is the same for every head dimension, because a TensorRT plan refers to them by number.
     """
     if capability not in WARPGROUPS:
         return (Tile(32, 4),)
@@ -48,8 +48,10 @@ def tiles(head_dim: int, capability: int) -> tuple[Tile, ...]:
 
 
 def tiles_of(qkv: Tensor, num_frames: int, heads: int) -> tuple[Tile, ...]:
-    """Those for projections (B F, S, 3 C) on their GPU; none for more than 32 frames, heads above 160, or rows that do not
-    begin at 16 bytes."""
+    """The tiles for projections (B F, S, 3 C) on their GPU.
+
+    There are none for more than 32 frames, for heads above 160, or if rows do not begin at multiples of 16 bytes.
+    """
     head_dim = qkv.shape[2] // 3 // heads
     served = num_frames <= MOST_FRAMES and head_dim <= WIDEST and head_dim % 8 == 0
     return tiles(head_dim, capability(qkv.device)) if served else ()
@@ -74,8 +76,8 @@ def kernel(
 ):
     """out[f] = sum_g softmax_g(SCALE q[f] k[g]) v[g] for every position and head, with SCALE in units of log 2.
 
-    One block is `ROWS` rows of one head; heads are the fastest index, so blocks which share sectors of memory run together.
-    The output is the last pointer and every other argument whole or constant: so it can become a TensorRT plugin.
+    One block is `ROWS` rows of one head; heads vary fastest, so blocks that share memory sectors run together.
+    The output is the last pointer, and other arguments are integers or constants, so that it can become a TensorRT plugin.
     """
     index = tl.program_id(0)
     head = index % HEADS
@@ -100,7 +102,7 @@ def kernel(
         q_second, k_second = _load(q, bias_q, real, FIRST, SECOND, HEAD_DIM), _load(k, bias_k, real, FIRST, SECOND, HEAD_DIM)
         scores = tl.dot(q_second, k_second.T, scores, input_precision="ieee")
     same = (rows // PADDED)[:, None] == (rows // PADDED)[None, :]
-    scores = tl.where(same & (frame < FRAMES)[None, :], scores * SCALE, float("-inf"))  # padded rows see their position's frames
+    scores = tl.where(same & (frame < FRAMES)[None, :], scores * SCALE, float("-inf"))  # padded rows attend to their position
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     total = tl.sum(weights, axis=1)[:, None]
     weights = weights.to(out.dtype.element_ty)
@@ -113,7 +115,7 @@ def kernel(
 
 @triton.jit
 def _load(row, bias, real, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Columns from START of the rows at these pointers, plus the table's where there is one, rounded as the sum would be."""
+    """Columns from START of the rows at these pointers, plus the table's if there is one; the sum has the rows' dtype."""
     column = START + tl.arange(0, WIDTH)
     mask = real[:, None] & (column < HEAD_DIM)[None, :]
     x = tl.load(row[:, None] + column[None, :], mask=mask, other=0.0)
@@ -141,7 +143,7 @@ def constants(frames: int, heads: int, head_dim: int, tile: Tile) -> dict[str, A
 
 
 def ahead(frames: int, heads: int, head_dim: int, with_position: bool, dtype: str, capability: int, tile: Tile) -> Compiled:
-    """The kernel for launches by others, on contiguous tensors at multiples of 16 bytes. dtype: "fp16" or "bf16".
+    """The kernel for another launcher, on contiguous tensors aligned to 16 bytes. dtype: "fp16" or "bf16".
 
     Its arguments are qkv, position if there is one, positions, frame_stride, token_stride (both in elements) and out.
     """
@@ -156,8 +158,10 @@ def ahead(frames: int, heads: int, head_dim: int, with_position: bool, dtype: st
 
 
 def launch(qkv: Tensor, num_frames: int, heads: int, position: Tensor | None, tile: Tile) -> Tensor:
-    """`kernels.temporal_attention.temporal_attention` by the kernel. Arguments as there, which has checked them; tile: one of
-    `tiles_of`."""
+    """`kernels.temporal_attention.temporal_attention` by the kernel.
+
+    Arguments as there, where they have been checked. tile: one of `tiles_of`.
+    """
     images, positions, width = qkv.shape
     head_dim = width // 3 // heads
     if qkv.stride(2) != 1:

@@ -1,7 +1,7 @@
 """How a memory-bound kernel is cut into programs.
 
-The tables of tiles are fixed, the first entry being the one that runs: picking by timing at run time would let two processes
-add in different orders, and the same seed would no longer give the same bits. `bench_fusions.py` measures the others.
+The tables of tiles are fixed, and the first entry is the default: choosing by timing at run time would let two processes
+add in different orders, and the same seed would no longer give the same bits. `bench_fusions.py` measures all entries.
 """
 
 from typing import NamedTuple
