@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="steps of a job; by default the endpoint's")
     parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="our compiled UNets, too; default: on a GPU")
     parser.add_argument("--compile-within", type=float, default=float("inf"), metavar="SECONDS", help="start no compiling later")
-    parser.add_argument("--results", type=Path, help="write the records to its folders `kernels` and `engines`")
+    parser.add_argument("--results", type=Path, help="record in its `kernels` and `engines`; default: their results/")
     parser.add_argument("--compile-diffusers", action="store_true", help="also measure diffusers' compiled UNets")
     return parser
 

@@ -1,4 +1,4 @@
-"""The people of one frame as points with scores, and how OpenPose numbers, joins and colours them."""
+"""The people of one frame as points with scores, and how OpenPose numbers, joins and colours them. NumPy only."""
 
 from dataclasses import dataclass
 
