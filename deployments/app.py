@@ -2,6 +2,8 @@
 only file that knows every deployment.
 
 Placement, replicas and autoscaling are set in the YAML; here each deployment only gets its name and its arguments.
+Every replica's process imports this file, so each stage is imported by its own replica only: the ingress and the dispatcher need
+no torch.
 """
 
 import asyncio
@@ -23,10 +25,7 @@ from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
-from deployments.stages.decode import Decode
-from deployments.stages.denoise import Denoise
 from deployments.stages.handles import ServeStages, crossing
-from deployments.stages.preprocess import Preprocess
 from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
@@ -76,6 +75,8 @@ class PreprocessReplica:
     """Hosts `Preprocess` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
+        from deployments.stages.preprocess import Preprocess
+
         self.wrapper = Preprocess(*args)
 
     async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
@@ -101,6 +102,8 @@ class DenoiseReplica:
 
     def __init__(self, *args: Any):
         configure_logging()  # before the engines are made ready, which can take minutes
+        from deployments.stages.denoise import Denoise
+
         self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
@@ -124,6 +127,8 @@ class DecodeReplica:
     """Hosts `Decode` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
+        from deployments.stages.decode import Decode
+
         self.wrapper = Decode(*args)
 
     async def run(self, latents: Latents) -> AsyncIterator[Any]:

@@ -276,6 +276,10 @@ def test_importing_loads_neither_torch_nor_ray(module: str):
     assert loaded_by(module) == ""
 
 
+def test_replicas_that_hold_no_model_load_ray_alone():
+    assert loaded_by("deployments.app") == "deployments.app loads ray"
+
+
 def test_a_heavy_module_is_noticed():
     assert "torch" in loaded_by("deployments.files.file_store", "deployments.files.checkpoints")
 

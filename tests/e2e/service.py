@@ -19,6 +19,8 @@ import yaml
 
 READY_S = 120.0
 REELRAY = Path(sys.executable).with_name("reelray")
+ENVIRONMENT = {"RAY_worker_niceness": "0"}
+"""Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Service:
         log_path = self.home / "serve.log"
         with log_path.open("ab") as log:
             begin = log.tell()
-            env = os.environ | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
+            env = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         deadline = time.monotonic() + READY_S
         while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:

@@ -134,3 +134,11 @@ def test_every_tile_offered_fits_its_gpu(compilers: Executor, head_dim: int, cap
         assert used.uses_matrix_units
         assert used.count("HGMMA") or capability != 90
         assert used.count("LDGSTS")  # keys and values of the next steps load while this one is computed
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
+def test_capability_89_is_offered_the_tiles_that_are_compiled_for_80(head_dim: int):
+    from kernels.triton import flash_attention, temporal_attention
+
+    assert flash_attention.tiles(head_dim, 89) == flash_attention.tiles(head_dim, 80)
+    assert temporal_attention.tiles(head_dim, 89) == temporal_attention.tiles(head_dim, 80)

@@ -14,7 +14,7 @@ import httpx
 import yaml
 
 from deployments.settings import Settings
-from tests.e2e.service import REELRAY, free_port
+from tests.e2e.service import ENVIRONMENT, REELRAY, free_port
 
 READY_S = 60.0
 STOP_S = 30.0
@@ -46,7 +46,7 @@ def hosted(kind: str, database: str) -> Iterator[Hosted]:
         document = {"proxy_location": "HeadOnly", "http_options": listening, "applications": [application]}
         config.write_text(yaml.safe_dump(document))
         words = [str(REELRAY), kind, "--config", str(config), "--port", str(port)]
-        environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*words, "--workers", "2"] if kind == "gateway" else words,
