@@ -1,4 +1,4 @@
-"""The GPU benchmark's code at tiny sizes on the CPU: both sides do the same work, and each figure is saved once it is measured."""
+"""The GPU benchmark's code at tiny sizes on the CPU: both sides do the same work, and figures are saved as they are measured."""
 
 import json
 from collections.abc import Mapping
@@ -111,7 +111,7 @@ def test_nothing_slow_is_begun_when_its_time_is_over():
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretends that there is a GPU, whose name then stands in the record."""
+    """Gives a GPU's properties, which a record contains."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)

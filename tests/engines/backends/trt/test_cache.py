@@ -74,7 +74,7 @@ def test_another_value_of_any_component_is_another_plan(filled: PlanCache, part:
     assert filled.load(KEY) == PLAN
 
 
-def test_lists_with_the_same_joined_text_have_different_keys():
+def test_another_division_or_order_of_a_list_is_another_key():
     assert replace(KEY, flags=("A", "B")).digest != replace(KEY, flags=("A,B",)).digest
     assert replace(KEY, profiles=("a", "b")).digest != replace(KEY, profiles=("b", "a")).digest
 

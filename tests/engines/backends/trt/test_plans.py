@@ -1,4 +1,4 @@
-"""What a plan's key depends on, and how a plan is found or built. `fake_tensorrt` stands in where no real TensorRT-RTX is named."""
+"""What a plan's key depends on, and how plans are found or built. A few tests use TensorRT-RTX, the others `fake_tensorrt`."""
 
 import json
 import shutil

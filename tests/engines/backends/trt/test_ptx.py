@@ -61,7 +61,7 @@ def test_a_kernel_takes_its_arguments_alone_and_is_otherwise_the_same(
     whole = ahead(*site, capability, tiles(head_dim, capability)[tactic - 1])
     kernel = kernel_of(frames, heads, 3 * heads * head_dim, with_table, dtype, capability, tactic)
     assert parameters(kernel.ptx, kernel.entry) == [POINTER, *[POINTER] * with_table, *WHOLES, POINTER]
-    assert len(parameters(whole.ptx, whole.entry)) == len(parameters(kernel.ptx, kernel.entry)) + 2, "Triton 3.7 adds two hidden parameters"
+    assert len(parameters(whole.ptx, whole.entry)) == len(parameters(kernel.ptx, kernel.entry)) + 2, "Triton 3.7 hides two"
     changed = set(whole.ptx.splitlines()) ^ set(kernel.ptx.splitlines())
     assert all(".param .u64 .ptr" in line for line in changed)
     assert f".reqntid {kernel.threads}\n" in kernel.ptx

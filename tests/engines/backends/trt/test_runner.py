@@ -249,7 +249,7 @@ def test_the_version_that_loses_biases_is_not_refitted(tmp_path: Path):
         ready.refit(weights(tmp_path, "3"))
 
 
-def test_an_engine_tells_what_is_in_it():
+def test_an_engine_reports_its_layers_ports_and_memory():
     told = {"Layers": [{"Name": "conv_in + silu", "LayerType": "CaskConvolution", "TacticName": "sm90_xmma"}]}
     report = engine(fake_plan(CALL, FAMILIES, report=json.dumps(told))).inspect()
     assert report.layers == (Layer("conv_in + silu", "CaskConvolution", "sm90_xmma"),)
