@@ -41,7 +41,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Round:
-    """One prompt through both pipelines, in seconds. preprocess, denoise and decode are parts of `ours`; seed_*: the second seed."""
+    """One prompt through both, in seconds. preprocess, denoise and decode are parts of `ours`; seed_*: the second seed."""
 
     theirs: float
     ours: float

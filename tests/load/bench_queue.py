@@ -65,7 +65,7 @@ async def ask(port: int, requests: Callable[[], bytes], seconds: float) -> Rate:
             writer.write(requests())
             try:
                 await answer(reader)
-            except (asyncio.IncompleteReadError, ConnectionError):  # the server closed the connection between two requests, as it may
+            except (asyncio.IncompleteReadError, ConnectionError):  # servers may hang up between two requests
                 writer.close()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 continue

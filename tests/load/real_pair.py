@@ -32,7 +32,7 @@ BINS_X, BINS_Y, POINTS = 576, 768, 133
 
 
 def write_fixed_pose(folder: Path) -> None:
-    """Writes ONNX files with DWPose's signatures: they detect nobody, so the person's box is the whole frame; points are fixed."""
+    """Writes ONNX files with DWPose's signatures. Nobody is detected, so the box is the whole frame; its points are fixed."""
     generator = np.random.default_rng(0)
     x, y = (generator.integers(bins // 4, 3 * bins // 4, POINTS) for bins in (BINS_X, BINS_Y))
     simcc_x, simcc_y = np.zeros((1, POINTS, BINS_X), np.float32), np.zeros((1, POINTS, BINS_Y), np.float32)

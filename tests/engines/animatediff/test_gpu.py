@@ -13,7 +13,7 @@ from tests.engines.animatediff.media import keyframes
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU: not verified that CUDA in fp32 and fp16 agrees with the CPU"
+        not torch.cuda.is_available(), reason="no GPU: not verified that CUDA in fp32 and fp16 agrees with the CPU, repeatably"
     ),
 ]
 

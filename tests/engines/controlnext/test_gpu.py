@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: not verified that ControlNeXt on CUDA in fp32, fp16 and bf16 agrees with the CPU",
+        reason="no GPU: not verified that ControlNeXt on CUDA in fp32, fp16 and bf16 agrees with the CPU, repeatably",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Our plugin's machine code on a GPU, without TensorRT: launched by the CUDA driver with its arguments only, as TensorRT would."""
+"""Our plugin's machine code on a GPU without TensorRT: CUDA's driver launches it with its arguments only, as TensorRT would."""
 
 import ctypes
 from collections.abc import Sequence
