@@ -1,4 +1,4 @@
-"""Stages without Ray: Serve's wrappers called in this process, and stages that do as a test says."""
+"""Stages without Ray: Serve's wrappers called in this process, and stages that a test controls."""
 
 import asyncio
 import time
@@ -50,11 +50,11 @@ async def done_of(stream: Stream[T], on_note: OnNote) -> Done[T]:
             await on_note(item)
     finally:
         await stream.aclose()  # as Serve does when the caller cancels
-    raise AssertionError("a stream without an end")
+    raise AssertionError("the stream ended without `Done`")
 
 
 class ScriptedStages:
-    """Denoising does what `act` says; the other stages do nothing. running, peak: calls of `act` now, and at most at once."""
+    """Denoising calls `act`; the other stages do nothing. running: calls of `act` now. peak: the most at once."""
 
     def __init__(self, act: Callable[[dict[str, Any]], Awaitable[None]]):
         self.act = act
@@ -82,7 +82,7 @@ class ScriptedStages:
 
 
 class EndlessStage:
-    """Preprocesses or decodes, a hundredth of a second a frame, until it is stopped. running: calls at work now."""
+    """Preprocesses or decodes at 0.01 s per frame until it is stopped. running: calls in progress."""
 
     def __init__(self) -> None:
         self.running = 0

@@ -1,6 +1,6 @@
-"""Imports go one way: kernels <- engines <- deployments, and between the rooms of `deployments` as `ROOMS` says.
+"""Imports go one way: kernels <- engines <- deployments, and between the rooms of `deployments` as `ROOMS` permits.
 
-The light rooms load neither torch nor ray, so the door and the command line start in a second.
+The light rooms load neither torch nor ray, so that the ingress and the command line start in a second.
 """
 
 import ast
@@ -24,7 +24,7 @@ FORBIDDEN = {
     "deployments": {"tests", "kernels", "diffusers", "transformers"},
     "deployments/jobs": {"fastapi"},
 }
-"""Folder -> what no file in it imports, by the top of its name."""
+"""Folder -> the top-level packages that no file in it may import."""
 
 ERRORS = "engines.errors"
 SPEC = "engines.spec"
@@ -33,9 +33,9 @@ SETTINGS = "deployments.settings"
 
 @dataclass(frozen=True)
 class Room:
-    """A folder of `deployments`, or a file at its top.
+    """A folder of `deployments`, or a file directly in it.
 
-    may: the modules of ours that its files may import besides its own; what lies below a module is included, `*` is any text.
+    may: our modules that its files may import besides its own, each with everything below it; `*` matches any text.
     light: it loads neither torch nor ray, except for the modules in `heavy`, which may also import all of `engines`.
     """
 
@@ -79,7 +79,7 @@ ROOMS = {
 """The table of rooms in the house style, section 2. Every file may know `engines.errors`, which imports nothing."""
 
 USES_RAY = ("app.py", "stages/handles.py", "hosting/local_cluster.py", "batch/ray_data.py")
-"""Below `deployments`; no other file there imports ray."""
+"""The only files below `deployments` that may import ray."""
 
 ALSO_LIGHT = (
     "deployments.hosting.gateway",
@@ -90,7 +90,7 @@ ALSO_LIGHT = (
     "engines.animatediff.config",
     "engines.animatediff.spec",
 )
-"""Modules outside the light rooms that must start as fast."""
+"""Modules outside the light rooms that must not load torch or ray either."""
 
 A_FAULT = {
     "kernels": "engines.errors",
@@ -111,7 +111,7 @@ A_FAULT = {
 
 
 def imports(source: str) -> Iterator[str]:
-    """Everything that a source imports, as "package.module" or "package.module.name", wherever the import stands."""
+    """Everything that a source imports, as "package.module" or "package.module.name", at any place in the file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -130,7 +130,7 @@ def is_within(name: str, module: str) -> bool:
 
 
 def permitted(path: Path, room: str) -> tuple[str, ...]:
-    """What a file may import of ours. path: below `deployments`."""
+    """Our modules that a file may import. path: relative to `deployments`."""
     table = ROOMS[room]
     own = () if room.endswith(".py") else rooms(room)
     return (*table.may, *own, *(("engines",) if path.stem in table.heavy else ()))
@@ -158,7 +158,7 @@ def faults(root: Path) -> dict[str, set[str]]:
 
 
 def room_faults(path: Path, imported: set[str]) -> set[str]:
-    """Of what a file below `deployments` imports, what its room may not."""
+    """Those of a file's imports that its room may not have. path: below `deployments`."""
     room = path.parts[0]
     if room == "__init__.py":
         return imported
@@ -183,7 +183,7 @@ def modules(room: str) -> list[str]:
 
 
 def loaded_by(*names: str) -> str:
-    """What of `HEAVY` is loaded, and with which module, once these are imported one after the other in a fresh process."""
+    """Imports these modules in turn in a new process. Returns the first that loads something of `HEAVY`, and what it loads."""
     code = f"""
 import importlib, sys
 for name in {names!r}:
@@ -199,7 +199,7 @@ for name in {names!r}:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the three packages, with the rooms that have no file yet."""
+    """A copy of the three packages, with the rooms that do not exist yet added."""
     root = tmp_path_factory.mktemp("copy")
     for layer in ("kernels", "engines", "deployments"):
         shutil.copytree(ROOT / layer, root / layer, ignore=shutil.ignore_patterns("__pycache__"))

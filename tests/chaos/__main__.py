@@ -1,10 +1,10 @@
-"""Real processes, killed, stopped and restarted at random while jobs pass through them: what is lost, what comes twice.
+"""Kills, stops and restarts real processes at random while jobs run: is anything lost, or done twice?
 
     python -m tests.chaos [--jobs 1000] [--seed 1] [--over-s 120] [--save]
 
-Ingress, dispatchers, couriers, store and PostgreSQL are the product's with its own leases and waits; the stages are small
-processes instead of Ray's. Callers repeat blindly under an `Idempotency-Key`; receivers of webhooks answer 500 or hang up now
-and then. An attempt's death is taken to be when its dispatcher or replica was hit.
+Ingress, dispatchers, couriers, store and PostgreSQL are the product's, with its own leases and waits. Small processes stand
+in for Ray's stages. Callers repeat submissions blindly under an `Idempotency-Key`. Webhook receivers sometimes answer 500 or
+hang up. An attempt counts as dead from the moment when its dispatcher or replica was hit.
 """
 
 import argparse

@@ -1,5 +1,7 @@
-"""Callers who repeat a submission blindly under its `Idempotency-Key`, follow their job by polling and fetch its file, and
-receivers of webhooks that answer 500 or hang up now and then."""
+"""Callers repeat a submission blindly under its `Idempotency-Key`, poll their job's status and fetch its file.
+
+Webhook receivers sometimes answer 500 or hang up.
+"""
 
 import asyncio
 import random
@@ -17,16 +19,16 @@ from tests.deployments.webhooks.receiver import Answer, Received, Receiver, rece
 
 RECEIVERS = 8
 TROUBLES = 2
-"""At most for one webhook: its third try may be a minute after its end."""
+"""Failed deliveries of one webhook, at most. Its third attempt may come a minute after the job's end."""
 POLL_S = 0.5
 AT_ONCE = 60
-"""Callers: as many as one process can poll for beside everything else on two cores."""
+"""Concurrent callers: as many as one process can serve beside everything else on two cores."""
 TIMEOUT_S = 3.0
 
 
 @dataclass
 class Outcome:
-    """What callers saw. acknowledged: prompt -> every id that it was answered with."""
+    """What callers saw. acknowledged: prompt -> every request id that the service returned for it."""
 
     acknowledged: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     ended: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class Outcome:
 
 
 class Callers:
-    """One task a job."""
+    """One task per job."""
 
     def __init__(self, system: System, receivers: list[Receiver]):
         self.system = system
@@ -76,7 +78,7 @@ class Callers:
                 self.outcome.faults.append(f"the file of {prompt} holds {file.text!r}")
 
     async def _submit(self, http: httpx.AsyncClient, number: int, prompt: str) -> str:
-        for _ in range(2 if self.random.random() < 0.2 else 1):  # some ask again though they have been answered
+        for _ in range(2 if self.random.random() < 0.2 else 1):  # some repeat the submission although it was answered
             answer = await self._ask(
                 http,
                 "POST",
@@ -90,7 +92,7 @@ class Callers:
         return self.outcome.acknowledged[prompt][0]
 
     async def _ask(self, http: httpx.AsyncClient, method: str, path: str, welcome: Any, **request: Any) -> httpx.Response:
-        """Asks one gateway or another until there is an answer that is no trouble of the service's."""
+        """Repeats the request, at a random gateway each time, until the answer is not a failure of the service."""
         while True:
             url = f"http://127.0.0.1:{self.random.choice(self.system.ports)}{path}"
             try:
@@ -98,7 +100,7 @@ class Callers:
             except httpx.HTTPError as exc:
                 self.outcome.retries[f"{method} {type(exc).__name__}"] += 1
             else:
-                of_job = answer.headers["x-fal-request-id"] in path  # how the job ended, and not how the service is
+                of_job = answer.headers["x-fal-request-id"] in path  # the status is the job's outcome, not the service's
                 if answer.status_code in welcome and (answer.status_code < 500 or of_job):
                     return answer
                 self.outcome.retries[f"{method} {answer.status_code}"] += 1
@@ -116,7 +118,7 @@ def moody(plan: Plan) -> Answer:
         if mood.random() < 0.25 and troubles[request.request_id] < TROUBLES:
             troubles[request.request_id] += 1
             if mood.random() < 0.5:
-                return  # hangs up without a word
+                return  # hangs up without an answer
             writer.write(b"HTTP/1.1 500 Moody\r\ncontent-length: 0\r\n\r\n")
         else:
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
@@ -126,6 +128,6 @@ def moody(plan: Plan) -> Answer:
 
 @asynccontextmanager
 async def receivers(plan: Plan) -> AsyncIterator[list[Receiver]]:
-    """Several, for each is sent only a few webhooks at once, and those of a dead courier count until its lease ends."""
+    """Several receivers: each gets only a few webhooks at once, and a dead courier's count until its lease ends."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(receiving(moody(plan))) for _ in range(RECEIVERS)]

@@ -1,9 +1,9 @@
-"""Cancels at random moments: in the queue, in every unit of every stage, at the very end, twice, after the end. What leaks?
+"""Cancels jobs at random moments and checks for leaks: in the queue, in every unit of every stage, at the end, twice, after it.
 
     python -m tests.chaos.cancels [--jobs 10000] [--seed 1] [--save]
 
-Door (a gateway with two workers, asked over HTTP), store, dispatcher and the stages' threads are the product's; a unit of work,
-a UNet call say, is a sleep. Cancels are timed from the request to its answer, with the machine's other load.
+Ingress (a gateway with two workers, called over HTTP), store, dispatcher and the stages' threads are the product's. A unit of
+work, for example a UNet call, is a sleep. A cancel's time runs from the request to its answer, beside the machine's other load.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from tests.wire.hosting import hosted
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 ROOM = 12
 CALLERS = 30
-"""More than there is room for, so that some jobs are cancelled while they wait."""
+"""More than `ROOM`, so that some jobs are cancelled while they wait."""
 
 UNIT_S = (0.02, 0.08)
 END_S = 60.0
@@ -45,7 +45,7 @@ MOMENTS = ("in the queue", "at random", *(f"in {stage}" for stage in UNITS), "at
 
 @dataclass
 class Cancels:
-    """Callers and what they saw. stages: whose units tell them when their moment has come."""
+    """Callers and what they saw. stages: their units signal a caller when to cancel."""
 
     url: str
     store: JobStore
@@ -68,7 +68,7 @@ class Cancels:
             self._loop.call_soon_threadsafe(awaited[2].set)
 
     async def run(self, jobs: int) -> None:
-        """Every job from its submission to its end."""
+        """Runs every job from its submission to its end."""
         seeds = iter(range(jobs))
         limits = httpx.Limits(max_connections=2 * CALLERS)
         async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, limits=limits) as http:
@@ -130,16 +130,16 @@ class Cancels:
         if moment in ("never", "after the end"):
             allowed = {JobState.SUCCEEDED}
         elif moment not in ("in the queue", "in preprocess"):
-            allowed = {JobState.CANCELLED, JobState.SUCCEEDED}  # it may end before the word arrives
+            allowed = {JobState.CANCELLED, JobState.SUCCEEDED}  # it may end before the cancel arrives
         if job.state not in allowed:
             self.faults.append(f"job {seed}, cancelled {moment}, is {job.state}")
         if moment == "after the end" and answers != ["ALREADY_COMPLETED"]:
             self.faults.append(f"job {seed} had ended, and its cancel was answered {answers}")
         if job.state is JobState.CANCELLED and "CANCELLATION_REQUESTED" not in answers:
-            self.faults.append(f"job {seed} was cancelled, and its cancel answered {answers}")
+            self.faults.append(f"job {seed} was cancelled, and its cancel was answered {answers}")
 
     async def fill_the_room(self) -> int:
-        """How many jobs run at once when more wait: all there is room for, unless a cancel has kept some. All of them render."""
+        """How many jobs run at once when more wait: `ROOM`, unless a cancelled job still holds a place. All must succeed."""
         running = set[int]()
         full, released = asyncio.Event(), threading.Event()
 
@@ -165,7 +165,7 @@ class Cancels:
 
 
 async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tuple[list[str], Table]:
-    """The promises that were broken, and the figures. database: the URL of a migrated, empty one."""
+    """The promises that were broken, and the figures. database: the URL of a migrated, empty database."""
     loop = asyncio.get_running_loop()
     callers_store, store = await JobStore.open(database), await JobStore.open(database)
     tasks_before = len(asyncio.all_tasks())
@@ -177,7 +177,7 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
         await cancels.run(jobs)
         took_s = time.monotonic() - began
         faults = cancels.faults
-        await asyncio.sleep(1)  # what was closed is also to be put away
+        await asyncio.sleep(1)  # what was closed needs a moment to be cleaned up
         listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
         for left, what in (
             (cancels.stages.working, "threads at work"),

@@ -1,9 +1,9 @@
-"""A dispatcher and a courier in a process of their own, as `deployments.app` has them in a replica, over `tests.chaos.stage`.
+"""A dispatcher and a courier in their own process, as in a replica of `deployments.app`, calling `tests.chaos.stage`.
 
     python -m tests.chaos.dispatcher CONFIG --sockets FOLDER --trace FOLDER
 
-It writes down which attempts it has and which replicas it calls for them: whoever kills one of these wants to know what else
-died. The one thing that is not the product's is `SocketStages`, in the place of `ServeStages`.
+It records which attempts it runs and which replicas it calls for them, so that a killed process can be traced to the attempts
+that died with it. Only `SocketStages`, in place of `ServeStages`, is not the product's.
 """
 
 import argparse
@@ -42,20 +42,20 @@ _claim: ContextVar[Claim] = ContextVar("claim")
 
 
 class Trace:
-    """A file that a SIGKILL cuts between two lines."""
+    """A file that holds whole lines only, even after a SIGKILL."""
 
     def __init__(self, folder: Path):
         self.file = os.open(folder / f"{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(self, pid: int) -> None:
-        """The attempt at hand depends on a process from now on."""
+        """Records that the current attempt depends on process `pid` from now on."""
         claim = _claim.get()
         line = {"at": time.time(), "job": str(claim.job_id), "attempt": claim.attempt, "pid": pid}
         os.write(self.file, json.dumps(line).encode() + b"\n")
 
 
 class SocketStages:
-    """Any replica for any stage. Like `ServeStages` it tries nothing twice that a replica has taken."""
+    """Calls any replica for any stage. Like `ServeStages`, it does not repeat a call that a replica has accepted."""
 
     def __init__(self, sockets: Path, trace: Trace):
         self.sockets = sockets
@@ -92,7 +92,7 @@ class SocketStages:
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         replicas = list(self.sockets.glob("*.sock"))
         for path in random.sample(replicas, len(replicas)):
-            with suppress(OSError):  # a dead one's
+            with suppress(OSError):  # the socket of a dead replica
                 reader, writer = await asyncio.open_unix_connection(path)
                 credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
                 self.trace.note(struct.unpack("3i", credentials)[0])
@@ -101,7 +101,7 @@ class SocketStages:
 
 
 class TracedDispatcher(Dispatcher):
-    """Each job has its own task, so its own claim."""
+    """Each job has its own task, so `_claim` is the job's own."""
 
     def __init__(self, trace: Trace, *args: Any):
         super().__init__(*args)
@@ -119,7 +119,7 @@ async def run(settings: Settings, sockets: Path, trace: Trace) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         store = await JobStore.open(await asyncio.to_thread(database_url, settings))
-    except (StoreAway, RuntimeError):  # as a replica's health check: Serve then starts another
+    except (StoreAway, RuntimeError):  # as when a replica's health check fails: Serve then starts another
         logging.getLogger("deployments").exception("no database")
         sys.exit(NO_DATABASE)
     try:

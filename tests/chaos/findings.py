@@ -1,4 +1,4 @@
-"""What the database, the files and the receivers say after a run: every promise as a check, and how long dead attempts lay."""
+"""Checks the database, the files and the receivers after a run: every promise, and how soon dead attempts were followed up."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from tests.chaos.system import Blow, System
 from tests.deployments.webhooks.receiver import Received, is_signed
 
 RESTART_S = 20.0
-"""Within which 99 of 100 dead attempts are to be followed by another."""
+"""99 of 100 dead attempts must be followed by another within this time."""
 EXHAUSTED = {"runner_connection_timeout": 3, "runner_disconnected": 10}
-"""How a job may fail here, and from which attempt on: `jobs/retry.py`."""
+"""Error type with which a job may fail here -> the first attempt at which it may: see `jobs/retry.py`."""
 JITTER_S = 0.3
-"""Between an event's time and the writing down of what it is about."""
+"""Greatest difference between an event's time in the database and in a trace."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Event:
 
 
 async def webhooks_pending(url: str) -> int:
-    """How many are still to be delivered."""
+    """How many webhooks are still to be delivered."""
     connection = await asyncpg.connect(url)
     try:
         return int(await connection.fetchval("SELECT count(*) FROM webhook_outbox WHERE next_attempt_at IS NOT NULL"))
@@ -59,7 +59,7 @@ async def webhooks_pending(url: str) -> int:
 
 
 async def examine(url: str, system: System, outcome: Outcome, received: Sequence[Received], jwks: dict[str, Any]) -> Findings:
-    """Everything. url: of the database, which runs."""
+    """Runs all checks. url: of the database, which must be running."""
     connection = await asyncpg.connect(url)
     try:
         jobs = await connection.fetch("SELECT *, input ->> 'prompt' AS prompt FROM jobs")
@@ -175,7 +175,7 @@ def _check_webhooks(
 
 
 def _time_restarts(findings: Findings, system: System, events: Mapping[str, list[Event]]) -> None:
-    """From an attempt's death to the next `running`, by what it died of."""
+    """Measures the time from an attempt's death to the next `running`, by cause of death."""
     depends: defaultdict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
     for path in system.traces.glob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -194,8 +194,8 @@ def _time_restarts(findings: Findings, system: System, events: Mapping[str, list
 
 
 def _death(hits: Sequence[Blow], began: Event, ended: Event) -> tuple[str, float]:
-    """What an attempt died of and when, told to its disadvantage: a stop counts from its begin and not from the lease's end,
-    and what nothing is known of, like a claim whose answer a dying database has kept, from when it was claimed."""
+    """Why and when an attempt died, at the earliest time that it may have: a stop counts from its beginning, not from the lease's
+    end. Without a known cause it counts from the claim, for example if a dying database never answered the claim."""
     for number in (SIGKILL, SIGSTOP, SIGTERM):
         fitting = [blow for blow in hits if blow.signal == number]
         if fitting:

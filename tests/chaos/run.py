@@ -1,4 +1,4 @@
-"""A run from the first submission to the last webhook: callers, receivers and blows at once, then calm, then the checks."""
+"""A run: callers, receivers and blows at once; then no more blows until the last webhook is delivered; then the checks."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ READY_S = 60.0
 
 
 async def unleash(settings: Settings, plan: Plan) -> tuple[Findings, list[Table]]:
-    """What came of it, and its figures. settings: with a home that does not exist yet; its server is its owner's to stop."""
+    """Findings and tables of one run. settings: their home must not exist yet; the caller stops the database server in it."""
     async with callers.receivers(plan) as receivers, running(settings, plan) as system:
         async with httpx.AsyncClient(trust_env=False) as http:
             await asyncio.gather(*(_ready(http, port) for port in system.ports))

@@ -1,8 +1,8 @@
-"""A stage replica as a process of its own: three stages of some milliseconds each behind a Unix socket, one call at a time.
+"""A stage replica in its own process: three stages of some milliseconds each behind a Unix socket, one call at a time.
 
     python -m tests.chaos.stage SOCKET
 
-A call is a connection: a line of JSON in, lines of JSON out, as in `deployments/stages/protocol.py`. Who hangs up has cancelled.
+A call is a connection: a line of JSON in, lines of JSON out, as in `deployments/stages/protocol.py`. Hanging up cancels the call.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ STEP_S = (0.005, 0.05)
 
 
 def product_of(stage: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What a stage makes of what it is given: the same each time, so that any attempt's clip can be told from its job."""
+    """What a stage returns for its input: the same each time, so that a job's clip is known whichever attempt made it."""
     if stage == "decode":
         return {"mp4": clip_of(given["prompt"], given["seed"]), "seed": given["seed"]}
     return given
@@ -29,7 +29,7 @@ def clip_of(prompt: str, seed: int) -> str:
 
 
 class Replica:
-    """One unit of work at a time, whichever stage it is of."""
+    """Does one unit of work at a time, whichever stage it belongs to."""
 
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
@@ -55,7 +55,7 @@ class Replica:
 
 
 async def serve(path: str) -> None:
-    listening = f"{path}.{os.getpid()}"  # made beside and renamed: nobody meets a socket that does not listen
+    listening = f"{path}.{os.getpid()}"  # created under another name, then renamed: a caller only finds a socket that listens
     server = await asyncio.start_unix_server(Replica().call, listening)
     os.rename(listening, path)
     async with server:

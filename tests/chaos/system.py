@@ -1,7 +1,7 @@
-"""The processes of a service without Ray, started again when they die, and the blows that they are dealt.
+"""The processes of a service without Ray: restarted when they die, and hit by random signals ("blows").
 
-Gateways are `reelray gateway` with workers of its own, which also starts PostgreSQL again; dispatchers and stage replicas are
-`tests.chaos.dispatcher` and `tests.chaos.stage`. Whatever ends without having been hit is an error.
+Gateways are `reelray gateway` with its worker processes; it also restarts PostgreSQL. Dispatchers and stage replicas are
+`tests.chaos.dispatcher` and `tests.chaos.stage`. A process that ends without having been hit is an error.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from tests.e2e.service import REELRAY, free_port
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 NO_DATABASE = 75
-"""Exit status of a dispatcher that found none when it started."""
+"""Exit status of a dispatcher that found no database when it started."""
 GATEWAYS, WORKERS, DISPATCHERS, REPLICAS = 2, 2, 3, 6
 DOWN_S = (0.1, 1.0)
-"""How long a dead process stays away: what a supervisor takes to notice."""
+"""How long a dead process stays down, as if a supervisor needed that time to notice."""
 
 DECK = (
     *["kill a dispatcher"] * 2,
@@ -43,12 +43,12 @@ DECK = (
     "kill a database backend",
     "restart the database",
 )
-"""Dealt in random order, then again."""
+"""All of them in random order, then all again in another order."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run. over_s: how long submissions take. pause_s: between blows. stop_s: how long a process is stopped.
+    """Settings of a run. over_s: how long submissions take. pause_s: between blows. stop_s: how long a process is stopped.
 
     webhook_lease_s, webhook_retry_s: for `courier.LEASE_S` and `courier.FIRST_RETRY_S`.
     """
@@ -77,7 +77,7 @@ class Blow:
 
 @dataclass
 class Member:
-    """A process that is always started again, with a group of its own. down_until: on the monotonic clock."""
+    """A process that is restarted whenever it ends, in its own process group. down_until: on the monotonic clock."""
 
     kind: str
     name: str
@@ -101,7 +101,7 @@ class Member:
         return self.process.pid if self.process is not None and self.process.poll() is None else None
 
     def end(self) -> None:
-        """Its whole group, stopped or not, is gone on return."""
+        """Kills its whole process group, including stopped processes; they are gone on return."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, SIGKILL)
@@ -125,7 +125,7 @@ class System:
         return self.settings.home / "trace"
 
     def enlist(self) -> None:
-        """Writes the YAML and says who belongs to the system."""
+        """Writes the YAML and lists the system's processes."""
         home, plan = self.settings.home, self.plan
         home.mkdir(parents=True, exist_ok=True)
         queue = {"lease_s": plan.lease_s, "deadlines": {ENDPOINT: {"idle_s": plan.idle_s}}}
@@ -152,7 +152,7 @@ class System:
         self.members.append(Member(kind, f"{kind} {n}", command, self.settings.home / f"{kind}-{n}.log"))
 
     async def supervise(self) -> None:
-        """Starts whatever is down."""
+        """Restarts processes that are down."""
         while True:
             for member in self.members:
                 if member.pid is None and time.monotonic() > member.down_until:
@@ -167,7 +167,7 @@ class System:
     def _examine(self, member: Member) -> None:
         assert member.process is not None
         with suppress(ProcessLookupError):
-            os.killpg(member.process.pid, SIGKILL)  # what it has left behind, as a service manager does
+            os.killpg(member.process.pid, SIGKILL)  # kills leftover processes of its group, as a service manager does
         hit = any(blow.pid == member.process.pid for blow in self.blows)
         if not hit and not (member.kind == "dispatcher" and member.process.returncode == NO_DATABASE):
             tail = member.log.read_text(errors="replace")[-3000:]
@@ -195,7 +195,7 @@ class System:
         if target:
             pids = kinds[target]()
             if verb == "stop" and len(self.stopped & set(pids)) >= len(pids) - 1:
-                return  # somebody must be left, or nothing happens and nothing is tried
+                return  # one must keep running, or nothing is tested
             self._hit(name, self.random.choice(pids), {"kill": SIGKILL, "stop": SIGSTOP, "end": SIGTERM}[verb])
         else:
             manner, number = self.random.choice([("fast", SIGINT), ("immediate", SIGQUIT), ("SIGKILL", SIGKILL)])
@@ -217,7 +217,7 @@ class System:
     async def _go_on(self, victim: psutil.Process) -> None:
         try:
             shortest, longest = self.plan.stop_s
-            await asyncio.sleep(shortest + (longest - shortest) * self.random.random() ** 3)  # mostly short, or nothing moves
+            await asyncio.sleep(shortest + (longest - shortest) * self.random.random() ** 3)  # mostly short, or no work gets done
         finally:
             self.stopped.discard(victim.pid)
             with suppress(psutil.NoSuchProcess):
@@ -238,7 +238,7 @@ class System:
         return [child.pid for child in children if child.cmdline()[:1] and "postgres: postgres" in child.cmdline()[0]]
 
     async def calm(self) -> None:
-        """Lets go on what is stopped."""
+        """Continues all stopped processes."""
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -246,7 +246,7 @@ class System:
 
 @asynccontextmanager
 async def running(settings: Settings, plan: Plan) -> AsyncIterator[System]:
-    """A system that is being started; nothing of it is left afterwards, but the database is its owner's to stop."""
+    """A system that is starting. All its processes are gone afterwards, except the database, which the caller stops."""
     system = System(settings, plan, random.Random(plan.seed))
     system.enlist()
     supervisor = asyncio.create_task(system.supervise())

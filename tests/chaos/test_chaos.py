@@ -8,7 +8,7 @@ from tests.load.report import percentile
 
 
 async def test_nothing_is_lost_stuck_or_done_twice_whatever_is_killed():
-    """`make chaos` in small: shorter leases and webhook retries, so that what is lost comes back within the test."""
+    """A small run of `make chaos`, with shorter leases and webhook retries, so that recovery happens within the test."""
     plan = Plan(
         jobs=60,
         seed=1,

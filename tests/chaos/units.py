@@ -1,4 +1,4 @@
-"""Stages of units that sleep: several replicas of each, one call at a time, in threads as Serve's wrappers run theirs."""
+"""Stages whose units of work sleep. Each has several replicas with one call at a time, in threads as in Serve's wrappers."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ UNITS = {"preprocess": 2, "denoise": 4, "decode": 2}
 
 @dataclass(frozen=True)
 class Unit:
-    """stage, number: which it was, from 0. began: in seconds of `time.monotonic`."""
+    """number: of the unit within its stage, from 0. began: in seconds of `time.monotonic`."""
 
     stage: str
     number: int
@@ -29,7 +29,7 @@ class Unit:
 
 
 class UnitStages:
-    """unit_s: a unit's shortest and longest sleep. on_unit: told of each as it begins, in its thread, and by which job's seed.
+    """unit_s: a unit's shortest and longest sleep. on_unit: called as each unit begins, in its thread, with the job's seed.
 
     begun: a job's seed -> its units. working: threads at work now.
     """
@@ -44,7 +44,7 @@ class UnitStages:
 
     @property
     def turns_taken(self) -> int:
-        """Replicas that are somebody's."""
+        """How many replicas are working on a call."""
         return sum(turn.locked() for turns in self._turns.values() for turn in turns)
 
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:

@@ -1,4 +1,4 @@
-"""The Dockerfile as text: it is not built here, so only what can be read in it is held to the rest of the tree."""
+"""Checks the Dockerfile's text against the rest of the repository; it is not built here."""
 
 import json
 import re
@@ -13,7 +13,7 @@ PINS = dict(line.split("==") for line in Path("constraints.txt").read_text().spl
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(name, the rest) of each, continued lines joined, without comments."""
+    """(name, arguments) of each instruction; continued lines are joined, comments left out."""
     lines = [line for line in Path("cluster/Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in joined.splitlines()) if name]

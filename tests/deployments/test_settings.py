@@ -86,13 +86,13 @@ def test_the_yaml_files_are_valid_and_name_the_deployments_that_are_built(path: 
     (application,) = schema.applications
     settings = load_settings(Path(path)).model_copy(update={"home": tmp_path})
     for model in ("animatediff", "controlnext"):
-        (settings.demo_weights / model).mkdir(parents=True)  # as if written
+        (settings.demo_weights / model).mkdir(parents=True)  # as if the demo weights had been written
     built = deployments_of(build(settings))
     assert {deployment.name for deployment in application.deployments} == built
 
 
 def deployments_of(application: Any) -> set[str]:
-    """The names of an application's deployments, those it takes as arguments included."""
+    """The names of an application's deployments, including those that are its arguments."""
     names = {application._bound_deployment.name}
     waiting = [*application._bound_deployment.init_args, *application._bound_deployment.init_kwargs.values()]
     while waiting:

@@ -13,7 +13,7 @@ from engines.pipeline import Pipeline
 from tests.engines.backends.trt.exports import export_motion, export_svd
 
 torch.set_num_threads(1)
-"""Beside other work on the machine, two threads of a tiny model wait for each other most of the time."""
+"""One thread: on a busy machine two threads of a tiny model mostly wait for each other."""
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def pipeline(demo_weights: AnimateDiffWeights) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def exports(demo_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[Path]]]:
-    """The graphs of `tests.engines.backends.trt`, under way in a process of their own that ends with the last of them."""
+    """The graphs of `tests.engines.backends.trt`, exported in a separate process that ends after the last one."""
     folder = tmp_path_factory.mktemp("onnx")
     process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     futures = {
@@ -43,7 +43,7 @@ def exports(demo_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="package", autouse=True)
 def _exports_begin(request: pytest.FixtureRequest) -> None:
-    """Before the engines' other tests, which leave a core to them: the last ones wait for these graphs."""
+    """Starts the exports before the engines' other tests, which use one core. Only the last tests wait for the graphs."""
     asked = [item for item in request.session.items if isinstance(item, pytest.Function) and "trt" in item.path.parts]
     if any({"motion", "svd", "model"} & set(item.fixturenames) for item in asked):
         request.getfixturevalue("exports")

@@ -1,4 +1,4 @@
-"""What the tests of exact savings share: values in float64, and how far rounding may take them apart."""
+"""Shared by the tests of exact savings: random values in float64, and a check that two results differ only by rounding."""
 
 import torch
 from torch import Tensor
@@ -11,5 +11,5 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_rounding(a: Tensor, b: Tensor):
-    assert a.std() > 1e-3, "a comparison of nothing proves nothing"
+    assert a.std() > 1e-3, "nearly constant values: the comparison would show nothing"
     assert (a - b).abs().max() <= ROUNDING

@@ -1,4 +1,4 @@
-"""What is decoded together, and what is decoded again: a VAE of one multiplication, whose every pixel is known."""
+"""Which frames are decoded together and which again, with a fake VAE whose every pixel is known."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,9 @@ from engines.frame_decoder import FrameDecoder
 
 
 class FakeVAE(nn.Module):
-    """Pixels are the latents' first three channels; the mean of a chunk is added, so that its frames see each other.
+    """Pixels are the latents' first three channels plus their mean over a chunk, so that frames of a chunk affect each other.
 
-    Above `overflow` half precision gives infinity. calls: (dtype, frames) of each.
+    Values above `overflow` become infinite in half precision. calls: (dtype, frames) of each call.
     """
 
     config = SimpleNamespace(scaling_factor=0.5, block_out_channels=(8, 8, 8, 8))
@@ -42,7 +42,7 @@ def call(vae: Any, latents: Tensor, in_chunk: int) -> Tensor:
     assert latents.dtype == vae.dtype
     half = latents.dtype != torch.float32
     pixels = torch.where((latents.abs() > vae.overflow) & half, torch.inf, latents)[:, :3] / 40
-    chunks = pixels.unflatten(0, (-1, in_chunk))  # a call has whole chunks only
+    chunks = pixels.unflatten(0, (-1, in_chunk))  # a call contains whole chunks only
     return (chunks + chunks.mean(1, keepdim=True)).flatten(0, 1)
 
 

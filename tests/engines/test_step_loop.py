@@ -1,4 +1,4 @@
-"""The loop alone, over a step that adds noise to one number."""
+"""The step loop alone, with a step that adds noise to one number."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def test_a_repo_in_the_hubs_cache_is_read_without_a_network(monkeypatch: pytest.
 
 @pytest.fixture
 def weights(tmp_path: Path) -> AnimateDiffWeights:
-    """A copy that a test may spoil."""
+    """A copy of the weights that a test may damage."""
     return write_demo_weights(tmp_path / "demo")
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the memory-bound kernels share: inputs, tolerances, and what compiled code must fulfil."""
+"""Shared by the tests of the memory-bound kernels: inputs, tolerances, and requirements on the compiled code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from tests.kernels.offline import SHARED_BYTES, needs
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 MOST_REGISTERS = 96
-"""At 128 threads five blocks fit a multiprocessor, so 25 kB can be under way at once, which is what hides the latency of HBM3."""
+"""With 128 threads each, five blocks fit a multiprocessor. So 25 kB can be in flight at once, which hides the latency of HBM3."""
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float64, offset: float = 0.0, seed: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def error(ours: Tensor, expected: Tensor) -> float:
 def assert_streams(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, warps: int, *, wide: bool = True
 ) -> None:
-    """The kernel fits the card without spilling, and, if `wide`, moves its tensors by 16 bytes a thread."""
+    """Asserts that the kernel fits the card without spills and, if `wide`, loads and stores 16 bytes per thread."""
     found = needs(kernel, types, constants, capability, num_warps=warps)
     assert found.spills == 0
     assert found.registers * warps <= MOST_REGISTERS * 4, found.registers

@@ -1,11 +1,11 @@
-"""The process where Triton's kernels are Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
+"""The process in which Triton's kernels run as Python: `TRITON_INTERPRET` must be set before a kernel's module is imported."""
 
 import os
 from typing import Any
 
 
 def start() -> None:
-    """The process's first words."""
+    """Initialises the process, before any kernel is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
     from triton import language
@@ -15,7 +15,7 @@ def start() -> None:
     multiply = InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        """The interpreter keeps bfloat16 as uint16, and its product (triton 3.7.1) multiplies those as whole numbers."""
+        """Converts bfloat16 first: the interpreter stores it as uint16, and its dot (triton 3.7.1) multiplies the integers."""
         a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x for x in (a, b))
         return multiply(self, a, b, *rest)
 

@@ -1,7 +1,7 @@
-"""What our kernels need of a GPU, compiled offline: the tests' own compilations as a table. `python -m tests.kernels.report`.
+"""Resources that our kernels need on a GPU, from the tests' offline compilations, as a table. `python -m tests.kernels.report`.
 
 Each row is one kernel for one kind of GPU, over all tiles, head dimensions and dtypes that the tests compile: the most
-registers of a thread, the most shared memory of a block, and how many loads and stores of registers that did not fit.
+registers per thread, the most shared memory per block, and the loads and stores of spilled registers.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.load.report import Report, table
 
 
 def compilations(folder: Path) -> list[dict[str, Any]]:
-    """What the tests compiled, a dict each. Raises `CalledProcessError` if one of them fails."""
+    """The tests' compilations, one dict each. Raises `CalledProcessError` if a test fails."""
     lines = folder / "compilations"
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", "fit"]
     subprocess.run(command, check=True, env=os.environ | {REPORT: str(lines)})

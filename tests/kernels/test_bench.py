@@ -82,7 +82,7 @@ def test_an_error_that_stays_with_the_gpu_ends_the_run_and_is_not_the_next_ways(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to name in a record, which takes a microsecond for everything."""
+    """A GPU that a record can name, on which every measurement gives one microsecond."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (80 GB)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

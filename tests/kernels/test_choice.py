@@ -21,7 +21,7 @@ TILES = ("wide", "narrow")
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the measurements of a GPU that is not here would lie."""
+    """The file for measurements of a GPU that is not present."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     with records_in(tmp_path):
         yield record_of(GPU)
@@ -52,7 +52,7 @@ def test_a_kernel_that_beat_only_some_ways_does_not_run(record: Path):
     assert tile() is None
 
 
-def test_what_inductor_fuses_is_a_rival_in_compiled_models_alone(record: Path):
+def test_inductors_fusion_competes_only_in_compiled_models(record: Path):
     measured(record, {"wide": 7.0}, {"eager": 9.0, INDUCTOR: 5.0})
     assert tile() == "wide"
     assert ("attention", SITE) in winners(GPU, "float16", compiled=False)
@@ -159,7 +159,7 @@ def test_a_measurement_is_asked_for_while_a_model_is_compiled(monkeypatch: pytes
 
 
 def test_records_in_the_repository_choose_tiles_that_the_kernels_still_have():
-    """A tile that was renamed would be left out in silence, and the site would be PyTorch's."""
+    """A record with a renamed tile would be ignored silently, and PyTorch would compute the site."""
     offered = {
         "attention": lambda shape: flash_attention.tiles(shape[3], 90),
         "temporal_attention": lambda shape: temporal.tiles(shape[3], 90),

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the fusions: every tile at every production shape, and the operations as models call them."""
+"""Needs a GPU: the fusions with every tile at every production shape, and the operations as models call them."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_every_tile_equals_torch_at_every_site_and_itself_when_repeated(operatio
         for name, way in contest.ours.items():
             ours = way()
             apart = error(ours, expected.reshape(ours.shape))
-            assert apart <= (1e-2 if dtype == torch.float16 else 5e-2), (site.name, name)  # theirs rounds in between
+            assert apart <= (1e-2 if dtype == torch.float16 else 5e-2), (site.name, name)  # PyTorch's rounds intermediate results
             assert torch.equal(ours, way()), (site.name, name)
 
 

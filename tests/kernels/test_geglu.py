@@ -33,7 +33,7 @@ def test_every_tile_gives_the_same(interpreted: Executor, tile: Tile):
 
 
 def test_the_reference_is_diffusers_geglu():
-    from diffusers.models.activations import GEGLU  # slow to import, and the interpreting process needs none of it
+    from diffusers.models.activations import GEGLU  # slow to import, and not needed in the interpreter's process
 
     layer = GEGLU(20, 50).double()
     x = values(2, 7, 20)

@@ -97,7 +97,7 @@ def test_more_chunks_than_are_taken_at_a_time(interpreted: Executor):
 
 
 def test_a_large_mean_costs_the_kernels_no_variance(interpreted: Executor):
-    """A sum of squares less the square of the sum would lose all of it: 1e6 is held to 0.06 in fp32."""
+    """Computed from sums of squares the variance would be lost: fp32 holds 1e6 only to 0.06."""
     assert interpreted.submit(interpreter_error, (1, 64, 23, 29), 2, 1, False, torch.float32, CUTS[0], 1000.0).result() <= 2e-4
 
 
@@ -108,7 +108,7 @@ def same_bits_alone_and_in_company() -> bool:
     return torch.equal(together, torch.cat(alone))
 
 
-def test_an_image_has_the_same_bits_alone_and_in_company(interpreted: Executor):
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(interpreted: Executor):
     assert interpreted.submit(same_bits_alone_and_in_company).result()
 
 
@@ -183,7 +183,7 @@ def test_every_tile_of_the_application_fits_every_card(tile: Tile, capability: i
 
 
 def test_an_image_of_one_chunk_fits_too():
-    """Whole numbers that are 1 are constants to Triton."""
+    """Triton treats integer arguments of value 1 as constants."""
     types = {"x": "*fp16", **SIZES, "means": "*fp32", "squares": "*fp32"}
     constants = {"chunks": 1, "ROWS": MOMENTS[0].rows, "COLUMNS": MOMENTS[0].columns, "REPEATS": MOMENTS[0].repeats}
     assert_streams(chunk_moments, types, constants, 90, MOMENTS[0].warps)

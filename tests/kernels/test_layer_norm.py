@@ -108,7 +108,7 @@ def test_every_tile_fits_every_card(tile: Tile, width: int, capability: int):
 
 
 def test_it_fits_where_triton_takes_the_one_row_between_positions_for_a_constant():
-    """AnimateDiff's layout. Whole numbers that are 1 are constants to Triton."""
+    """AnimateDiff's layout. Triton treats integer arguments of value 1 as constants."""
     cut = layer_norm_triton.cut_rows(layer_norm_triton.VALUES[0], 320)
     constants = {"EPS": 1e-5, "ROWS": cut.rows, "COLUMNS": cut.columns, "inner": 1}
     types = {name: kind for name, kind in (TYPES | {"positions": "*fp16"}).items() if name != "inner"}

@@ -41,7 +41,7 @@ def kernel_error(case: tuple[int, ...], dtype: torch.dtype, with_table: bool, fo
 
     _, frames, _, heads, _ = case
     qkv, table = inputs(case, dtype)
-    if form == "slice":  # of a wider projection, its rows apart
+    if form == "slice":  # part of a wider projection, so rows are not adjacent
         qkv = torch.cat([qkv, qkv.flip(0)], dim=2)[..., : qkv.shape[2]]
     elif form == "positions first":
         qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
@@ -53,7 +53,7 @@ def kernel_error(case: tuple[int, ...], dtype: torch.dtype, with_table: bool, fo
         launch(qkv, frames, heads, table if with_table else None, tile)
         for tile in {*tiles(8, 80), *tiles(8, 90), *tiles(40, 90)}
         if tile.warps == 4
-    ]  # rows differ, warps do not matter here
+    ]  # tiles with different rows; warps make no difference in the interpreter
     assert all(x.dtype == dtype and x.is_contiguous() and x.shape == expected.shape for x in ours)
     return max(((x.double() - expected).abs().max() / expected.abs().max().clamp(min=1)).item() for x in ours)
 
@@ -152,8 +152,8 @@ def test_every_tile_offered_fits_its_gpu(compilers: Executor, site: tuple[int, i
     for used in compilers.map(partial(compiled, *site, capability), range(2 if capability in (90, 100) else 1)):
         assert used.spills == 0
         assert used.registers <= 255
-        assert used.shared <= SHARED_BYTES[capability] // 3  # bound by memory: several blocks must be under way
+        assert used.shared <= SHARED_BYTES[capability] // 3  # memory-bound: several blocks must run at once
         assert used.uses_matrix_units
         warpgroups = used.count("HGMMA") > 0
-        assert warpgroups == (capability == 90 and site[0] == 64), "a head of two tiles came out wrong from warpgroups"
+        assert warpgroups == (capability == 90 and site[0] == 64), "heads that need two tiles gave wrong results with warpgroups"
         assert used.count("LDG.E.128")  # 16 bytes at once

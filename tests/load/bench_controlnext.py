@@ -1,11 +1,11 @@
 """ControlNeXt SVD on the CPU: its UNet against diffusers', its loop against the algorithm without savings, and its memory.
 
-A UNet row is one window of F frames: a call of diffusers' `UNetSpatioTemporalConditionModel` against a call of ours in the
-same guidance half, and both halves, which diffusers runs as one batch of two and we as two calls, since each may be on
-another GPU: so what a call costs whatever its size counts twice on our side, which the tiny net shows. The loop row is a
-whole job, control net and all, against the tests' direct sampler, which is written from `video-models.md` 2B with none of
-its section 5. Both take turns, so that a busy machine slows both; a ratio is the median over the rounds, each round's own.
-Memory is the peak of a process of its own, the median of three.
+A UNet row is one window of F frames. It compares a call of diffusers' `UNetSpatioTemporalConditionModel` with a call of ours,
+for one guidance half and for both. diffusers runs both halves as one batch of two; we make two calls, since each may be on
+another GPU. So the fixed cost of a call counts twice on our side, which shows with the tiny net. The loop row is a whole job,
+including the control net, against the tests' reference sampler, written from `video-models.md` 2B without its section 5. Both
+sides take turns, so that a busy machine slows both; a ratio is the median of the rounds' ratios. Memory is the peak of a
+separate process, the median of three.
 """
 
 import statistics
@@ -83,7 +83,7 @@ def unet_row(shown: Table, folder: Path, name: str, size: DemoSize, latent: tupl
 
 
 def loop_row(shown: Table, weights: ControlNeXtWeights, guidance: float) -> None:
-    """16 frames in windows of 6 that share 2, three steps."""
+    """Adds a row for 16 frames in windows of 6 with an overlap of 2, three steps."""
     stage, nets = Denoise(ControlNeXtConfig(weights=weights)), reference_nets(weights)
     asked = conditioning(16, guidance_scale=guidance)
 

@@ -1,10 +1,10 @@
 """Floating-point operations of both models at full size, ours against diffusers': counted, not timed.
 
-The published configurations stand on the meta device, so there are neither weights nor results; torch's FlopCounterMode adds
-up matrix products, convolutions and attentions as they are called, and what it leaves out (norms, activations, resizes) is
-no part of either side. Ours are the modules of `engines`, called as the denoising loops call them; what those keep is
-counted once. Theirs are diffusers' modules, called as its pipelines call them, and the published ControlNeXt code, whose
-control net runs in both guidance halves of every window. Counts are exact, so one run says everything, on any machine.
+The published configurations are built on the meta device, so there are neither weights nor results. torch's FlopCounterMode
+adds up matrix products, convolutions and attentions as they are called; it counts no norms, activations and resizes on either
+side. Ours are the modules of `engines`, called as the denoising loops call them; results that the loops keep are counted once.
+Theirs are diffusers' modules, called as its pipelines call them, and the published ControlNeXt code, whose control net runs in
+both guidance halves of every window. Counts are exact: one run is enough, on any machine.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ CLIP_H: dict[str, Any] = {
     "projection_dim": 1024,
 }
 CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-"""video-models.md, section 1, as the sizes in `published`. A test holds the totals to section 4."""
+"""The sizes of video-models.md, section 1, from `published`. A test compares the totals with section 4."""
 
 SVD_CALL_TARGET, CONTROLNEXT_TARGET, ANIMATEDIFF_TARGET = 0.965, 0.92, 0.975
 
@@ -56,7 +56,7 @@ CACHE_BYTES, CACHE_BATCH = 20_000_000_000, 8
 
 @dataclass(frozen=True)
 class Count:
-    """Operations of one thing, theirs and ours."""
+    """The operations of one part, theirs and ours."""
 
     name: str
     theirs: int
@@ -64,7 +64,7 @@ class Count:
 
     @property
     def ratio(self) -> float:
-        """Ours in theirs; 1 where both have nothing to do."""
+        """Ours divided by theirs; 1 where both are zero."""
         return self.ours / self.theirs if self.theirs else 1.0
 
 
@@ -83,34 +83,34 @@ class Job:
 
 
 def of_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Of `reelray::attention`: two products."""
+    """Operations of `reelray::attention`: two matrix products."""
     batch, queries, heads, head_dim = query
     return 4 * batch * heads * queries * key[1] * head_dim
 
 
 def of_temporal_attention(qkv: Shape, num_frames: int, *_: Any, **__: Any) -> int:
-    """Of `reelray::temporal_attention`: each of B F S tokens meets F of all heads together."""
+    """Operations of `reelray::temporal_attention`: each of B F S tokens attends to F tokens, in all heads together."""
     images, positions, width = qkv
     return 4 * images * positions * num_frames * width // 3
 
 
 def of_addmm_in_place(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
-    """Of `aten::addmm_`, which torch does not know."""
+    """Operations of `aten::addmm_`, which torch's counter does not know."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def flops(call: Callable[[], object]) -> int:
-    """What `call` computes, a multiplication and an addition being two operations."""
+    """How many operations `call` executes; a multiplication and an addition are two."""
     known = {torch.ops.reelray.attention: of_attention, torch.ops.reelray.temporal_attention: of_temporal_attention}
     known |= {torch.ops.aten.addmm_: of_addmm_in_place}
-    # not inference_mode, under which linear layers reach the counter whole and uncounted
+    # not inference_mode: there a linear layer is one operation that the counter does not know
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         call()
     return counter.get_total_flops()
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A net without storage; `build` alone misses blend factors, whose constructor knows no device."""
+    """A net without storage. `build` alone would not do it for blend factors, whose constructor takes no device."""
     return build(make).to("meta")
 
 
@@ -141,7 +141,7 @@ def controlnext(cache_bytes: int = CACHE_BYTES, shape: ControlNeXtShape = Contro
     unet = SVDUNet(stock)
     image, embedding = meta(4, height, width), meta(1, 1024)
     half, (time,) = unet.guidance_half(image, embedding), unet.time_biases([0.7], (6.0, 127.0, 0.02))
-    unet(meta(frames, 4, height, width), half, time)  # the frame positions, which it keeps
+    unet(meta(frames, 4, height, width), half, time)  # computes the frame positions, which the UNet keeps
     control = Control(meta(frames, 320, height // 2, width // 2), 1.0)
     ours = flops(
         lambda: (unet(meta(frames, 4, height, width), half, time, control), unet(meta(frames, 4, height, width), half, time))
@@ -186,7 +186,7 @@ def _control_net(cache_bytes: int, calls: int, shape: ControlNeXtShape) -> Count
 
 
 def _controlnext_ends(shape: ControlNeXtShape) -> tuple[Count, ...]:
-    """What both do alike. DWPose, in ONNX Runtime, is not counted."""
+    """The parts that are equal on both sides. DWPose runs in ONNX Runtime and is not counted."""
     vae: Any = on_meta(lambda: AutoencoderKLTemporalDecoder(**controlnext_sizes.VAE))
     chunk = meta(shape.chunk, 4, shape.height // 8, shape.width // 8)
     decode = shape.num_frames // shape.chunk * flops(lambda: vae.decode(chunk, num_frames=shape.chunk).sample)
@@ -197,7 +197,7 @@ def _controlnext_ends(shape: ControlNeXtShape) -> tuple[Count, ...]:
 
 
 def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: int = 512) -> Job:
-    """A job with scribbles at guidance 1, nothing of it found in the cache of an earlier one. size: in pixels."""
+    """A job with scribbles at guidance 1, without cached results of an earlier job. size: in pixels."""
     side = size // 8
     text, repeated = meta(1, 77, 768), meta(num_frames, 77, 768)
     latents = meta(1, 4, num_frames, side, side)
@@ -247,7 +247,7 @@ def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: 
 
 
 def with_known_blend(unet: nn.Module) -> None:
-    """Gives a net without storage its blend factors, which ours reads when it takes the weights over."""
+    """Gives a net without storage its blend factors, whose values our module reads when it takes over the weights."""
     for module in unet.modules():
         if hasattr(module, "mix_factor"):
             module.mix_factor = nn.Parameter(torch.zeros(1), requires_grad=False)

@@ -1,9 +1,9 @@
 """Our pipeline against diffusers' `AnimateDiffSparseControlNetPipeline` in one process: same weights, threads and input.
 
 Both go from prompt and keyframe files to 16 uint8 RGB frames. They take turns, so that a busy machine slows both; the ratio
-is the median over the rounds, each round's own. Every round has another prompt, so that ours finds no SparseCtrl results
-of an earlier one; the rows "another seed" repeat it, which finds them (scribbles only: an rgb keyframe's latents
-are drawn with the seed).
+is the median of the rounds' ratios. Every round has another prompt, so that ours finds no cached SparseCtrl results. The rows
+"another seed" repeat the round's prompt with another seed, and use the cached results. This applies to scribbles only, as an
+rgb keyframe's latents are drawn with the seed.
 """
 
 import io
@@ -34,14 +34,14 @@ TARGET = 0.9
 STEPS = 4
 KEYFRAMES = keyframes(0, 8, 15)
 WIDE = DemoSize(channels=(64, 128), latent=16, vae_channels=(16, 32, 64, 64))
-"""Four times the pixels and twice the channels: what the tiny one spends on launching operations weighs little here."""
+"""Four times the pixels and twice the channels, so that the cost of launching operations matters less than in the tiny one."""
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Round:
-    """One prompt through both. In seconds; preprocess, denoise and decode are parts of `ours`, seed_* of the second seed."""
+    """One prompt through both, in seconds. preprocess, denoise and decode are parts of `ours`; seed_*: the second seed."""
 
     theirs: float
     ours: float

@@ -1,9 +1,9 @@
 """The queue under load: submits, claims and status reads a second, with 1,000 and with 1,000,000 jobs waiting.
 
-Each kind of hosting answers first a constant and then the real thing, asked by the same client over the same connections, so
-that their quotient is what the queue costs. The client, the host and PostgreSQL share the machine. Hosting: `reelray
-gateway`'s uvicorn with one worker, Serve's own proxy, and Serve with HAProxy. Claims are the store's, without HTTP, by eight
-tasks at once. Times are of whole requests in ms.
+Each kind of hosting first answers a constant and then the real requests, to the same client over the same connections, so
+that the ratio of both rates is the cost of the queue. The client, the host and PostgreSQL share the machine. Hosting: `reelray
+gateway`'s uvicorn with one worker, Serve's own proxy, and Serve with HAProxy. Claims are made by eight tasks at once, in the
+store and without HTTP. Times are those of whole requests in ms.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Rate:
 
 
 async def ask(port: int, requests: Callable[[], bytes], seconds: float) -> Rate:
-    """`CONNECTIONS` callers, each asking again as soon as it is answered. requests: the bytes of the next one."""
+    """`CONNECTIONS` callers; each sends its next request once it is answered. requests: returns the next request's bytes."""
     latencies: list[float] = []
     end = time.perf_counter() + seconds
 
@@ -65,7 +65,7 @@ async def ask(port: int, requests: Callable[[], bytes], seconds: float) -> Rate:
             writer.write(requests())
             try:
                 await answer(reader)
-            except (asyncio.IncompleteReadError, ConnectionError):  # hung up between two requests, as servers may
+            except (asyncio.IncompleteReadError, ConnectionError):  # servers may hang up between two requests
                 writer.close()
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 continue
@@ -95,7 +95,7 @@ def post(path: str) -> bytes:
 
 
 async def claims(settings: Settings, seconds: float) -> Rate:
-    """Claims a second; nothing is done with the jobs, and they go back at the end."""
+    """Claims a second. The jobs are not run, and are queued again at the end."""
     store = await JobStore.open(database_url(settings), max_connections=CLAIMERS)
     latencies: list[float] = []
     taken = []
@@ -119,7 +119,7 @@ async def claims(settings: Settings, seconds: float) -> Rate:
 
 
 async def fill(settings: Settings, waiting: int) -> None:
-    """Queues up to `waiting` jobs. Without triggers: their event rows are not what is measured."""
+    """Adds jobs until `waiting` are queued. Triggers are off, because event rows are not measured."""
     sql = await asyncpg.connect(database_url(settings))
     try:
         there: int = await sql.fetchval("SELECT count(*) FROM jobs WHERE state = 'queued'")
@@ -138,7 +138,7 @@ async def fill(settings: Settings, waiting: int) -> None:
 
 
 async def some_waiting(settings: Settings, count: int = 1000) -> list[UUID]:
-    """Jobs from all over the line."""
+    """Jobs from random positions of the queue."""
     sql = await asyncpg.connect(database_url(settings))
     try:
         rows = await sql.fetch("SELECT id FROM jobs WHERE state = 'queued' ORDER BY md5(id::text) LIMIT $1", count, timeout=600)
@@ -149,7 +149,7 @@ async def some_waiting(settings: Settings, count: int = 1000) -> list[UUID]:
 
 @contextmanager
 def hosted(host: str, settings: Settings) -> Iterator[int]:
-    """The port of the app, hosted so, once it answers."""
+    """Hosts the app in this way. Gives its port once it answers."""
     with TemporaryDirectory(prefix="reelray-") as folder:
         config, port = Path(folder) / "serve_config.yaml", free_port()
         application = {
@@ -233,7 +233,7 @@ def measure(shown, reference: dict[str, float], label: str, port: int, ids: list
     for kind, (method, requests) in kinds.items():
         asyncio.run(ask(port, requests, 1.0))  # warms up
         rate = asyncio.run(ask(port, requests, seconds))
-        base = reference.setdefault(method, rate.per_s)  # uvicorn's constant is the first of its method
+        base = reference.setdefault(method, rate.per_s)  # uvicorn's constant is measured first, so it is the base
         shown.add_row(f"{label}: {kind}", f"{rate.per_s:.0f}", f"{rate.per_s / base:.2f}", *times(rate))
 
 

@@ -1,10 +1,10 @@
 """What the service adds to a job: the same input through HTTP, queue, database and Ray, and rendered in this process.
 
-Both take turns on the demo model with the same number of torch threads; every job has another prompt, so that no SparseCtrl
-results are found again. A job ends when its status stream says COMPLETED; nothing polls. In this process it is
-`Pipeline.render`, from the keyframes' bytes to the mp4's. The steps in between are told by the database's timestamps and by
-a stopwatch in the dispatcher (`traced.py`); "in queue" ends when the dispatcher has the job, "close" is the rest of its
-work, the commit and the way of the news through the stream, "result" the request for the output.
+Both take turns on the demo model with the same number of torch threads. Every job has another prompt, so that no cached
+SparseCtrl results are used. A job ends when its status stream says COMPLETED; nothing polls. In this process a job is
+`Pipeline.render`, from the keyframes' bytes to the mp4's. The times of the steps come from the database's timestamps and from
+timers in the dispatcher (`traced.py`). "in queue" ends when the dispatcher has claimed the job. "close" is the rest of its
+work, the commit, and the delivery of the event by the stream. "result" is the request for the output.
 """
 
 import json
@@ -55,12 +55,12 @@ class Served:
 
 
 def job_input(take: int) -> dict[str, Any]:
-    """Input number `take`: the demo's, with a prompt that no other has."""
+    """Input number `take`: the demo's, with a prompt of its own."""
     return demo_inputs()[ENDPOINT.id] | {"prompt": f"a ball rolls across the table, take {take}"}
 
 
 def spec_of(given: dict[str, Any], settings: Settings) -> RenderSpec:
-    """What the preprocess stage would make of an input."""
+    """The spec that the preprocess stage would make from an input."""
     job = ENDPOINT.input.parse(json.dumps(given).encode()).resolved()
     with download_folder() as folder:
         return job.spec(run(download_all(job.media(), settings.fetch, folder)))

@@ -1,4 +1,4 @@
-"""The ingress with one route more, which answers a constant: what everything else is a fraction of. Hosted two ways."""
+"""The ingress with an added route that answers a constant. Its rate is the base of all ratios. Hosted in two ways."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ ANSWER = {"status": "IN_QUEUE", "request_id": "00000000-0000-0000-0000-000000000
 
 
 def with_constant(settings: Settings) -> FastAPI:
-    """The same app, middleware and all."""
+    """The same app, including its middleware."""
     app = create_app(settings, database_url(settings))
 
     @app.get("/constant")
@@ -40,6 +40,6 @@ class Replica:
 
 
 def build(args: Settings) -> serve.Application:
-    """The ingress alone: nothing is claimed."""
+    """The ingress alone, without dispatchers, so no job is claimed."""
     settings = args
     return serve.deployment(serve.ingress(lambda: with_constant(settings))(Replica), name="ingress").bind()

@@ -1,9 +1,9 @@
-"""A real picture and a real video through ControlNeXt's three stages at the API's default size, each in a process of its own.
+"""A real image and a real video through ControlNeXt's three stages at the API's default size, each stage in its own process.
 
     python -m tests.load.real_pair IMAGE VIDEO [--steps 25] [--out clip.mp4]
 
-Weights are the demo's and the pose models return one fixed skeleton whatever they see, so the picture means nothing; sizes,
-frame count, rate, memory and time per stage do. Run by hand: the media are not ours to keep.
+Weights are the demo's, and the pose models always return one fixed skeleton, so the rendered picture means nothing. Sizes,
+frame count, frame rate, memory and time per stage are meaningful. Run by hand: we may not store the media.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BINS_X, BINS_Y, POINTS = 576, 768, 133
 
 
 def write_fixed_pose(folder: Path) -> None:
-    """ONNX files of DWPose's signatures: nobody is detected, so the whole frame is the person's box, and its points are fixed."""
+    """Writes ONNX files with DWPose's signatures. Nobody is detected, so the box is the whole frame; its points are fixed."""
     generator = np.random.default_rng(0)
     x, y = (generator.integers(bins // 4, 3 * bins // 4, POINTS) for bins in (BINS_X, BINS_Y))
     simcc_x, simcc_y = np.zeros((1, POINTS, BINS_X), np.float32), np.zeros((1, POINTS, BINS_Y), np.float32)

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: the machine they ran on, and tables for the console and for a Markdown file."""
+"""Shared by the benchmarks: a description of the machine, and tables for the console and for a Markdown file."""
 
 import os
 import platform
@@ -17,11 +17,11 @@ _PACKAGES = ("torch", "diffusers", "transformers", "ray")
 
 
 class Report:
-    """Tables and words, shown as they come; `save` keeps them in `results/<name>.md` in place of the last run's.
+    """Tables and text, shown as they are added; `save` writes them to `results/<name>.md`, replacing the last run's.
 
-    command: how it is taken, in Markdown.
+    command: how to repeat the measurement, in Markdown.
 
-    One file a benchmark, rewritten: its history, and what changed it, is git's.
+    Each benchmark has one file, which is rewritten; git has its history.
     """
 
     def __init__(self, name: str, title: str, command: str | None = None):
@@ -84,7 +84,7 @@ def ms(seconds: float) -> str:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that `percent` of `values` do not pass (nearest rank)."""
+    """The value that `percent` % of `values` do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[round((len(ordered) - 1) * percent / 100)]
 

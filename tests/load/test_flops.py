@@ -1,4 +1,4 @@
-"""How much of diffusers' work ours leaves out, at full size. Counts are exact: no machine or load changes them."""
+"""How much of diffusers' work ours saves, at full size. Counts are exact on every machine, whatever its load."""
 
 import pytest
 
@@ -28,6 +28,6 @@ def test_a_whole_animatediff_job_is_within_its_target(animatediff_job: Job):
 
 
 def test_theirs_are_the_published_sizes(controlnext_job: Job, animatediff_job: Job):
-    """Against video-models.md, 4.1 and 4.4: a smaller net on their side would flatter or hide ours."""
+    """Compares with video-models.md, 4.1 and 4.4: a net of the wrong size on their side would make the ratios wrong."""
     tera = [round(count.theirs / 1e12, 1) for job in (controlnext_job, animatediff_job) for count in (job.call, job.whole)]
     assert tera == [153.5, 55112.4, 17.7, 135.7]

@@ -1,7 +1,7 @@
-"""`deployments.app` with a stopwatch in the dispatcher: a job's `metrics` then tell where its time went.
+"""`deployments.app` with timers in the dispatcher: a job's `metrics` then show how its time was spent.
 
-`claimed` is when its attempt began, in seconds since 1970; the others are the durations of the dispatcher's own calls in
-seconds. Named as `import_path` in a YAML; a replica that unpickles `TracedReplica` imports this file, and so is traced.
+`claimed` is when its attempt began, in seconds since 1970; the others are the durations of the dispatcher's calls in seconds.
+Used as `import_path` in a YAML. A replica that unpickles `TracedReplica` imports this file, and so is traced too.
 """
 
 import time
@@ -26,7 +26,7 @@ _laps: ContextVar[dict[str, float]] = ContextVar("laps")
 
 
 class Timed:
-    """Stands before `target` and times those of its methods that `CALLS` names."""
+    """Wraps `target` and times those of its methods that `CALLS` names."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -47,7 +47,7 @@ class Timed:
 
 
 class TracedClaims(Timed):
-    """Adds the laps to the metrics of a job that succeeds."""
+    """Adds the measured times to the metrics of a job that succeeds."""
 
     async def succeed(self, claim: Claim, result: dict[str, Any], metrics: dict[str, Any]) -> None:
         await self.target.succeed(claim, result, metrics | _laps.get())
@@ -62,7 +62,7 @@ class TracedStore(Timed):
 
 
 class TracedDispatcher(Dispatcher):
-    """A dispatcher whose store, files and stages are timed. Each job has its own task, so its own laps."""
+    """A dispatcher whose store, files and stages are timed. Each job has its own task, so its own times."""
 
     def __init__(self, store: JobStore, files: FileStore, stages: Mapping[str, Stages], *settings: Any):
         timed: Any = {endpoint: Timed(each) for endpoint, each in stages.items()}
@@ -79,7 +79,7 @@ class TracedReplica(app.DispatcherReplica):
     """Runs a traced dispatcher."""
 
 
-app.Dispatcher = TracedDispatcher  # type: ignore[misc]  # in whichever process imports this file
+app.Dispatcher = TracedDispatcher  # type: ignore[misc]  # in every process that imports this file
 app.DispatcherReplica = TracedReplica  # type: ignore[misc]
 
 

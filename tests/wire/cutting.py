@@ -1,4 +1,4 @@
-"""A TCP proxy that loses answers: of every submission under an idempotency key, the first one, after the service has given it."""
+"""A TCP proxy that loses the service's first answer to every submission under an idempotency key."""
 
 import asyncio
 import re
@@ -10,14 +10,14 @@ KEY = re.compile(rb"idempotency-key: ([^\r\n]+)", re.IGNORECASE)
 
 
 class Cutting:
-    """cut: the keys whose first answer was lost: every second one's in its middle, the others' before their first byte."""
+    """cut: the keys whose first answer was lost. Every other answer is cut in its middle, the rest before the first byte."""
 
     def __init__(self, port: int):
         self._port = port
         self.cut: set[bytes] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection of a client's. Neither client sends a request before it has the answer to the last."""
+        """Serves one client connection. Neither client sends a request before the last one is answered."""
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
         request = bytearray()
 
@@ -51,7 +51,7 @@ class Cutting:
 
 @asynccontextmanager
 async def cutting(base_url: str) -> AsyncIterator[tuple[str, Cutting]]:
-    """Stands before a service; yields its own base URL, and itself."""
+    """Starts a proxy in front of a service. Yields the proxy's base URL, and the proxy."""
     proxy = Cutting(int(base_url.rpartition(":")[2]))
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     try:

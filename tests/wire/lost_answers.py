@@ -1,10 +1,10 @@
-"""Submissions whose answer is lost on the way, and which fal's own clients then repeat without asking.
+"""Submissions whose answers are lost on the way, which fal's own clients then repeat automatically.
 
     python -m tests.wire.lost_answers [--jobs 1000] [--save]
 
-The first answer to every `Idempotency-Key` is cut off by a proxy, one half of them before their first byte and one half in their
-middle; then equal submissions without the header. Clients: fal-client from PyPI, and @fal-ai/client from npm under Node. Behind
-the proxy the real app under uvicorn, and PostgreSQL.
+A proxy cuts off the first answer to every `Idempotency-Key`, half of them before the first byte and half in the middle. Equal
+submissions without the header follow. Clients: fal-client from PyPI, and @fal-ai/client from npm under Node. Behind the proxy
+run the real app under uvicorn, and PostgreSQL.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from tests.wire.service import ENDPOINT, Wire, listening
 
 TIMEOUT_S = 600
 AT_ONCE = 100
-"""Submissions of the Python client: a thousand took its connection pool minutes, the JavaScript client's seconds."""
+"""Concurrent submissions of the Python client. With a thousand its connection pool took minutes; JavaScript's took seconds."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Told:
-    """What came of `jobs` submissions, of which number i had the seed i. ids: what their callers were told, in that order.
+    """The result of `jobs` submissions; number i has seed i. ids: the request ids that callers received, in that order.
 
     cut: answers that were lost. posts: submissions that arrived.
     """
@@ -79,7 +79,7 @@ async def by_javascript(base_url: str, wire: Wire, jobs: int) -> Told:
 
 
 async def without_keys(base_url: str, jobs: int) -> list[str]:
-    """The ids of equal submissions."""
+    """Makes equal submissions. Returns their ids."""
     with python_client(base_url) as client:
         handles = await some_at_once(client.submit(ENDPOINT, {"prompt": "x", "seed": 1}) for _ in range(jobs))
         await (await client._client).aclose()
@@ -87,7 +87,7 @@ async def without_keys(base_url: str, jobs: int) -> list[str]:
 
 
 async def some_at_once(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """What all the calls gave, `AT_ONCE` at a time."""
+    """The results of all the calls, made `AT_ONCE` at a time."""
     room = asyncio.Semaphore(AT_ONCE)
 
     async def one(call: Awaitable[T]) -> T:
@@ -108,7 +108,7 @@ def python_client(base_url: str) -> Iterator[fal_client.AsyncClient]:
 
 
 async def waiting_seeds(store: JobStore) -> dict[UUID, int]:
-    """Of every waiting job, each of which is claimed."""
+    """Claims every waiting job. Returns job id -> seed."""
     seeds = {}
     while claim := await store.claims.take([ENDPOINT], TIMEOUT_S):
         seeds[claim.job_id] = claim.input["seed"]
@@ -116,7 +116,7 @@ async def waiting_seeds(store: JobStore) -> dict[UUID, int]:
 
 
 async def seeds_told(store: JobStore, request_ids: list[str]) -> list[int]:
-    """The seeds of all waiting jobs, in the order of `request_ids`, which are to be all of them."""
+    """The seeds of all waiting jobs, in the order of `request_ids`, which must list all of them."""
     seeds = await waiting_seeds(store)
     assert len(seeds) == len(request_ids)
     return [seeds[UUID(request_id)] for request_id in request_ids]

@@ -22,7 +22,7 @@ def install_client() -> None:
     stamp = HERE / "node_modules" / ".installed"
     wanted = (HERE / "package-lock.json").read_text()
     with (HERE / "package-lock.json").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers ask at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers may install at once
         if stamp.exists() and stamp.read_text() == wanted:
             return
         done = subprocess.run([NODE, NPM, "ci", "--no-progress"], cwd=HERE, capture_output=True, text=True, check=False)
@@ -32,7 +32,7 @@ def install_client() -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an operation went. updates: what the queue callback saw. printed: what the page wrote to the console."""
+    """An operation's outcome. updates: what the queue callback got. printed: what the page wrote to the console."""
 
     value: Any
     error: dict[str, Any] | None
@@ -48,7 +48,7 @@ class PageClient:
     key: str | None = None
 
     async def __call__(self, operation: str, endpoint: str, /, timeout_s: float = 60, **options: Any) -> Outcome:
-        """Runs one operation of `page.mjs` in a process of its own."""
+        """Runs one operation of `page.mjs` in its own process."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FAL_")}
         if self.key is not None:
             environment["FAL_KEY"] = self.key

@@ -21,7 +21,7 @@ LEASE_S = 30.0
 
 
 class Wire:
-    """Sees the requests as they arrive and each piece of an answer as it goes; those through the proxy under their targets."""
+    """Records requests as they arrive and answers as they are sent; proxied requests under their target URLs."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -54,7 +54,7 @@ class Wire:
             await self._changed.wait()
 
     async def answer(self, method: str, ending: str) -> None:
-        """Returns once the first piece of an answer has gone."""
+        """Returns once the first piece of an answer has been sent."""
         while not _count(self.answered, method, ending):
             self._changed.clear()
             await self._changed.wait()
@@ -85,7 +85,7 @@ async def listening(app: ASGIApp) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def working(store: JobStore, files: FileStore, step_s: float = 0.05) -> AsyncIterator[None]:
-    """Does every job that is submitted meanwhile. step_s: seconds for each of the four steps."""
+    """Runs every job that is submitted meanwhile. step_s: seconds for each of the four steps."""
     worker = asyncio.create_task(_work(store, files, step_s))
     try:
         yield
@@ -104,7 +104,7 @@ async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
 
 
 async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float) -> None:
-    """A prompt of "endless" runs until it is cancelled, "unreadable" fails as a keyframe would that is no image."""
+    """The prompt "endless" runs until it is cancelled; "unreadable" fails as if a keyframe were not an image."""
     step = 0
     while step < 4 or claim.input["prompt"] == "endless":
         step += 1

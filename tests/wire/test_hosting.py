@@ -1,4 +1,4 @@
-"""What a server or a proxy in front of the app could change: sizes, names, pace. By hand where the clients hide it."""
+"""What a server or proxy in front of the app could break: sizes, paths, timing. Raw requests where the clients hide it."""
 
 import asyncio
 import json

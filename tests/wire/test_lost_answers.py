@@ -1,4 +1,4 @@
-"""`python -m tests.wire.lost_answers` in small, and what else a key does to the clients."""
+"""A small run of `python -m tests.wire.lost_answers`, and another effect of keys on the clients."""
 
 import fal_client
 import fal_client.client

@@ -1,4 +1,4 @@
-"""The code of fal's endpoint page, with the client from npm, against the app: recipe J1 of fal-queue-protocol.md."""
+"""The code from fal's endpoint page, with the client from npm, calls the app: recipe J1 of fal-queue-protocol.md."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""fal-client from PyPI against the app: recipe P4 of fal-queue-protocol.md, which is P1 without the TLS."""
+"""fal-client from PyPI calls the app: recipe P4 of fal-queue-protocol.md, which is P1 without TLS."""
 
 from collections.abc import AsyncIterator
 
@@ -21,7 +21,7 @@ async def client(base_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{base_url}/queue/")
     client = fal_client.AsyncClient(key="anything")
     yield client
-    await (await client._client).aclose()  # it has no public way to be closed
+    await (await client._client).aclose()  # it has no public method to close it
 
 
 async def test_subscribe(client: fal_client.AsyncClient, store: JobStore, files: FileStore, wire: Wire) -> None:
@@ -81,7 +81,7 @@ async def test_token_is_taken_in_place_of_the_key(settings: Settings, store: Job
         monkeypatch.setattr(fal_client.client, "REST_URL", f"{url}/rest")
         client = fal_client.AsyncClient(key=await store.keys.create("studio"))
         handle = await client.submit(ENDPOINT, INPUT)
-        token = await client._get_realtime_token(ENDPOINT)  # `realtime` begins with it, and goes on to what we do not serve yet
+        token = await client._get_realtime_token(ENDPOINT)  # the first step of `realtime`, whose next steps we do not serve yet
         await (await client._client).aclose()
         async with httpx.AsyncClient() as page:
             answer = await page.get(handle.status_url, params={"fal_jwt_token": token})

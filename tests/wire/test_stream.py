@@ -82,7 +82,7 @@ async def test_an_events_id_is_the_number_of_its_last_line(base_url: str, store:
 
 
 @pytest.mark.parametrize(("seen", "new"), [("1", ["two", "three"]), ("3", []), (None, ["one", "two", "three"])])
-async def test_who_connects_again_gets_what_is_new(
+async def test_a_reconnecting_client_gets_only_new_lines(
     base_url: str, store: JobStore, claim: Claim, seen: str | None, new: list[str]
 ) -> None:
     for message in ("one", "two", "three"):
@@ -99,7 +99,7 @@ async def test_who_connects_again_gets_what_is_new(
 
 
 @pytest.mark.parametrize("nonsense", ["", "x", "-1", "1.5", "9" * 40, "²"])
-async def test_an_event_id_that_is_none_of_ours_is_none(base_url: str, store: JobStore, claim: Claim, nonsense: str) -> None:
+async def test_an_event_id_that_is_not_ours_is_ignored(base_url: str, store: JobStore, claim: Claim, nonsense: str) -> None:
     await store.claims.log(claim, "one")
     await store.claims.succeed(claim, {}, {})
     headers = {"last-event-id": nonsense.encode()}

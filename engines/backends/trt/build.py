@@ -1,9 +1,9 @@
-"""From a graph to a plan: the one place that parses and builds, with TensorRT or with TensorRT-RTX.
+"""Builds a plan from a graph, with TensorRT or TensorRT-RTX. No other file parses graphs or builds plans.
 
-Both have the same builder and parser. TensorRT proper is on no package index and needs a GPU to build; TensorRT-RTX installs
-from PyPI and builds on any machine for the GPUs it knows (compute capabilities 7.5 to 12.1 without 9.0), so that the way
-from UNet to plan is tested where neither is at hand. Precision is the graph's: networks are strongly typed, which 11.x
-always is. `tensorrt-triton.md`, sections 2 and 3.
+Both libraries have the same builder and parser. TensorRT proper is on no package index and needs a GPU to build. TensorRT-RTX
+installs from PyPI and builds on any machine for the GPUs it knows (compute capabilities 7.5 to 12.1 without 9.0), so the steps
+from UNet to plan are tested without a GPU and without TensorRT. Networks are strongly typed, so precision is the graph's; in
+11.x they always are. `tensorrt-triton.md`, sections 2 and 3.
 """
 
 import logging
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What shapes a plan beside graph and profiles; all of it belongs into a cache's key.
+    """What determines a plan besides graph and profiles; all of it must be part of a cache's key.
 
     refit: weights can be exchanged later (LoRA). optimization_level: 0 to 5; None is the library's own.
     workspace_bytes: the most that a kernel may use beside its tensors; None is all the GPU has. detailed: the plan's
-    inspector tells each layer's kernel. compute_capability: a GPU that is not here, as "SM89"; TensorRT-RTX only. plugins: our
-    operations that are plugins in place of the library's own layers, see `plugin.py`; TensorRT proper only.
+    inspector reports each layer's kernel. compute_capability: builds for a GPU that is not present, e.g. "SM89";
+    TensorRT-RTX only. plugins: our operations that replace the library's own layers, see `plugin.py`; TensorRT proper only.
     """
 
     refit: bool = False
@@ -41,7 +41,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """plan: the serialised engine. timings: what the builder measured, to shorten later builds; b"" where it measures nothing."""
+    """plan: the serialised engine. timings: the builder's measurements, which shorten later builds; b"" if it made none."""
 
     plan: bytes
     timings: bytes
@@ -56,9 +56,9 @@ def build_plan(
 ) -> Built:
     """The serialised engine of an ONNX file, with one optimisation profile for each of `profiles`.
 
-    timings: of an earlier build by this version for this GPU, or b"". Raises `EngineError` for a version that does not do, a
-    graph that is not understood, profiles that do not fit it, or a build that fails; the library's own words are in it. A graph
-    with `options.plugins` is exported for the one number of frames that its profiles have.
+    timings: of an earlier build by this version for this GPU, or b"". Raises `EngineError`, with the library's own message, for
+    an unsupported version, a graph that is not understood, profiles that do not fit it, or a build that fails. A graph with
+    `options.plugins` must be exported for the one number of frames that its profiles have.
     """
     trt: Any = library
     require_supported(library, options.refit)
@@ -90,11 +90,11 @@ def build_plan(
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """An attention for which there is no fused kernel (fp32, odd head widths) becomes its parts instead of an error."""
+    """Lets an attention without a fused kernel (fp32, odd head widths) be split into simpler layers instead of failing."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # TensorRT's own way to a layer's full interface
+            layer.__class__ = trt.IAttentionInputLayer  # TensorRT's own way to get a layer's full interface
             layer.attention.decomposable = True
 
 
@@ -117,9 +117,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
 
 
 def _use_timings(trt: Any, config: Any, timings: bytes) -> Any:
-    """The timing cache that the build will use and add to, and that must live until its end; None for TensorRT-RTX.
+    """The timing cache that the build uses and extends. It must live until the build's end. None for TensorRT-RTX.
 
-    That one measures nothing before it runs: its timing cache is deprecated and without effect since 1.2.
+    TensorRT-RTX measures nothing while it builds: its timing cache is deprecated and without effect since 1.2.
     """
     if trt.__name__ != "tensorrt":
         return None

@@ -1,8 +1,9 @@
-"""Built plans on disk: found by everything that shaped them, built once however many ask, and never loaded unchecked.
+"""Built plans on disk. A plan's key is everything that shaped it. It is built once even if several processes ask, and is never
+loaded unchecked.
 
-A plan is executable, so a folder that others may write to is refused. A file appears under its name whole or not at all, and
+A plan is executable, so a folder that others may write to is refused. A file appears under its name complete or not at all, and
 begins with its key and a digest of the rest. Plans are never changed: another driver, checkpoint or profile is another key.
-What builders measured lies beside them, the latest in place of the one before: losing it costs a build time and nothing else.
+The builders' measurements are stored beside the plans, and newer ones replace older ones: losing them only slows a build.
 """
 
 import fcntl
@@ -23,10 +24,10 @@ from engines.errors import EngineError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the files here; part of the key, so another one finds nothing of ours."""
+"""The files' format. It is part of the key, so a version with another format does not find these files."""
 
 REFITTABLE = "refittable"
-"""In place of the weights' hash for a plan whose weights are put in after it is loaded."""
+"""Replaces the weights' hash for a plan whose weights are set after it is loaded."""
 
 _MAGIC = b"reelray plan\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -35,7 +36,7 @@ _LONGEST_KEY = 1_000_000
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan is built for. capability: as (9, 0). driver_major: a plan's kernels are not promised to the next one."""
+    """What a plan is built for. capability: e.g. (9, 0). driver_major: a plan is not guaranteed to work with the next branch."""
 
     name: str
     capability: tuple[int, int]
@@ -45,18 +46,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is found by."""
+    """The key of a cache entry."""
 
     suffix: ClassVar[str]
 
     @property
     def text(self) -> str:
-        """The key, readable; equal keys have equal text and no others."""
+        """The key as readable text; only equal keys have equal text."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def digest(self) -> str:
-        """The name of its entry."""
+        """The name of the key's entry."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -85,13 +86,13 @@ class PlanKey(Key):
 
     @property
     def timings(self) -> "TimingKey":
-        """Where the measurements of this plan's build belong."""
+        """The key under which this plan's build stores its measurements."""
         return TimingKey(self.library, self.version, self.gpu.name, self.gpu.capability, self.gpu.multiprocessors)
 
 
 @dataclass(frozen=True)
 class TimingKey(Key):
-    """What kernels' times depend on, in the words of `PlanKey` and `Gpu`. Another driver runs the same kernels."""
+    """What kernels' times depend on; for the fields see `PlanKey` and `Gpu`. Kernels are the same under another driver."""
 
     suffix: ClassVar[str] = "timings"
 
@@ -105,7 +106,7 @@ class TimingKey(Key):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in the cache's folder that is named as a plan. key: None where it is damaged or of another format."""
+    """A file in the cache's folder with a plan's name. key: None if the file is damaged or has another format."""
 
     path: Path
     size_bytes: int
@@ -113,12 +114,12 @@ class Entry:
 
     @property
     def digest(self) -> str:
-        """Of its key, in its name."""
+        """The digest of its key, from the file's name."""
         return self.path.stem
 
 
 class PlanCache:
-    """folder: made if absent, for its owner alone. Raises `EngineError` for one that others can write to."""
+    """folder: created if absent, accessible to its owner only. Raises `EngineError` for one that others can write to."""
 
     def __init__(self, folder: Path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,14 +127,14 @@ class PlanCache:
         self._check_owned()
 
     def load(self, key: PlanKey) -> bytes | None:
-        """The plan of `key`; None if there is none, or if what lies there is not whole or is another's.
+        """The plan of `key`. None if there is none, or if the file is incomplete or has another key.
 
         Raises `EngineError` if somebody else could have written it.
         """
         return self._read(key)
 
     def get(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
-        """The plan of `key`, built now if need be. Of several processes that ask at once one builds and the others wait."""
+        """The plan of `key`, built now if necessary. If several processes ask at once, one builds and the others wait."""
         if (plan := self.load(key)) is not None:
             return plan
         with self._lock(key):
@@ -143,7 +144,7 @@ class PlanCache:
         return plan
 
     def entries(self) -> list[Entry]:
-        """Every plan that lies here, read to its end and checked. Raises `EngineError` if others could have written one."""
+        """Every plan in the folder, read completely and checked. Raises `EngineError` if others could have written one."""
         found = []
         for path in sorted(self.folder.glob(f"*.{PlanKey.suffix}")):
             key = self._key_in(path)
@@ -164,7 +165,7 @@ class PlanCache:
             return None
 
     def timings(self, key: TimingKey) -> bytes:
-        """What a build of `key` measured; b"" if there is none that can be used, for whatever reason."""
+        """The measurements of a build of `key`; b"" if there are none that can be used, for whatever reason."""
         try:
             return self._read(key) or b""
         except (EngineError, OSError) as exc:
@@ -172,7 +173,7 @@ class PlanCache:
             return b""
 
     def keep_timings(self, key: TimingKey, timings: bytes) -> None:
-        """For the next build. Of two that end at once the later one's stay; that they cannot be written stops nothing."""
+        """Stores timings for the next build. Of two builds that end at once the later one's stay. Only logs a failed write."""
         try:
             self._store(key, timings)
         except OSError as exc:
@@ -182,7 +183,7 @@ class PlanCache:
         self._check_owned()
         path = self._path(key)
         try:
-            # opened once, so that what is checked is what is read; not through a link to somewhere else
+            # opened once, so that the checked file is the one that is read; links are not followed
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
@@ -197,7 +198,7 @@ class PlanCache:
         return kept
 
     def _store(self, key: Key, content: bytes) -> None:
-        descriptor, draft = tempfile.mkstemp(dir=self.folder, prefix=f"{key.digest}.", suffix=".draft")  # for its owner alone
+        descriptor, draft = tempfile.mkstemp(dir=self.folder, prefix=f"{key.digest}.", suffix=".draft")  # for its owner only
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_packed(content, key))
@@ -210,13 +211,16 @@ class PlanCache:
             raise
         folder = os.open(self.folder, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name
+            os.fsync(folder)  # makes the new name durable
         finally:
             os.close(folder)
 
     @contextmanager
     def _lock(self, key: PlanKey) -> Iterator[None]:
-        """Held by one process; the kernel frees it when that dies. Its file stays: removing it would make two locks of one."""
+        """A lock that one process holds; the kernel releases it when that process dies.
+
+        Its file stays: if it were removed, two processes could hold locks on two files of the same name.
+        """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(self.folder / f"{key.digest}.lock", flags, 0o600)
         try:
@@ -230,7 +234,7 @@ class PlanCache:
 
     def _check_owned(self) -> None:
         _require_private(self.folder.stat(), self.folder)
-        for parent in self.folder.parents:  # whoever may rename a parent can put another folder in its place
+        for parent in self.folder.parents:  # a user who can rename a parent can replace the folder
             about = parent.stat()
             foreign = about.st_uid not in (0, os.getuid())
             open_to_others = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not about.st_mode & stat.S_ISVTX

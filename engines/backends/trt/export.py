@@ -1,6 +1,6 @@
-"""A UNet's call as an ONNX graph, one for every number of frames, height and width, with attention in one operator.
+"""Exports a UNet's call as an ONNX graph. One graph serves every number of frames, height and width; attention is one operator.
 
-Attention over frames can be a node of ours instead, for `plugin.py`; then the graph is for one number of frames.
+Attention over frames can be our own node instead, for `plugin.py`; then the graph is for one number of frames.
 `tensorrt-triton.md`, sections 4 and 5.
 """
 
@@ -10,37 +10,37 @@ from typing import Any
 
 import torch
 
-import kernels.temporal_attention  # noqa: F401  (its operation is asked for by name)
+import kernels.temporal_attention  # noqa: F401  (its operation is looked up by name)
 from engines.backends.unet_call import UNetCall
 from kernels.choice import plugins as kept
 
 OPSET = 23
-"""The first with `Attention`; below it SDPA falls apart into MatMul and Softmax, and TensorRT sees twice the layers."""
+"""The first opset with `Attention`. In older ones SDPA becomes MatMul and Softmax, and TensorRT gets twice the layers."""
 
 OUTPUT = "output"
-"""The graph's one output."""
+"""The name of the graph's only output."""
 
 DOMAIN = "reelray"
-"""Of our nodes, and TensorRT's namespace of our plugins."""
+"""The ONNX domain of our nodes, and TensorRT's namespace for our plugins."""
 
 TEMPORAL, TEMPORAL_WITH_TABLE = "ReelrayTemporalAttention", "ReelrayTemporalAttentionWithTable"
-"""`reelray::temporal_attention` without and with a table of positions: a plugin cannot lack an input. The names must be nobody
-else's: TensorRT takes one that ONNX has for ONNX's own, whatever its domain."""
+"""`reelray::temporal_attention` without and with a position table, as a plugin has no optional inputs. The names must not be
+names of ONNX operators: TensorRT takes such a node for ONNX's, whatever its domain."""
 
 PLUGINS = frozenset({"temporal_attention"})
-"""Operations of ours that can stay nodes."""
+"""Our operations that can stay nodes of the graph."""
 
 
 def export_onnx(call: UNetCall, path: Path, plugins: Sequence[str] = (), frames: int = 0) -> None:
-    """Writes the graph, in opset 23 and with attention as `Attention`; above 2 GB its weights lie in a file beside it.
+    """Writes the graph, in opset 23 and with attention as `Attention`; above 2 GB its weights are in a file beside it.
 
-    plugins: those of `PLUGINS` that stay nodes of ours, for calls with so many frames and no others: the inputs' dimensions are
-    named as always, and who builds the graph must see to it.
+    plugins: those of `PLUGINS` that stay our nodes. The graph is then right only for calls with `frames` frames. The inputs'
+    dimensions do not show this, so the code that builds the graph must ensure it.
     """
-    import onnx_ir  # these two are of the extras gpu and rtx: a service on a CPU has not got them
+    import onnx_ir  # these two come with the extras gpu and rtx: a service on a CPU does not have them
     from onnxscript import optimizer
 
-    auto = torch.export.Dim.AUTO  # of SVD a named number of frames is refused: a guard that the solver cannot discharge
+    auto = torch.export.Dim.AUTO  # a named frame dimension fails for SVD: the solver cannot prove one of its guards
     dynamic = [{i: auto for i, dim in enumerate(call.dims[name]) if isinstance(dim, str)} for name in call.example]
     with torch.no_grad(), kept(plugins):
         traced = torch.export.export(call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False)
@@ -55,10 +55,10 @@ def export_onnx(call: UNetCall, path: Path, plugins: Sequence[str] = (), frames:
             optimize=False,
         )
     assert program is not None
-    # needed: a chunk is a SplitToSequence before, which TensorRT does not read. Once is enough; the exporter's own goes twice
+    # needed: it replaces `chunk`'s SplitToSequence, which TensorRT cannot read. Once is enough; the exporter would do it twice
     optimizer.optimize(program.model, num_iterations=1)
     graph = program.model.graph
-    # the exporter gives every dimension a name of its own; equal names tell TensorRT which are equal
+    # the exporter gives every dimension a different name; equal names show TensorRT which dimensions are equal
     for value in graph.inputs:
         value.shape = onnx_ir.Shape(call.dims[str(value.name)])
     graph.outputs[0].shape = onnx_ir.Shape(call.dims["latents"])
@@ -70,7 +70,7 @@ def export_onnx(call: UNetCall, path: Path, plugins: Sequence[str] = (), frames:
 
 
 def _translations(plugins: Sequence[str], frames: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How the exporter writes these operations."""
+    """Operation -> the function with which the exporter writes it."""
     if not plugins:
         return {}
     assert PLUGINS.issuperset(plugins), plugins
@@ -92,7 +92,7 @@ def _translations(plugins: Sequence[str], frames: int) -> dict[Callable[..., Any
 
 
 def _register_schemas() -> None:
-    """Makes ONNX know our nodes: the exporter writes no others."""
+    """Registers our nodes with ONNX: the exporter writes only nodes that ONNX knows."""
     from onnx import defs
 
     schema = defs.OpSchema

@@ -1,7 +1,7 @@
-"""Which GPU a plan is for, and under which driver.
+"""The GPU and driver that a plan is for.
 
-The driver's version comes from NVML by ctypes, which is part of every driver and what `nvidia-smi` asks. `cuDriverGetVersion`,
-and torch with it, only know the CUDA version that a driver serves, and that is one for several branches of drivers.
+The driver's version comes from NVML by ctypes. NVML is part of every driver, and `nvidia-smi` uses it. `cuDriverGetVersion`, and
+with it torch, only gives the CUDA version that a driver supports, which is the same for several branches of drivers.
 """
 
 import ctypes

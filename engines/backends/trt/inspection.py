@@ -1,4 +1,4 @@
-"""What is in an engine, for a person: its layers with the kernels they run, its inputs and outputs, its memory."""
+"""A readable report of an engine: its layers with their kernels, its inputs and outputs, its memory."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the engine, which may be several of the graph's. kind, tactic: "" in a plan that was built without details."""
+    """A layer of the engine, which may combine several of the graph's. kind, tactic: "" in a plan built without details."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output. mode: "INPUT" or "OUTPUT". dtype: in TensorRT's words. shape: -1 is a side that may change."""
+    """An input or output. mode: "INPUT" or "OUTPUT". dtype: TensorRT's name. shape: -1 is a size that may change."""
 
     name: str
     mode: str
@@ -32,7 +32,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Report:
-    """version: of the library. memory_bytes: what activations need in each profile. layers: empty if nothing is told."""
+    """version: of the library. memory_bytes: what activations need in each profile. layers: empty if none is reported."""
 
     version: str
     refittable: bool
@@ -42,7 +42,7 @@ class Report:
 
 
 def report_of(library: ModuleType, plan: bytes) -> Report:
-    """What is in a plan. It takes a GPU of the kind it was built for. Raises `EngineError` for one that cannot be loaded."""
+    """The report of a plan. Needs a GPU of the kind that the plan was built for. Raises `EngineError` if it cannot be loaded."""
     trt: Any = library
     said = Messages()
     log = logger_of(library, said)
@@ -55,7 +55,7 @@ def report_of(library: ModuleType, plan: bytes) -> Report:
 
 
 def inspect(library: ModuleType, engine: Any) -> Report:
-    """What an `ICudaEngine` tells of itself. Inputs and outputs are asked of it one by one: 11.0 renamed them in the report."""
+    """The report of an `ICudaEngine`. Inputs and outputs are queried one by one, as 11.0 renamed them in the report."""
     trt: Any = library
     inspector = engine.create_engine_inspector()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -74,9 +74,9 @@ def inspect(library: ModuleType, engine: Any) -> Report:
 
 
 def layers_of(text: str) -> tuple[Layer, ...]:
-    """The layers of an inspector's report in JSON: objects, or in a plan without details their names alone.
+    """The layers of an inspector's report in JSON: objects, or in a plan without details only names.
 
-    Its fields are not promised: what is absent is empty, and what cannot be read is logged and gives no layers.
+    The report's fields are not guaranteed: an absent one becomes "". A report that cannot be read is logged and gives no layers.
     """
     try:
         report = json.loads(text)

@@ -1,7 +1,7 @@
-"""TensorRT itself: loaded late, refused where its version is known not to do, and heard when it only answers None.
+"""Loads TensorRT late, refuses unsuitable versions, and collects its error messages.
 
-Both libraries have the same Python interface. Its objects return None or False on failure and say why to their logger; a
-factory that fails raises a TypeError that names no reason. All of it becomes an `EngineError` in the library's own words.
+Both libraries have the same Python interface. On failure its objects return None or False and log the reason; a factory that
+fails raises a TypeError without a reason. Both become an `EngineError` with the library's own message.
 """
 
 import importlib
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 Library = Literal["tensorrt", "tensorrt_rtx"]
 
 OLDEST = (10, 16)
-"""Of TensorRT proper; all that we use is in the bindings of 10.16.0 to 11.4.0. TensorRT-RTX counts otherwise."""
+"""Oldest version of TensorRT proper; 10.16.0 to 11.4.0 have all that we use. TensorRT-RTX has other version numbers."""
 
 DROPS_BIASES = (11, 3, 0)
-"""Documented: a plan built to be refitted can lose the bias of a matrix product. `tensorrt-triton.md`, section 3."""
+"""Version with a documented bug: a refittable plan can lose the bias of a matrix product. `tensorrt-triton.md`, section 3."""
 
 
 def load_library(name: Library) -> ModuleType:
-    """The module of that name. Raises `EngineError` where it is not installed, or too old."""
+    """The module of that name. Raises `EngineError` if it is not installed or too old."""
     try:
         library = importlib.import_module(name)
     except ImportError as exc:
@@ -48,7 +48,7 @@ def require_supported(library: ModuleType, refit: bool = False) -> None:
 
 
 class Messages:
-    """The last errors that the library has told its logger."""
+    """The library's latest error messages, from its logger."""
 
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=3)
@@ -58,14 +58,14 @@ class Messages:
         self._errors.append(text)
 
     def fault(self, what: str) -> EngineError:
-        """The error to raise: `what`, and why. Forgets what was said, which must not be blamed on something later."""
+        """The error to raise: `what`, with the noted messages as reason. Clears them, so that no later error quotes them."""
         reason = "; ".join(self._errors) or "the library gave no reason"
         self._errors.clear()
         return EngineError(f"{what}: {reason}")
 
     @contextmanager
     def blamed_on(self, what: str) -> Iterator[None]:
-        """Turns what the bindings raise into a `fault`."""
+        """Turns exceptions of the bindings into a `fault`."""
         try:
             yield
         except (TypeError, ValueError, RuntimeError) as exc:
@@ -74,17 +74,17 @@ class Messages:
 
 
 def note_faults(parser: Any, said: Messages) -> None:
-    """Keeps what an `OnnxParser` or `OnnxParserRefitter` has found wrong for the next `fault`."""
+    """Notes the errors of an `OnnxParser` or `OnnxParserRefitter` for the next `fault`."""
     for i in range(parser.num_errors):
         said.note(str(parser.get_error(i)))
 
 
 def logger_of(library: ModuleType, said: Messages) -> Any:
-    """An `ILogger`: errors go to `said`, to be raised, and warnings to our log. Must outlive all that is made with it."""
+    """An `ILogger` that notes errors in `said`, to be raised, and logs warnings. Must outlive all objects made with it."""
     trt: Any = library
     levels = trt.ILogger.Severity
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # a class of the library that was chosen
+    class Log(trt.ILogger):  # type: ignore[misc]  # a class of whichever library is loaded
         def __init__(self) -> None:
             super().__init__()
 

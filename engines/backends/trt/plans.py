@@ -1,8 +1,8 @@
-"""The plan of a UNet call: found by all that determines it, or else exported and built.
+"""The plan of a UNet call: found in the cache, or else exported and built.
 
-An export takes up to a minute, so a replica whose plan is there must not need one: the key stands not on the ONNX file but on
-what that is made from, namely our sources that are traced or trace, the versions of the tracers, the call's shapes, and the
-module's layers with their settings and weights. Hashing 2.5 GB of weights takes some seconds.
+An export takes up to a minute, so a replica whose plan is cached must not need one. Therefore the key is not made from the ONNX
+file but from its sources: our source files that are traced or do the tracing, the versions of the tracing packages, the call's
+shapes, and the module's layers with their settings and weights. Hashing 2.5 GB of weights takes some seconds.
 """
 
 import ast
@@ -36,7 +36,7 @@ from engines.fingerprint import fingerprint_of
 logger = logging.getLogger(__name__)
 
 TRACERS = ("torch", "diffusers", "onnxscript", "onnx-ir", "onnx")
-"""Distributions that decide what graph becomes of a module."""
+"""Distributions whose version can change the graph of a module."""
 
 _ROOT = Path(__file__).parents[3]
 _OURS = ("engines", "kernels")
@@ -51,9 +51,9 @@ def load_engine(
     gpu: Gpu,
     options: BuildOptions,
 ) -> TensorRTEngine:
-    """The call's engine with the module's weights, from a plan that is found or built. gpu: of `stream`, see `gpu_of`.
+    """The call's engine with the module's weights, from a cached or new plan. gpu: that of `stream`, see `gpu_of`.
 
-    With `options.refit` the plan may hold anybody's weights, so the module's are put in, for which it is exported in any case.
+    With `options.refit` the plan may hold other weights, so the module is always exported and its weights replace the plan's.
     Raises `EngineError`.
     """
     with _exporting(call, families, library, options) as graph, stream.entered():
@@ -72,7 +72,7 @@ def plan_of(
     gpu: Gpu,
     options: BuildOptions,
 ) -> bytes:
-    """The plan, built now on the current GPU if it is not in `cache`. With `options.refit` its weights are anybody's.
+    """The plan, built now on the current GPU if it is not in `cache`. With `options.refit` it may hold other weights.
 
     Raises `EngineError`.
     """
@@ -81,7 +81,7 @@ def plan_of(
 
 
 def plan_key(call: UNetCall, families: Sequence[ShapeFamily], library: ModuleType, gpu: Gpu, options: BuildOptions) -> PlanKey:
-    """The key of the plan. Raises `EngineError` where the exporter is not installed: its version is part of the key."""
+    """The key of the plan. Raises `EngineError` if the exporter is not installed, as its version is part of the key."""
     trt: Any = library
     return PlanKey(
         library=trt.__name__,
@@ -122,9 +122,9 @@ def _found_or_built(
 def _exporting(
     call: UNetCall, families: Sequence[ShapeFamily], library: ModuleType, options: BuildOptions
 ) -> Iterator[Callable[[], Path]]:
-    """What gives the call's ONNX file, exported at the first time into a folder of its own: gigabytes, gone at the end.
+    """A function that gives the call's ONNX file. The first call exports it to a temporary folder, as it may be gigabytes.
 
-    Raises `EngineError` at once for plugins that cannot be.
+    Raises `EngineError` at once for plugins that cannot be used.
     """
     frames = frames_of(library, options.plugins, families, call.example["latents"].dtype)
     with tempfile.TemporaryDirectory(prefix="reelray-onnx-") as folder:
@@ -149,7 +149,7 @@ def _graph_hash(call: UNetCall) -> str:
 
 
 def _imported(roots: Sequence[str]) -> Iterator[Path]:
-    """Our sources that these modules import, themselves included, directly or not."""
+    """Our source files that these modules import, directly or not, including the modules themselves."""
     seen, waiting = set[str](), [*roots]
     while waiting:
         name = waiting.pop()
@@ -159,7 +159,7 @@ def _imported(roots: Sequence[str]) -> Iterator[Path]:
         seen.add(name)
         yield path
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):  # absolute ones only; a name may be a value or a module
+            if isinstance(node, ast.ImportFrom):  # absolute imports only; an imported name may be a value or a module
                 waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
@@ -171,12 +171,12 @@ def _file(module: str) -> Path:
 
 @once
 def _sources_hash(paths: tuple[Path, ...]) -> str:
-    """Of what these files hold; read once a process, as they are imported."""
+    """The hash of these files' contents. Read once per process, because modules are also imported only once."""
     return fingerprint_of({str(path.relative_to(_ROOT)): path.read_bytes() for path in paths})
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Every layer's class and plain attributes: heads, strides, groups. They shape the graph and are in no state dict."""
+    """Every layer's class and plain attributes: heads, strides, groups. They shape the graph but are not in a state dict."""
     return tuple(
         (name, _plain(type(layer)), tuple((key, _plain(value)) for key, value in sorted(vars(layer).items()) if key[0] != "_"))
         for name, layer in module.named_modules()
@@ -184,7 +184,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that has a fingerprint; for a function or an object the name of it or of its class."""
+    """A value that can be fingerprinted: for a function its name, for an object the name of its class."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype):
@@ -198,7 +198,7 @@ def _plain(value: Any) -> Any:
 
 
 def _weights_hash(module: nn.Module) -> str:
-    """Of parameters and buffers, those too that no checkpoint holds, and of tensors that are plain attributes."""
+    """The hash of parameters, buffers (including those that are not in checkpoints) and tensors that are plain attributes."""
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
     for name, layer in module.named_modules():
         tensors |= {f"{name}.{key}": value for key, value in vars(layer).items() if isinstance(value, Tensor)}

@@ -1,14 +1,14 @@
-"""Our kernel of attention over frames as a TensorRT plugin: an option, and never the default, as nobody has measured it there.
+"""Our kernel for attention over frames as a TensorRT plugin. It is an option and not the default, as it was never measured there.
 
 It is a quickly deployable plugin in its ahead-of-time form: the machine code becomes part of the plan, and a plan runs without
-Python, Triton or this file. While a plan is built TensorRT asks for the kernel at each site, for each of our tiles, times them
+Python, Triton or this file. While a plan is built, TensorRT requests the kernel for each site and each of our tiles, times them
 and keeps one. `tensorrt-triton.md`, sections 3 and 5. TensorRT-RTX has no plugins.
 
-The number of frames shapes the kernel, so a plan with plugins is for one: `frames_of`. Height and width may change as always.
+The kernel depends on the number of frames, so a plan with plugins is for one number: `frames_of`. Height and width may change.
 
-No TensorRT has run this. Three things may turn out otherwise: that it gives tensors at multiples of 16 bytes, as the kernel reads
-16 at once; that it takes the version of PTX that Triton writes, which must be one that the driver knows; and that its assembler
-does as well without the option that Triton gives its own (`--regAllocOptLevel=2`).
+TensorRT has never run this. Three assumptions are untested. Tensors start at multiples of 16 bytes, as the kernel reads 16 at
+once. TensorRT accepts Triton's version of PTX, which the driver must know. And its assembler does as well without the option that
+Triton gives its own (`--regAllocOptLevel=2`).
 """
 
 from collections.abc import Sequence
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 Numbers = NDArray[np.int32]
 
 TYPES = {"HALF": ("FP16", "fp16"), "BF16": ("BF16", "bf16")}
-"""By TensorRT's name: how its plugins call it, and how Triton does. fp32 is none of our kernels' types (`kernels/choice.py`)."""
+"""TensorRT's name of a dtype -> its name in TensorRT's plugins, and in Triton. Our kernels take no fp32 (`kernels/choice.py`)."""
 
 MOST_SHARED_BYTES = 48 * 1024
-"""More is given to a kernel only on a driver's request that nobody promises of TensorRT."""
+"""A kernel gets more only if the launcher requests it from the driver, and TensorRT is not documented to do so."""
 
 
 def frames_of(library: ModuleType, plugins: Sequence[str], families: Sequence[ShapeFamily], dtype: torch.dtype) -> int:
-    """How many frames a plan with these plugins is for; 0 without plugins, for any number.
+    """How many frames a plan with these plugins is for. 0 without plugins: the plan is then for any number.
 
-    dtype: of the graph. Raises `EngineError` for what `require_plugins` does, for a dtype that the kernels do not know, and for
-    families of more than one number of frames or of more than fit.
+    dtype: of the graph. Raises `EngineError` as `require_plugins` does, for a dtype that the kernels do not support, and for
+    families with several numbers of frames or with too many frames.
     """
     if not plugins:
         return 0
     require_plugins(library, plugins)
-    from kernels.triton.temporal_attention import MOST_FRAMES  # late: triton is needed with plugins alone
+    from kernels.triton.temporal_attention import MOST_FRAMES  # imported late: triton is only needed with plugins
 
     if dtype not in (torch.float16, torch.bfloat16):
         raise EngineError(f"plugins compute in float16 or bfloat16, not in {dtype}")
@@ -64,7 +64,7 @@ def frames_of(library: ModuleType, plugins: Sequence[str], families: Sequence[Sh
 def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
     """Raises `EngineError` for operations that have no plugin, for a library that has none at all, and without triton.
 
-    Asked before anything is registered: TensorRT-RTX aborts the process over a graph with a plugin that is.
+    Must be called before a plugin is registered: TensorRT-RTX aborts the process if a graph contains a registered plugin.
     """
     if library.__name__ != "tensorrt":
         raise EngineError(f"{library.__name__} has no plugins: build with TensorRT, or without {sorted(plugins)}")
@@ -76,11 +76,11 @@ def require_plugins(library: ModuleType, plugins: Sequence[str]) -> None:
 
 @cache
 def register() -> None:
-    """Makes TensorRT's parser know our nodes: once a process, which its registry lasts as long as.
+    """Registers our nodes with TensorRT's parser, once per process, as its registry lasts for the whole process.
 
-    Annotations are part of the interface: TensorRT reads in them what is a tensor and what an attribute. The attribute is one, as
-    several are passed by place, and an array, as 10.16 fails over a number with numpy 2.4. Raises `EngineError` where TensorRT
-    has no such plugins.
+    Annotations are part of the interface: they show TensorRT what is a tensor and what an attribute. There is only one attribute,
+    because several would be passed by position. It is an array, because 10.16 fails on a single number with numpy 2.4. Raises
+    `EngineError` if this TensorRT has no such plugins.
     """
     try:
         import tensorrt.plugin as trtp
@@ -93,7 +93,7 @@ def register() -> None:
 
     def offered(qkv: Any, tensors: int) -> list[Any]:
         name, _ = _types(qkv)
-        tactics = list(range(1, 1 + len(_tiles(64, current_capability()))))  # 0 is TensorRT's own word for no tactic
+        tactics = list(range(1, 1 + len(_tiles(64, current_capability()))))  # TensorRT uses 0 for "no tactic"
         return [trtp.AutoTuneCombination(", ".join([name] * tensors), "LINEAR", tactics)]
 
     def implemented(qkv: Any, with_table: bool, attribute: Numbers, tactic: int) -> tuple[Any, Any, Any, Any]:
@@ -137,7 +137,7 @@ def register() -> None:
 
 
 def kernel_of(frames: int, heads: int, width: int, with_table: bool, dtype: str, capability: int, tactic: int) -> "Compiled":
-    """The kernel as a plan keeps it. width: of qkv, 3 x heads x D. dtype: "fp16" or "bf16". tactic: of a tile, from 1.
+    """The kernel as a plan stores it. width: of qkv, 3 x heads x D. dtype: "fp16" or "bf16". tactic: a tile's number, from 1.
 
     Raises `EngineError` for heads that no tile serves.
     """
@@ -162,7 +162,7 @@ def positions_of_block(frames: int, head_dim: int, capability: int, tactic: int)
 
 
 def current_capability() -> int:
-    """Of the GPU that a plan is being built on."""
+    """The compute capability of the GPU on which a plan is being built."""
     from kernels.triton.device import capability
 
     return capability(torch.device("cuda", torch.cuda.current_device()))
@@ -175,7 +175,7 @@ def _tiles(head_dim: int, capability: int) -> tuple["Tile", ...]:
 
 
 def _types(qkv: Any) -> tuple[str, str]:
-    """What a tensor's type is called by TensorRT's plugins and by Triton."""
+    """The name of a tensor's type in TensorRT's plugins and in Triton."""
     name = qkv.dtype.name
     if name not in TYPES:
         raise EngineError(f"plugins compute in {sorted(TYPES)}, not in {name}")

@@ -10,7 +10,7 @@ from engines.errors import EngineError
 
 @dataclass(frozen=True)
 class Range:
-    """The shapes of one input, as a TensorRT profile wants them."""
+    """The shapes of one input, as a TensorRT profile needs them."""
 
     smallest: tuple[int, ...]
     best: tuple[int, ...]

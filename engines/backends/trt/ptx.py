@@ -1,8 +1,8 @@
-"""The text of a kernel's PTX made into one whose entry takes our arguments and no more.
+"""Changes a kernel's PTX so that its entry takes only our arguments.
 
-Triton gives every entry two pointers behind the arguments, to memory that its own launcher brings along (3.7.1; one of them
-before). TensorRT passes the arguments alone, so these must go, as in NVIDIA's own test of such a plugin (TensorRT-Incubator,
-tripy); that is right only where the kernel does not want that memory.
+Triton adds two pointers after every entry's arguments, to memory that its own launcher provides (3.7.1; earlier versions add
+one). TensorRT passes the arguments alone, so the pointers must be removed, as in NVIDIA's own test of such a plugin
+(TensorRT-Incubator, tripy). That is correct only if the kernel does not use that memory.
 """
 
 import re
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from engines.errors import EngineError
 
 POINTER, WHOLE = "u64", "u32"
-"""The types that arguments of ours have in PTX."""
+"""The PTX types of our arguments."""
 
 
 def without_hidden(ptx: str, entry: str, arguments: Sequence[str], scratch: int) -> str:
-    """The text with nothing behind the entry's `arguments` (`POINTER` or `WHOLE` each, in order).
+    """The text without parameters after the entry's `arguments` (each `POINTER` or `WHOLE`, in order).
 
-    scratch: bytes of memory that the kernel wants from its launcher. Raises `EngineError` unless that is 0, the arguments are as
-    told, and all behind them are pointers that the kernel never reads.
+    scratch: bytes of memory that the kernel needs from its launcher. Raises `EngineError` unless that is 0, the entry has these
+    arguments, and all parameters after them are pointers that the kernel never reads.
     """
     if scratch:
         raise EngineError(f"{entry} wants {scratch} bytes from its launcher, which TensorRT does not give")
@@ -35,13 +35,13 @@ def without_hidden(ptx: str, entry: str, arguments: Sequence[str], scratch: int)
 
 
 def parameters(ptx: str, entry: str) -> list[str]:
-    """The types of what the entry takes, e.g. "u64"."""
+    """The types of the entry's parameters, e.g. "u64"."""
     start, end = _parameters(ptx, entry)
     return [_kind(text) for text in ptx[start:end].split(",")]
 
 
 def _parameters(ptx: str, entry: str) -> tuple[int, int]:
-    """Where the entry's parameters stand."""
+    """The start and end of the entry's parameters in the text."""
     found = re.findall(r"\.entry\s+[\w$]+", ptx)
     match = re.search(rf"\.entry\s+{re.escape(entry)}\(([^()]*)\)", ptx)
     if match is None or len(found) != 1:
@@ -50,7 +50,7 @@ def _parameters(ptx: str, entry: str) -> tuple[int, int]:
 
 
 def _kind(declaration: str) -> str:
-    """u64 of ".param .u64 .ptr .global .align 1 kernel_param_0"."""
+    """The type in a declaration: "u64" for ".param .u64 .ptr .global .align 1 kernel_param_0"."""
     match = re.match(r"\s*\.param\s+\.(\w+)\s", declaration)
     if match is None:
         raise EngineError(f"{declaration.strip()!r} is no parameter")

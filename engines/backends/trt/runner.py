@@ -1,9 +1,9 @@
-"""A plan made ready to run: for each shape that is called an execution context in the narrowest profile, and its CUDA graph.
+"""Runs a plan. Each shape that is called gets an execution context in the narrowest profile, and a CUDA graph.
 
-A CUDA graph repeats addresses, so inputs are copied into buffers of the engine's own and the result out of one; these are as
-large as the largest family needs and serve all shapes. So does one block of memory for activations: calls come one at a time.
-Hence a further context costs little, and it is needed: TensorRT's guide forbids to alter one whose work is in a graph, as
-another shape would. `tensorrt-triton.md`, section 5.
+A CUDA graph always uses the same addresses, so inputs are copied into the engine's buffers, and the result out of one. The
+buffers are large enough for the largest family and serve all shapes. One block of memory holds all activations, as calls come
+one at a time. So another context costs little. A context per shape is needed: TensorRT's guide forbids changing a context whose
+work is in a graph, and another shape would change it. `tensorrt-triton.md`, section 5.
 """
 
 import math
@@ -38,12 +38,12 @@ _DTYPES = {
     "INT64": torch.int64,
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
-}  # by the names of TensorRT's DataType
+}  # by their names in TensorRT's DataType
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a call of one shape needs: the buffers' beginnings as its tensors, and what runs it on them."""
+    """What a call of one shape needs: its tensors, which are the first part of each buffer, and what runs it on them."""
 
     inputs: Mapping[str, Tensor]
     output: Tensor
@@ -53,8 +53,8 @@ class _Ready:
 class TensorRTEngine:
     """An `Engine`. families: those that the plan was built for, in order. graphs: whether to record CUDA graphs.
 
-    Raises `EngineError`, in the library's own words where it has any, for a version that does not do, a plan that cannot be
-    loaded, and one that is not this call's in these families.
+    Raises `EngineError`, with the library's message if there is one, for an unsupported version, a plan that cannot be loaded,
+    and a plan for another call or other families.
     """
 
     name = "tensorrt"
@@ -77,7 +77,7 @@ class TensorRTEngine:
         self._contexts: dict[Shape, Any] = {}
         self._ready: dict[Shape, _Ready] = {}
         self._spoilt = False
-        with torch.inference_mode(False), stream.entered():  # buffers that may be written to in any mode
+        with torch.inference_mode(False), stream.entered():  # so that the buffers can be written in any mode
             with self._said.blamed_on("the runtime cannot be made"):
                 self._runtime = trt.Runtime(self._log)
             engine = self._runtime.deserialize_cuda_engine(plan)
@@ -111,9 +111,9 @@ class TensorRTEngine:
         ready = self._ready[shape]
         for name, own in ready.inputs.items():
             given = inputs[name]
-            if given.shape != own.shape or given.dtype != own.dtype:  # copying would broadcast and convert
+            if given.shape != own.shape or given.dtype != own.dtype:  # a copy would broadcast and convert silently
                 raise EngineError(f"{name} is {given.dtype} {tuple(given.shape)} instead of {own.dtype} {tuple(own.shape)}")
-        result = torch.empty_like(ready.output)  # of the caller's stream: the allocator gives it out again in that one's order
+        result = torch.empty_like(ready.output)  # on the caller's stream: its memory is then reused in that stream's order
         with self._stream.entered():
             for name, own in ready.inputs.items():
                 own.copy_(inputs[name])
@@ -132,7 +132,7 @@ class TensorRTEngine:
         if not self._engine.refittable:
             raise EngineError("the plan was not built to be refitted")
         self._stream.synchronize()
-        self._ready.clear()  # a CUDA graph holds the weights' addresses, and nobody promises that they stay
+        self._ready.clear()  # CUDA graphs hold the weights' addresses, which a refit may change
         self._spoilt = True
         with self._stream.entered():
             with self._said.blamed_on("the refitter cannot be made"):
@@ -146,7 +146,7 @@ class TensorRTEngine:
                 raise self._said.fault(f"{graph} does not fit the plan, {len(missing)} of whose weights are missing ({names})")
             if not refitter.refit_cuda_engine_async(self._stream.handle):
                 raise self._said.fault(f"the weights of {graph} are refused")
-            self._stream.synchronize()  # until here the weights are read from the parser's memory
+            self._stream.synchronize()  # the parser's memory must live until the weights are read
         self._spoilt = False
 
     def inspect(self) -> Report:
@@ -154,7 +154,7 @@ class TensorRTEngine:
         return inspect(self._trt, self._engine)
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """Of each input and of the output. Raises `EngineError` unless the plan has exactly the call's tensors."""
+        """The dtype of each input and of the output. Raises `EngineError` unless the plan has exactly the call's tensors."""
         engine, modes = self._engine, self._trt.TensorIOMode
         found = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         expected = {name: (modes.INPUT, tensor.dtype) for name, tensor in self.call.example.items()}
@@ -181,7 +181,7 @@ class TensorRTEngine:
                     raise EngineError(f"{name} is {found} in the plan's profile {i}, and {expected} in {family}")
 
     def _shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        """Of the inputs and of the output."""
+        """The shapes of the inputs and of the output."""
         shapes = self.call.shapes(shape)
         return shapes | {OUTPUT: shapes["latents"]}
 
@@ -197,11 +197,11 @@ class TensorRTEngine:
             return _Ready(views, output, self._stream.captured(execute))
 
     def _narrowest(self, shape: Shape) -> int:
-        """The profile whose kernels were chosen for the least besides this shape."""
+        """The profile that holds this shape and the fewest others."""
         return min((i for i, f in enumerate(self._families) if f.holds(shape)), key=lambda i: _breadth(self._families[i]))
 
     def _context(self, shape: Shape) -> Any:
-        """A context with its profile, shapes and addresses, which stay."""
+        """A context with fixed profile, shapes and addresses."""
         strategy = self._trt.ExecutionContextAllocationStrategy
         context = self._engine.create_execution_context(strategy.USER_MANAGED)
         if context is None:

@@ -1,6 +1,6 @@
-"""Where an engine's work is enqueued: a CUDA stream of its own, and what it can record to repeat in one launch.
+"""The stream on which an engine enqueues its work: a CUDA stream of its own, which can also record work and replay it.
 
-Apart from the engine, so that the rest of it is tested where there is no GPU.
+It is separate from the engine, so that the rest of the engine can be tested without a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,26 +14,26 @@ Launch = Callable[[], None]
 
 
 class Stream(Protocol):
-    """device: of the buffers. handle: the `cudaStream_t` as a number, which libraries take."""
+    """device: of the buffers. handle: the `cudaStream_t` as a number, as libraries take it."""
 
     device: torch.device
     handle: int
 
     def entered(self) -> AbstractContextManager[None]:
-        """What is enqueued within comes after all that the caller has enqueued, and before all that it will."""
+        """Work enqueued within runs after all that the caller has enqueued before, and before all that it enqueues later."""
         ...
 
     def captured(self, launch: Launch) -> Launch:
-        """Repeats what `launch` enqueues, with the same addresses. Calls it twice: a first run may set things up."""
+        """Repeats what `launch` enqueues, at the same addresses. Calls `launch` twice, as its first run may initialise things."""
         ...
 
     def synchronize(self) -> None:
-        """Returns when all that was enqueued is done."""
+        """Returns when all enqueued work is done."""
         ...
 
 
 class CudaStream:
-    """A stream of its own on a GPU. TensorRT adds waits for the whole device to work on the default stream."""
+    """A separate stream on a GPU. On the default stream TensorRT would add waits for the whole device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -42,7 +42,7 @@ class CudaStream:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """See `Stream`. The stream's device is the current one within."""
+        """See `Stream`. Within, the stream's device is the current device."""
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         try:
@@ -52,11 +52,11 @@ class CudaStream:
             caller.wait_stream(self._stream)
 
     def captured(self, launch: Launch) -> Launch:
-        """See `Stream`. A CUDA graph; raises `RuntimeError` if what `launch` does cannot be in one."""
+        """See `Stream`. Records a CUDA graph. Raises `RuntimeError` if `launch` does something that a graph cannot contain."""
         launch()
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # only this thread's calls are watched: others of the process may allocate meanwhile
+        # restricts only this thread's calls: other threads may allocate meanwhile
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             launch()
         return graph.replay

@@ -1,4 +1,4 @@
-"""`reelray engines` on the demo's weights. A fake stands for the engines; of TensorRT there is only what a plan's file tells."""
+"""`reelray engines` on the demo's weights. A fake stands in for the engines; of TensorRT only plan files are tested."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from tests.engines.backends.trt.keys import KEY, PLAN
 
 
 class Off(Eager):
-    """The modules' result with a fault of this share."""
+    """Returns the modules' result with an error of `fault` times its largest value."""
 
     name = "inductor"
     fault = 1e-6

@@ -17,12 +17,12 @@ ANIMATEDIFF, CONTROLNEXT = "fal-ai/animatediff-sparsectrl-lcm", "fal-ai/controln
 
 
 async def filled(url: str) -> dict[str, UUID]:
-    """A database with three jobs, their ids by name."""
+    """Fills a database with three jobs. Returns their ids by name."""
     store = await JobStore.open(url)
     ids = {}
     for name, endpoint in (("retried", ANIMATEDIFF), ("cancelled", CONTROLNEXT), ("waiting", ANIMATEDIFF)):
         ids[name] = (await store.submit(NewJob(endpoint, {}, max_attempts=3))).id
-        await asyncio.sleep(0.002)  # ids of one millisecond have no order
+        await asyncio.sleep(0.002)  # ids made in the same millisecond have no order
     for outcome in ("the runner died", None):
         claim = await store.claims.take([ANIMATEDIFF], 60)
         assert claim is not None
@@ -35,7 +35,7 @@ async def filled(url: str) -> dict[str, UUID]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, UUID], list[object]]]:
-    """The jobs of a service, and the options that name it."""
+    """A service's jobs, and the command-line options that select the service."""
     with embedded() as settings:
         ids = asyncio.run(filled(database_url(settings)))
         yield ids, ["--config", config(tmp_path_factory.mktemp("service"), home=str(settings.home))]

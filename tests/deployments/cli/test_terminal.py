@@ -28,4 +28,4 @@ def test_where_there_is_no_terminal_every_line_is_printed_once_and_plainly():
 def test_on_a_terminal_progress_is_one_line_with_stage_step_and_time_left():
     *above, last = shown(terminal=True).replace("\r", "\n").split("denoise: step 4/4")
     assert "━━━" in last
-    assert any("[a] warning" in part for part in (*above, last)), "a line that is no progress stays"
+    assert any("[a] warning" in part for part in (*above, last)), "a warning line is not overwritten"

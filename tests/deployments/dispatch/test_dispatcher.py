@@ -94,7 +94,7 @@ async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore
 
     def call(*_: Any) -> None:
         calls.append(1)
-        time.sleep(0.2)  # as long as a real one: the word of the cancel travels in a fraction of it
+        time.sleep(0.2)  # as long as a real call: a cancel arrives in a fraction of that time
 
     hook = local_stages.denoise_replica.stage.unet.register_forward_pre_hook(call)  # type: ignore[attr-defined]
     async with dispatching(store, files, local_stages):
@@ -103,8 +103,8 @@ async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore
         assert await store.request_cancel(job_id) is JobState.RUNNING
         at_cancel = len(calls)
         job = await ended(store, job_id)
-        async with asyncio.timeout(5), local_stages.denoise_replica.turn:  # the next job's turn has come
-            assert len(calls) <= at_cancel + 2  # the call that ran, and one that began while the word travelled
+        async with asyncio.timeout(5), local_stages.denoise_replica.turn:  # the next job could start now
+            assert len(calls) <= at_cancel + 2  # the running call, and one that began before the cancel arrived
     hook.remove()
     assert job.state is JobState.CANCELLED
 
@@ -182,7 +182,8 @@ async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, fi
     async with dispatching(store, files, ScriptedStages(wait)):
         job = await ended(store, await submit(store))
     receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}}
-    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}  # what the stages said, whatever the waiting
+    # as the stages reported, without the time spent waiting
+    assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}
 
 
 async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(store: JobStore, files: FileStore, monkeypatch):
@@ -194,7 +195,7 @@ async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(stor
         monkeypatch.undo()
         job = await ended(store, job_id)
     assert job.state is JobState.SUCCEEDED
-    assert job.attempt > 1, "the lease ran out and the job was done again"
+    assert job.attempt > 1, "the lease expired and the job was run again"
 
 
 async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
@@ -205,8 +206,8 @@ async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
     async with dispatching(store, files, stages):
         job_id = await submit(store)
         await until(store, job_id, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
-        await asyncio.sleep(1.5)  # sweeps come and go
-        assert stages.calls == 1, "no attempt is burnt while the disk stays full"
+        await asyncio.sleep(1.5)  # time for several sweeps
+        assert stages.calls == 1, "no attempt is used up while the disk stays full"
         monkeypatch.undo()
         await execute(database, "UPDATE jobs SET not_before = now()")
         job = await ended(store, job_id)
@@ -339,7 +340,7 @@ async def test_a_dispatcher_that_shuts_down_gives_its_jobs_back_at_no_cost(store
 
 async def test_a_dead_dispatchers_job_is_swept_up_by_another(store: JobStore, files: FileStore):
     job_id = await submit(store)
-    assert await store.claims.take([ENDPOINT], lease_s=0.3)  # and never heard of again
+    assert await store.claims.take([ENDPOINT], lease_s=0.3)  # by a dispatcher that then dies
     async with dispatching(store, files, ScriptedStages(nothing)):
         job = await ended(store, job_id)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
@@ -350,7 +351,7 @@ async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: J
     async with dispatching(store, files, stages):
         job_id = await submit(store)
         await started(store, job_id)
-        stages.act = nothing  # of the attempts after this one
+        stages.act = nothing  # for later attempts
         monkeypatch.setattr(store.claims, "heartbeat", _away)  # the network between the dispatcher and the store is cut
         await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
         monkeypatch.undo()
@@ -391,7 +392,7 @@ async def test_two_dispatchers_share_the_work_and_do_each_job_once(store: JobSto
 
 
 class ChattyStages(ScriptedStages):
-    """Denoising notes a hundred thousand times, half of it progress and half warnings, and then does as `act` says."""
+    """Denoising sends a hundred thousand notes, half progress and half warnings, then calls `act`."""
 
     notes = 100_000
 
@@ -401,7 +402,7 @@ class ChattyStages(ScriptedStages):
             await on_note(Note(progress.message, progress=progress))
             await on_note(Note(f"warning {k}", "WARN"))
             if k % 100 == 0:
-                await asyncio.sleep(0)  # as every note from another process would
+                await asyncio.sleep(0)  # notes from another process would also yield to the event loop
         return await super().denoise(conditioning, checkpoint, on_note)
 
 
@@ -413,7 +414,7 @@ async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: 
     await until(store, loud, lambda job: job.attempt == 1)
     for _ in range(3):
         assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
-    assert (await ended(store, loud)).state is JobState.SUCCEEDED, "in one attempt, within the test's patience"
+    assert (await ended(store, loud)).state is JobState.SUCCEEDED, "in one attempt, within the timeout of `ended`"
     lines = await store.logs(loud)
     assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
     assert len(lines) <= 2001

@@ -182,7 +182,7 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
             for done in range(notes):
                 job_log.note(step(done))
                 await asyncio.sleep(0.01)
-                assert done < 1, "the stage was not told"
+                assert done < 1, "the stage was not stopped at its next note"
             if error is not None:
                 raise error
 
@@ -191,7 +191,7 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
         await work(notes=1)
     with pytest.raises(trouble):
         await work(notes=2)
-    with pytest.raises(RunnerFailed):  # the stage's own error tells more
+    with pytest.raises(RunnerFailed):  # the stage's own error takes precedence
         await work(notes=1, error=RunnerFailed())
 
 

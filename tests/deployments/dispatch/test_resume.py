@@ -1,4 +1,4 @@
-"""Work that is resumed and not redone: jobs through a dispatcher, the real store and the real models, disturbed on the way."""
+"""Interrupted jobs resume instead of starting over: with a dispatcher, the real store and the real models."""
 
 import asyncio
 from collections.abc import Callable
@@ -27,15 +27,15 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def settings(demo_settings: Settings, tmp_path: Path) -> Settings:
-    """The demo's weights, and files of the test's own; a checkpoint after each step that finds the one before written."""
+    """The demo's weights and the test's own file folder. A checkpoint per step, unless the last one is still being written."""
     queue = QUICK.model_copy(update={"checkpoint_s": 1e-6})
     return demo_settings.model_copy(update={"files": str(tmp_path / "files"), "queue": queue})
 
 
 @pytest.fixture
 def replicas(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalStages]:
-    """New replicas of an endpoint, as a deploy or a restart brings them."""
-    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 0.0)  # in this process, who is cancelled waits for the stage
+    """Creates new replicas of an endpoint, as after a deploy or a restart."""
+    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 0.0)  # in one process, a cancel waits for the stage
     return lambda endpoint=ENDPOINT: LocalStages(settings, endpoint)
 
 
@@ -59,7 +59,7 @@ def work(store: JobStore, files: FileStore, stages: LocalStages, endpoint: str =
 
 
 class Counted:
-    """Stands before a stage and counts its calls."""
+    """Wraps a stage and counts its calls."""
 
     def __init__(self, replica: Any):
         self.stage = replica.stage
@@ -205,16 +205,16 @@ async def test_ten_minutes_after_its_end_nothing_is_left_of_a_jobs_checkpoint(
             await store.request_cancel(job_id)
         assert (await ended(store, job_id)).state.value == {"success": "succeeded", "cancel": "cancelled"}.get(end, "failed")
         async with asyncio.timeout(10):
-            await until(left)  # a cancelled stage keeps its last step after all
+            await until(left)  # a cancelled stage still writes its last step
         await asyncio.sleep(0.2)
-        assert left(), "its stage may still write"
+        assert left(), "kept, as its stage may still be writing"
         await execute(database, "UPDATE stored_files SET expires_at = expires_at - interval '10 minutes'")
         async with asyncio.timeout(10):
             await until(lambda: not left())
 
 
 async def until(met: Callable[[], Any]) -> None:
-    while not met():  # noqa: ASYNC110  (nobody tells of files)
+    while not met():  # noqa: ASYNC110  (there is no notification of files)
         await asyncio.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""What a denoise replica keeps of its calls, and what it makes of what it finds."""
+"""Which checkpoints a denoise replica writes, and how it uses those that it finds."""
 
 import asyncio
 import time
@@ -37,7 +37,7 @@ def reached(step: int) -> Checkpoint:
 
 
 class Stage:
-    """Counts its steps. before: called before each, with how many are done. began_at: the step that each call began at."""
+    """before: called before each step with the number of steps done. began_at: the step at which each call began."""
 
     engines: tuple[str, ...] = ()
 
@@ -73,7 +73,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Denoise]
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is written, in order: the steps, and "latents"."""
+    """The checkpoints written, in order: step numbers, and "latents"."""
     seen: list[Any] = []
     write = Checkpoints.write
 
@@ -86,7 +86,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def plain(item: Any) -> Any:
-    """A note of a step without its stage and what is left."""
+    """A step's note without its stage and the time left."""
     at = item.progress.at if isinstance(item, Note) and item.progress else None
     return item if at is None else Note(f"{at.unit} {at.done}/{at.total}")
 
@@ -132,12 +132,12 @@ async def test_steps_are_kept_no_more_often_than_asked_for(
     replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     await listen(replica(Stage(slowly), checkpoint_s=60), FIRST)
-    assert written == ["latents"], "a short job's steps are not"
+    assert written == ["latents"], "a short job's steps are not written"
     written.clear()
     clock = [1000.0]
 
     def advance(_: int) -> None:
-        time.sleep(0.05)  # for what is being written
+        time.sleep(0.05)  # time for the write in progress
         clock[0] += 1
 
     monkeypatch.setattr("deployments.files.checkpoints.monotonic", lambda: clock[0])
@@ -175,7 +175,7 @@ async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Call
     one = replica(stage, checkpoint_s=60)
     await interrupt(one, f"step 3/{STEPS}")
     assert len(written) == 1
-    assert written[0] in (3, 4), "one may have begun while the word travelled"
+    assert written[0] in (3, 4), "one step may have begun before the cancel arrived"
     items = await listen(one, AGAIN)
     assert items[:3] == [Started(), Note(f"resumed at step {written[0]}/{STEPS}"), Note(f"step {written[0] + 1}/{STEPS}")]
     assert stage.began_at == [0, written[0]]
@@ -189,7 +189,7 @@ async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_
     stream = replica(Stage(slowly)).run(asked(), FIRST)
     for _ in range(1 + STEPS):
         await anext(stream)
-    handing_on = asyncio.ensure_future(anext(stream))  # waits for the first step to be written, then writes the latents
+    handing_on = asyncio.ensure_future(anext(stream))  # waits until the first step is written, then writes the latents
     await asyncio.sleep(0.1)
     handing_on.cancel()
     await asyncio.sleep(0.05)
@@ -284,7 +284,7 @@ async def test_a_file_store_that_is_away_costs_no_job(
     replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: str
 ):
     class BucketAway(Exception):
-        """Each kind of store has errors of its own."""
+        """Stands for the exceptions that each kind of store defines itself."""
 
     async def refuse(*_: Any) -> None:
         raise BucketAway
@@ -317,14 +317,14 @@ async def test_finished_latents_are_found_without_the_conditioning(
     assert await saved() == [Started(), Done(None, 0.0)]
     one = replica(Stage(slowly), checkpoint_s=60)
     await interrupt(one, f"step 3/{STEPS}")
-    assert await saved() == [Started(), Done(None, 0.0)], "a step is not the end"
+    assert await saved() == [Started(), Done(None, 0.0)], "a step's checkpoint holds no finished latents"
     *_, done = await listen(one, AGAIN)
     turn, note, found = await saved()
     assert (turn, note, found.seconds) == (Started(), Note("resumed after the last step"), 0.0)
     assert torch.equal(found.product.values, done.product.values)
-    assert await saved(AnimateDiffConfig(dtype="float64")) == [Started(), Done(None, 0.0)], "these are of another model"
+    assert await saved(AnimateDiffConfig(dtype="float64")) == [Started(), Done(None, 0.0)], "the latents belong to another model"
     data = await one.checkpoints._files.get_checkpoint(NAME)
     assert data is not None
     another = NAME.replace("01/", "02/")
     await one.checkpoints._files.put_checkpoint(another, data)
-    assert await saved(name=another) == [Started(), Done(None, 0.0)], "these are another job's"
+    assert await saved(name=another) == [Started(), Done(None, 0.0)], "the latents belong to another job"

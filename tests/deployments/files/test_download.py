@@ -34,7 +34,7 @@ def http(status: str, body: bytes = b"", **headers: str) -> bytes:
 
 
 class Server:
-    """Answers each path with fixed bytes, and remembers the requests' heads."""
+    """Answers each path with fixed bytes, and records the requests' heads."""
 
     def __init__(self, port: int, answers: dict[str, bytes]):
         self.port, self.answers, self.heads = port, answers, list[str]()
@@ -67,7 +67,7 @@ async def serving(answers: dict[str, bytes], tls: ssl.SSLContext | None = None) 
 
 
 def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
-    """Every host name resolves to these addresses; returns the names that were asked for."""
+    """Makes every host name resolve to these addresses. Returns the names that are looked up."""
     asked: list[str] = []
 
     def getaddrinfo(host: str, port: int, **kwargs: object) -> list[tuple[object, ...]]:
@@ -79,7 +79,7 @@ def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 
 
 async def fetched(url: str, settings: FetchSettings) -> bytes:
-    """What `fetch` has written; makes sure that nothing is left of what it failed at."""
+    """The bytes that `fetch` wrote. Checks that a failed download leaves no file."""
     with download_folder() as folder:
         file = folder / "image"
         try:
@@ -218,7 +218,7 @@ async def test_connects_to_the_address_that_was_checked_under_the_name_that_was_
         url = f"http://cdn.example:{server.port}/a?b=c%20d"
         assert await fetched(url, OPEN) == b"hello"
         assert f"host: cdn.example:{server.port}\r\n" in server.heads[0].lower()
-    assert asked == ["cdn.example"]  # once: no second answer could differ from the one that was checked
+    assert asked == ["cdn.example"]  # one lookup only: a second one could return another, unchecked address
 
 
 async def test_second_address_is_tried_when_the_first_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ async def test_a_large_file_is_refused_before_it_is_read() -> None:
 async def test_a_large_file_that_hides_its_size_is_cut_off() -> None:
     chunk = b"400\r\n" + bytes(0x400) + b"\r\n"
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-    async with serving({"/hangs": head + chunk}) as server:  # and would never end
+    async with serving({"/hangs": head + chunk}) as server:  # the answer never ends
         with pytest.raises(FileTooLarge):
             await fetched(server.url("/hangs"), OPEN)
 
@@ -402,8 +402,8 @@ async def test_one_bad_file_ends_the_other_downloads(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: not verified that a full disk is told as ours")
-@pytest.mark.parametrize("length", [5, 50_000])  # refused as the file is closed, and as it is written
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: not verified that a full disk counts as our fault")
+@pytest.mark.parametrize("length", [5, 50_000])  # the write fails when the file is closed, or earlier
 async def test_a_full_disk_is_not_the_callers_fault(length: int, tmp_path: Path) -> None:
     settings = OPEN.model_copy(update={"max_bytes": 100_000})
     async with serving({"/": http("200 OK", bytes(length))}) as server:

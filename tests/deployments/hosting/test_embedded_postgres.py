@@ -102,7 +102,7 @@ async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store
     claim = await store.claims.take([NEW.endpoint], 60)
     assert claim is not None
     async with store.watch_lines(claim.job_id) as changes:
-        for _ in range(50):  # the listener takes a moment to come back
+        for _ in range(50):  # the listener needs a moment to reconnect
             await store.claims.log(claim, "still here")
             if await changes.changed(0.2):
                 break
@@ -167,7 +167,7 @@ async def test_no_submit_is_lost_or_doubled_when_the_database_is_killed_under_lo
                 if claim is not None:
                     await store.claims.succeed(claim, {}, {})
                     closed += 1
-            except LeaseLost:  # committed by the crash's first try, or swept
+            except LeaseLost:  # already committed before the crash, or swept
                 pass
             await asyncio.sleep(0)
         return closed

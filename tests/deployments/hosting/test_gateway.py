@@ -18,7 +18,7 @@ ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 
 @contextmanager
 def gateways() -> Iterator[tuple[int, Callable[[], subprocess.Popen[bytes]]]]:
-    """A port, and what starts a gateway of two workers on it; all of them are gone afterwards."""
+    """A port, and a function that starts a gateway with two workers on it. All its gateways are stopped afterwards."""
     started: list[subprocess.Popen[bytes]] = []
     with embedded() as settings:
         settings.home.mkdir(parents=True)

@@ -66,7 +66,7 @@ def test_two_services_of_a_machine_share_no_port():
 
 
 def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path):
-    """The lines as Serve of Ray 2.60 writes them."""
+    """The configuration lines are those that Ray Serve 2.60 writes."""
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "defaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n"

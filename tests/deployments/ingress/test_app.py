@@ -31,7 +31,7 @@ ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
 LEASE_S = 30.0
 NOWHERE = "postgresql://postgres@127.0.0.1:1/nobody"
-"""No database listens there."""
+"""No database listens at this address."""
 INPUT = {"prompt": "a city at night"}
 MEDIA = {"image_url": "https://a.example/i.png", "video_url": "https://a.example/v.mp4"}
 
@@ -54,7 +54,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def alone(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
-    """Calls a door without a store, for what must be answered before the store is asked."""
+    """Calls an ingress without a store, for requests that must be answered without it."""
     async with calling(create_app(settings, NOWHERE)) as client:
         yield client
 
@@ -65,7 +65,7 @@ def calling(app: FastAPI, base_url: str = "http://door:8000", **headers: str) ->
 
 @pytest.fixture
 def submissions(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> list[NewJob]:
-    """What the door asked the store to keep."""
+    """The submissions that the ingress passed to the store."""
     seen: list[NewJob] = []
     submit = store.submit
 
@@ -229,7 +229,7 @@ async def test_invalid_input_with_a_webhook_is_a_job_that_ended(client: httpx.As
 
 async def test_a_full_queue_is_told(client: httpx.AsyncClient) -> None:
     limited = {"fal_max_queue_length": "1"}
-    for _ in range(2):  # none waits, then one: not more than one
+    for _ in range(2):  # with none and then one job waiting, both are accepted
         assert (await client.post(SUBMIT, json=INPUT, params=limited)).status_code == 200
     full = await client.post(SUBMIT, json=INPUT, params=limited)
     assert (full.status_code, full.json()["error_type"]) == (429, "queue_full")
@@ -481,7 +481,7 @@ async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobSt
     assert [event["status"] async for event in events(response)] == ["COMPLETED"]
 
 
-# Three ways to say queue
+# Three ways to address the queue
 
 
 async def test_proxy_takes_the_target_as_a_route(client: httpx.AsyncClient, submissions: list[NewJob]) -> None:
@@ -580,7 +580,7 @@ async def test_keys_keep_callers_apart(settings: Settings, store: JobStore) -> N
 
 @pytest.fixture
 async def closed(settings: Settings, store: JobStore) -> AsyncIterator[httpx.AsyncClient]:
-    """Calls a door that asks for keys."""
+    """Calls an ingress that requires keys."""
     async with calling(create_app(settings.model_copy(update={"auth": "keys"}), store)) as client:
         yield client
 
@@ -610,7 +610,7 @@ async def test_a_key_does_what_its_scopes_say(closed: httpx.AsyncClient, store: 
         for method, url in refused:
             assert is_forbidden(await closed.request(method, url, headers=bearing(secret))), (scope, method, url)
         for method, url in allowed:
-            if url != stream:  # it would last until the job ends
+            if url != stream:  # the stream would last until the job ends
                 assert not is_forbidden(await closed.request(method, url, headers=bearing(secret))), (scope, method, url)
 
 
@@ -725,8 +725,8 @@ async def test_other_pages_may_not_read(origin: str, alone: httpx.AsyncClient) -
 
 
 async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx.AsyncClient, store: JobStore) -> None:
-    page = {"origin": "https://evil.example", "content-type": "text/plain"}  # which a browser sends without asking first
-    rebound = {"origin": "http://door:8000"}  # a page whose own name leads here: its origin is the host that it calls
+    page = {"origin": "https://evil.example", "content-type": "text/plain"}  # a browser sends this without a preflight request
+    rebound = {"origin": "http://door:8000"}  # DNS rebinding: the page's own host name resolves to the service
     for headers in (page, rebound, {"origin": "null"}, {"origin": ""}, {"origin": "http://localhost.evil.example"}):
         for path, target in ((SUBMIT, {}), ("/api/fal/proxy", {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}"})):
             assert is_forbidden(await client.post(path, json=INPUT, headers=headers | target))
@@ -740,12 +740,12 @@ async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx
     ("settings_of", "origin", "host"),
     [
         ({}, "http://localhost:3000", "127.0.0.1:8000"),
-        ({}, "http://127.0.0.1:8000", "127.0.0.1:8000"),  # fal's client in a page that the service itself shows
+        ({}, "http://127.0.0.1:8000", "127.0.0.1:8000"),  # fal's client in a page that the service itself serves
         ({}, None, "door:8000"),
         ({"public_url": "https://Video.Example:443/fal"}, "https://video.example", "door:8000"),
         ({"open_to_network": True}, "http://door:8000", "door:8000"),
         ({"open_to_network": True}, "https://door", "door"),
-        ({"auth": "keys"}, "https://studio.example", "door:8000"),  # it has no key unless it was given one
+        ({"auth": "keys"}, "https://studio.example", "door:8000"),  # a page has no key unless it was given one
     ],
 )
 async def test_these_pages_may_submit(
@@ -850,7 +850,7 @@ async def test_no_checkpoint_is_served(settings: Settings, alone: httpx.AsyncCli
         assert (await alone.get(f"/files/{asked}")).status_code == 404
 
 
-# Where the app can stand
+# Starting the app
 
 
 def test_importing_the_door_loads_neither_torch_nor_ray() -> None:
@@ -888,7 +888,7 @@ async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_
     settings: Settings, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = urlsplit(database)
-    sockets = tmp_path / "sockets"  # where the server's folder will be
+    sockets = tmp_path / "sockets"  # the server's folder will be linked here
     monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
     monkeypatch.setattr("deployments.ingress.app.START_S", 0.3)
     app = create_app(settings, url._replace(query=f"host={quote(str(sockets))}&port=5432").geturl())

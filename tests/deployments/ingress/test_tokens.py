@@ -1,4 +1,4 @@
-"""Short-lived tokens, from the key that asks for one to the page that uses it."""
+"""Short-lived tokens, from the request with a key to the page that uses the token."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 async def client(settings: Settings, store: JobStore) -> AsyncIterator[httpx.AsyncClient]:
-    """Shows no key by itself."""
+    """Sends no key unless a test adds one."""
     transport = httpx.ASGITransport(app=create_app(settings, store))
     async with httpx.AsyncClient(transport=transport, base_url="http://door:8000") as client:
         yield client
@@ -164,7 +164,7 @@ async def test_wrong_key_is_not_saved_by_a_good_token(client: httpx.AsyncClient,
     ],
 )
 async def test_what_no_token_can_be_is_told(asked: dict[str, Any], client: httpx.AsyncClient, store: JobStore) -> None:
-    assert (await client.post("/rest/tokens/", json=asked)).status_code == 401  # a stranger is told nothing of the rules
+    assert (await client.post("/rest/tokens/", json=asked)).status_code == 401  # without a key, no details
     answer = await client.post("/rest/tokens/", json=asked, headers=bearing(await store.keys.create("studio")))
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"][0] == "body"
@@ -233,7 +233,7 @@ CLAIMS = {"sub": "key", "apps": [ALIAS], "exp": 1}
         f"{part(HEADER)}.{base64.urlsafe_b64encode(b'[' * 9000).decode()}.AAAA",
         f"{part(HEADER)}.{part(CLAIMS)}.A",
     ],
-    ids=range(18),  # a text has a key's id, which every worker would draw anew
+    ids=range(18),  # the texts contain a random key id, which differs in every test worker
 )
 def test_text_that_is_no_token_is_none(text: str):
     assert tokens.read(text) is None

@@ -1,4 +1,4 @@
-"""Webhooks through the app: from a submission with `fal_webhook` to the receiver, and what owner and operator can ask later."""
+"""Webhooks through the app: from a submission with `fal_webhook` to the receiver, and what can be looked up later."""
 
 import asyncio
 import time
@@ -61,7 +61,7 @@ async def act(job_input: dict[str, Any]) -> None:
 
 @asynccontextmanager
 async def working(store: JobStore, files: FileStore, settings: Settings) -> AsyncIterator[None]:
-    """Dispatcher and courier, as one replica has them."""
+    """A dispatcher and a courier, as in one replica."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(
@@ -82,7 +82,7 @@ async def submitted(client: httpx.AsyncClient, url: str, **job: Any) -> str:
 
 
 async def settled(database: str) -> None:
-    """Webhooks are old enough to be listed."""
+    """Makes webhooks old enough to be listed."""
     await execute(database, f"UPDATE webhook_outbox SET created_at = created_at - interval '{SETTLE_S} s'")
 
 
@@ -162,9 +162,9 @@ async def test_a_receiver_that_was_down_catches_up_by_pages(
     for _ in range(5):
         ids.append(await submitted(client, receiver.url()))
         await client.put(f"{SUBMIT}/requests/{ids[-1]}/cancel")
-    assert (await client.get("/webhooks/deliveries")).json()["deliveries"] == [], "none is old enough"
+    assert (await client.get("/webhooks/deliveries")).json()["deliveries"] == [], "no webhook is old enough"
     await settled(database)
-    await execute(database, "UPDATE webhook_outbox SET created_at = (SELECT min(created_at) FROM webhook_outbox)")  # ties
+    await execute(database, "UPDATE webhook_outbox SET created_at = (SELECT min(created_at) FROM webhook_outbox)")  # equal times
 
     seen, cursor = [], ""
     while True:
@@ -181,7 +181,7 @@ async def test_a_receiver_that_was_down_catches_up_by_pages(
     await client.put(f"{SUBMIT}/requests/{late}/cancel")
     await settled(database)
     page = (await client.get("/webhooks/deliveries", params={"cursor": cursor})).json()
-    assert [entry["request_id"] for entry in page["deliveries"]] == [late], "the last cursor leads on"
+    assert [entry["request_id"] for entry in page["deliveries"]] == [late], "the last cursor continues with newer entries"
     [entry] = page["deliveries"]
     assert (entry["status"], entry["attempts"], entry["webhook"]) == ("pending", 0, None)
 
@@ -191,7 +191,7 @@ async def test_since_is_a_time_in_either_form(client: httpx.AsyncClient, databas
     request_id = await submitted(client, receiver.url())
     await client.put(f"{SUBMIT}/requests/{request_id}/cancel")
     await settled(database)
-    response = await client.get(f"/webhooks/deliveries?since={since}")  # its plus sign not escaped
+    response = await client.get(f"/webhooks/deliveries?since={since}")  # the plus sign is not escaped
     assert response.status_code == (400 if since == "tomorrow" else 200)
     assert not response.json().get("deliveries")
     assert len((await client.get("/webhooks/deliveries?since=2020-01-01T00:00:00Z")).json()["deliveries"]) == 1
@@ -290,7 +290,7 @@ async def test_another_keys_webhooks_are_unknown(store: JobStore, settings: Sett
 
 async def test_a_webhook_without_a_courier_waits(store: JobStore, client: httpx.AsyncClient, receiver: Receiver) -> None:
     job = await store.submit(NewJob(ENDPOINT, INPUT, webhook_url=receiver.url()))
-    assert (await client.get(f"/webhooks/deliveries/{job.id}")).status_code == 404, "it has not ended"
+    assert (await client.get(f"/webhooks/deliveries/{job.id}")).status_code == 404, "the job has not ended"
     await store.request_cancel(job.id)
     entry = (await client.get(f"/webhooks/deliveries/{job.id}")).json()
     assert (entry["status"], entry["attempts"], entry["log"], entry["webhook"]) == ("pending", 0, [], None)

@@ -1,7 +1,7 @@
-"""The store's suite runs twice: on the embedded server, and on one that an operator gives by URL.
+"""The store's tests run twice: on the embedded server, and on one that an operator gives by URL.
 
-The second is `REELRAY_TEST_DATABASE`, whose user may create databases. Where that is not set it is the oldest PostgreSQL on this
-machine that we support, started on loopback in a temporary place and asking for a password, as an operator's would.
+The second one's URL is `REELRAY_TEST_DATABASE`; its user must be allowed to create databases. If that is not set, the oldest
+supported PostgreSQL on this machine is started on loopback in a temporary folder, with a password as an operator's would have.
 """
 
 import os
@@ -26,7 +26,7 @@ from tests.conftest import template
 
 @pytest.fixture
 async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection past the store, to look behind it and to move rows in time."""
+    """A direct connection to the database, to inspect rows and to shift their times."""
     connection = await asyncpg.connect(database)
     yield connection
     await connection.close()
@@ -34,7 +34,7 @@ async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The first submission's answer gets lost on its way, its row being there; the statement stands here then."""
+    """The first submission is committed, but its answer is lost. The list then holds its SQL statement."""
     fetchmany, statements = asyncpg.Connection.fetchmany, list[str]()
 
     async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
@@ -50,7 +50,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="session", params=["embedded", "by-url"])
 def postgres(request: pytest.FixtureRequest, embedded_server: str) -> Iterator[str]:
-    """The server's URL: every test that asks, itself or through `database` or `store`, runs on both."""
+    """The server's URL. A test that uses it, directly or through `database` or `store`, runs on both servers."""
     if request.param == "embedded":
         yield embedded_server
     elif url := os.environ.get("REELRAY_TEST_DATABASE"):
@@ -66,7 +66,7 @@ def postgres(request: pytest.FixtureRequest, embedded_server: str) -> Iterator[s
 
 
 def oldest_programs() -> Path | None:
-    """The folder with the programs of the oldest PostgreSQL here that is supported: Debian's places, and the PATH."""
+    """The program folder of the oldest supported PostgreSQL here; looks in Debian's folders and on the PATH."""
     found = {}
     for initdb in [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *filter(None, [shutil.which("initdb")])]:
         said = subprocess.run([initdb, "--version"], capture_output=True, text=True, check=True).stdout
@@ -77,7 +77,7 @@ def oldest_programs() -> Path | None:
 
 @contextmanager
 def own_server(programs: Path) -> Iterator[str]:
-    """A server of the machine's own PostgreSQL; its URL. Root, whom PostgreSQL refuses, runs it as the embedded one's user."""
+    """Runs the machine's own PostgreSQL; gives its URL. PostgreSQL refuses root, so root runs it as `SERVICE_USER`."""
     user = pwd.getpwnam(SERVICE_USER).pw_uid if os.geteuid() == 0 else None
     password = secrets.token_hex(16)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -90,7 +90,7 @@ def own_server(programs: Path) -> Iterator[str]:
                 cwd=place,
                 env={**os.environ, "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # not a pipe, which the server would keep open
+                stdout=subprocess.DEVNULL,  # not a pipe: the server would keep it open
                 check=True,
                 user=user,
             )
@@ -101,7 +101,7 @@ def own_server(programs: Path) -> Iterator[str]:
             os.chown(Path(place, "password"), user, -1)
         run("initdb", "-D", "data", "-U", "reelray", "-E", "UTF8", "--auth=scram-sha-256", "--pwfile=password", "--no-sync")
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories= -c max_connections=200"
-        options += " -c fsync=off -c full_page_writes=off"  # only a crash of the machine could lose anything
+        options += " -c fsync=off -c full_page_writes=off"  # only a crash of the machine could lose data
         run("pg_ctl", "-D", "data", "-l", "server.log", "-w", "-o", options, "start")
         try:
             yield f"postgresql://reelray:{password}@127.0.0.1:{port}/postgres"

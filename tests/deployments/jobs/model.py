@@ -1,7 +1,7 @@
-"""What the job store promises, said again in plain Python: one process, no database, lists instead of indexes.
+"""A model of the job store's promises in plain Python: one process, no database, lists instead of indexes.
 
-Slow and obvious on purpose. Written from the docstrings of `JobStore` and `job.py`, not from the SQL. Times are whole seconds of
-a clock that stands still until it is moved.
+It is slow and obvious on purpose. It was written from the docstrings of `JobStore` and `job.py`, not from the SQL. Times are
+whole seconds of a clock that stands still until it is moved.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Event = tuple[str, int, str | None]
 
 @dataclass
 class ModelJob:
-    """One job. number: its place among all that were ever submitted. token: of the attempt that may write."""
+    """One job. number: its position among all jobs ever submitted. token: of the attempt that may write."""
 
     id: UUID
     number: int
@@ -50,13 +50,13 @@ class ModelJob:
 
     @property
     def waiting(self) -> bool:
-        """In line, and not held back until its next attempt."""
+        """Whether it is queued and not held back until its next attempt."""
         return self.state is JobState.QUEUED and self.not_before is None
 
 
 @dataclass
 class Kept:
-    """What an idempotency key stands for."""
+    """The submission recorded under an idempotency key."""
 
     fingerprint: bytes
     job_id: UUID
@@ -65,7 +65,7 @@ class Kept:
 
 
 class Model:
-    """The store. Its methods have the store's names; where the store draws an id or a token, it is given."""
+    """The store. Its methods have the store's names. Ids and tokens, which the store draws at random, are passed in."""
 
     def __init__(self, limits: dict[str, int]) -> None:
         self.now = 0
@@ -86,7 +86,7 @@ class Model:
         return self.jobs[kept.job_id]
 
     def makes_a_job(self, new: NewJob) -> bool:
-        """Whether there will be a new job: no key of the caller's stands for one, or one that a mended body may take."""
+        """Whether a new job is made: the caller's key is unused, or its input was rejected and the body is now another."""
         if new.idempotency is None or (kept := self._standing(new.owner, new.idempotency)) is None:
             return True
         return kept.rejected and kept.fingerprint != new.idempotency.fingerprint
@@ -109,7 +109,7 @@ class Model:
         return kept if kept and kept.expires_at > self.now else None
 
     def _turn(self, new: NewJob) -> int:
-        """The round being served, or the one after the last in which the owner already has a job."""
+        """The round being served, or if the owner already has queued jobs, the round after the last of them."""
         line = [job for job in self.jobs.values() if (job.new.endpoint, job.new.priority) == (new.endpoint, new.priority)]
         queued = [job.turn for job in line if job.state is JobState.QUEUED]
         running = [job.turn for job in line if job.state is JobState.RUNNING]
@@ -130,7 +130,7 @@ class Model:
         return sum(job.state is JobState.RUNNING and job.new.owner == owner for job in self.jobs.values())
 
     def may_start(self, endpoints: list[str]) -> list[ModelJob]:
-        """Every job that may start now, in the order of its endpoint."""
+        """Every job that may start now, in the order in which an endpoint's jobs start."""
         eligible = [
             job
             for job in self.jobs.values()
@@ -143,7 +143,7 @@ class Model:
         return sorted(eligible, key=lambda job: job.place)
 
     def next(self, endpoints: list[str], claimed: int, low_after_s: int) -> set[UUID]:
-        """The jobs of which a claim may take any: one, or of several endpoints one each, whose turns have nothing in common.
+        """The jobs of which a claim may take any: one per endpoint at most, as turns of several endpoints cannot be compared.
 
         claimed: how many claims the same worker process has made for these endpoints.
         """
@@ -154,12 +154,12 @@ class Model:
             aged = [job.id for job in heads if job.created_at <= self.now - low_after_s]
             if len(aged) == len(heads) > 0:
                 return set(aged)
-            if aged:  # it depends on which endpoint is looked at
+            if aged:  # the result depends on which endpoint the claim looks at
                 return {*aged, *(job.id for job in self._heads(ready))}
         return {job.id for job in self._heads(ready)}
 
     def _heads(self, ready: list[ModelJob]) -> list[ModelJob]:
-        """The first of each endpoint, where that has the lowest priority number of all."""
+        """The first job of each endpoint, of those with the lowest priority number of all."""
         first: dict[str, ModelJob] = {}
         for job in ready:
             first.setdefault(job.new.endpoint, job)
@@ -250,7 +250,7 @@ class Model:
         return changed
 
     def expire_jobs(self, jobs_s: int) -> int:
-        """No webhook is ever delivered here, so a job that has one stays."""
+        """No webhook is ever delivered in this model, so a job that has one is kept."""
         gone = {
             job.id
             for job in self.jobs.values()

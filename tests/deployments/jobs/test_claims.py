@@ -1,4 +1,4 @@
-"""Which job is next, beside the plain order that `test_store.py` has: ageing, keys' limits."""
+"""Which job is claimed next: ageing and keys' limits. `test_store.py` tests the plain order."""
 
 import asyncio
 from collections import Counter
@@ -69,7 +69,7 @@ async def test_aged_low_job_is_not_held_up_by_anothers_limit(store: JobStore, sq
     assert low in await claimed_ids(store, LOW_SHARE)
 
 
-# Keys that may only have so many jobs running.
+# Keys with a limit on running jobs.
 
 
 async def test_jobs_over_their_keys_limit_wait_and_block_nobody(store: JobStore) -> None:
@@ -84,7 +84,7 @@ async def test_jobs_over_their_keys_limit_wait_and_block_nobody(store: JobStore)
     ended = next(claim for claim in claims if claim.job_id == limited_jobs[0])
     async with store.claims.watch_work() as work:
         await store.claims.succeed(ended, {}, {})
-        assert await work.changed(5), "whoever waits for work looks again"
+        assert await work.changed(5), "those waiting for work are notified"
     assert await claimed_ids(store, 1) == [limited_jobs[2]]
     assert await store.claims.take([ENDPOINT], 60) is None
 
@@ -164,7 +164,7 @@ async def test_concurrent_claimers_never_exceed_a_limit_and_leave_nothing_behind
 
 
 async def test_claim_reads_as_little_of_a_long_line_as_of_a_short_one(store: JobStore, sql: asyncpg.Connection) -> None:
-    """20,000 jobs of a key at its limit stand before one that may run."""
+    """20,000 jobs of a key at its limit are queued before one that may run."""
     owner = await limited(store, 1)
     await store.submit(replace(NEW, owner=owner))
     await claimed(store)
@@ -205,7 +205,7 @@ async def test_paused_endpoint_accepts_and_starts_nothing_until_it_is_resumed(st
     await store.claims.succeed(claim, {}, {})
     async with store.claims.watch_work() as work:
         assert await store.resume(ENDPOINT) is True
-        assert await work.changed(5), "every dispatcher is told at once"
+        assert await work.changed(5), "every dispatcher is notified at once"
     assert await claimed_ids(store, 1) == [job]
     assert await store.resume(ENDPOINT) is False
     assert (await store.queue_status(ENDPOINT)).paused_at is None

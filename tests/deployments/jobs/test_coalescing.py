@@ -7,7 +7,7 @@ from deployments.jobs.coalescing import Coalescer
 
 
 class Answers:
-    """Doubles numbers, when it is let; remembers what it was asked at once."""
+    """Doubles numbers, once `let` is set. groups: the questions of each call."""
 
     def __init__(self) -> None:
         self.groups: list[list[int]] = []
@@ -22,7 +22,7 @@ class Answers:
 
 
 async def asked(coalescer: Coalescer[int, int], *questions: int) -> list[asyncio.Task[int]]:
-    """The questions, put one after the other."""
+    """Asks the questions one after the other, without waiting for answers."""
     tasks = [asyncio.create_task(coalescer.ask(each)) for each in questions]
     await asyncio.sleep(0)
     return tasks
@@ -63,7 +63,7 @@ async def test_an_answer_is_never_older_than_its_question() -> None:
     assert await early[0] == 0
 
 
-async def test_an_error_among_the_answers_is_its_questions_alone() -> None:
+async def test_an_error_among_the_answers_is_raised_for_its_question_only() -> None:
     answers = Answers()
     answers.let.set()
     coalescer = Coalescer(answers)
@@ -72,7 +72,7 @@ async def test_an_error_among_the_answers_is_its_questions_alone() -> None:
     assert isinstance(bad, ValueError)
 
 
-async def test_an_error_of_the_group_is_everybodys_and_the_next_group_is_answered() -> None:
+async def test_an_error_of_the_group_is_raised_for_all_its_questions_and_the_next_group_is_answered() -> None:
     answers = Answers()
     answers.let.set()
     coalescer = Coalescer(answers)
@@ -81,7 +81,7 @@ async def test_an_error_of_the_group_is_everybodys_and_the_next_group_is_answere
     assert await coalescer.ask(1) == 2
 
 
-async def test_who_goes_away_disturbs_nobody() -> None:
+async def test_a_cancelled_question_does_not_disturb_the_others() -> None:
     answers = Answers()
     coalescer = Coalescer(answers)
     gone, stays = await asked(coalescer, 1, 2)
@@ -94,7 +94,7 @@ async def test_who_goes_away_disturbs_nobody() -> None:
     assert await coalescer.ask(3) == 6
 
 
-async def test_who_asks_again_at_once_is_answered_again() -> None:
+async def test_a_question_asked_again_at_once_is_answered_again() -> None:
     answers = Answers()
     answers.let.set()
     coalescer = Coalescer(answers)

@@ -31,7 +31,7 @@ async def empty(postgres: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for `sql/`, without migrations, functions and triggers."""
+    """A folder in place of `sql/`, without migrations, functions and triggers."""
     (tmp_path / "migrations").mkdir()
     (tmp_path / "functions.sql").write_text("SELECT")
     (tmp_path / "triggers.sql").touch()
@@ -40,7 +40,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def code(url: str) -> dict[str, str]:
-    """Every function and trigger of ours in a database."""
+    """All our functions and triggers in a database, with a hash of each function or a trigger's state."""
     connection = await asyncpg.connect(url)
     rows = await connection.fetch(CODE)
     await connection.close()

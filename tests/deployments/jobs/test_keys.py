@@ -21,7 +21,7 @@ async def rotated(store: JobStore, secret: str, overlap_s: float) -> str:
 
 
 async def known(store: JobStore, secret: str) -> KeySecret | None:
-    """Past the cache."""
+    """Looks a secret up in the database, without the cache."""
     store.keys._known.clear()
     return await store.keys.find_secret(secret)
 

@@ -8,7 +8,7 @@ from deployments.jobs.listener import CHANNEL, WEBHOOKS, WORK, job_subject, line
 
 
 async def test_what_the_sql_notifies_of_is_what_python_listens_for(sql: asyncpg.Connection) -> None:
-    """Every `pg_notify` in `sql/` is evaluated for a job, in a function (`NEW`) or a statement (`id`, `job_id`)."""
+    """Evaluates the channel of every `pg_notify` in `sql/` for a job, in functions (`NEW`) and statements (`id`, `job_id`)."""
     text = "".join(file.read_text() for file in SQL.iterdir() if file.name.endswith(".sql"))
     calls = re.findall(r"pg_notify\('(\w+)', ([^()]+)\)", text)
     assert len(calls) == text.count("pg_notify(")

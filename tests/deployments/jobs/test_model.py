@@ -1,15 +1,15 @@
-"""The job store against `model.py`, in random stories made by Hypothesis, on the real database with a clock that the test moves.
+"""The job store against `model.py`: Hypothesis makes random sequences of calls, on a real database whose clock the test moves.
 
-The clock: the test's database has functions `now()` and `clock_timestamp()` of its own in the schema `public`, which read one
-row, and its sessions search `public` before `pg_catalog`. They are there before the migrations run, so that column defaults
-and triggers, whose names are resolved where they are made, have them too. Other than moving rows in time, this cannot miss a
-column, tests deadlines to the second, and lets the model know every timestamp. Two differences are left: within a transaction
-the fake time is read by every statement, where the real `now()` is the transaction's start (the clock never moves inside a
-call, so they agree); and the real clock moves, where this one stands still between rules. The store is not touched, only its
-URL. Python's clocks in it (`QueuePositions`, the cache of keys, how long a call outlasts an outage) play no part here.
+The clock: the test's database has its own functions `now()` and `clock_timestamp()` in the schema `public`, which read one row,
+and its sessions search `public` before `pg_catalog`. They exist before the migrations run, so that column defaults and triggers,
+whose names are resolved when they are created, use them too. Unlike shifting the times in rows, this cannot miss a column, tests
+deadlines to the second, and lets the model know every timestamp. Two differences remain. Within a transaction every statement
+reads the fake time, while the real `now()` is the transaction's start; the clock never moves inside a call, so they agree. And
+the real clock moves, while this one stands still between rules. The store is unchanged except for its URL. Its clocks in Python
+(`QueuePositions`, the cache of keys, how long a call waits out an outage) play no part here.
 
-In CI the stories are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest --timeout=0 tests/deployments/jobs/test_model.py`
-tells that many new ones.
+In CI the sequences are always the same. `REELRAY_MODEL_EXAMPLES=1000 pytest --timeout=0 tests/deployments/jobs/test_model.py`
+tries that many new ones.
 """
 
 import asyncio
@@ -70,14 +70,14 @@ WHERE state = 'running' GROUP BY owner, max_running HAVING count(*) > max_runnin
 """
 
 seconds = st.sampled_from([10, 20, 30, 60])
-"""Few and round, so that a deadline often falls exactly on the moment at which somebody looks."""
+"""A few round numbers, so that a deadline often falls exactly on the moment at which it is checked."""
 number = st.integers(0, 59)
-"""Which of some; modulo their count, so that what is drawn does not depend on what the database answered."""
+"""An index, taken modulo the number of items, so that what Hypothesis draws does not depend on the database's answers."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A submission before it is known who may make one. owner: which."""
+    """A submission, drawn before the keys exist. owner: an index into the owners."""
 
     endpoint: str
     owner: int
@@ -95,7 +95,7 @@ report = st.tuples(
     st.sampled_from([False, False, True]),
     st.just(0) | seconds,
 )
-"""What a worker says, of which claim, whether perhaps too late, and how long the job is to wait then."""
+"""A worker's report: its kind, which claim, whether it may come too late, and the job's wait before its next attempt."""
 wish = st.builds(
     Wish,
     endpoint=st.sampled_from([ENDPOINTS[0], ENDPOINTS[0], ENDPOINTS[1]]),
@@ -114,9 +114,10 @@ def at(second: int | None) -> datetime | None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Several processes' stores on one database, their workers, their callers and an operator.
+    """The stores of several processes on one database, with their workers, callers and an operator.
 
-    Few rules that each do several things: Hypothesis leaves rules out of most stories, and without submits little happens.
+    There are few rules, and each does several things: Hypothesis leaves out some rules in most sequences, and without
+    submissions little happens.
     """
 
     url: str
@@ -160,7 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
         return list(self.model.jobs.values())[which % len(self.model.jobs)]
 
     def any_claim(self, which: int, late: bool) -> Claim:
-        """A claim that a worker remembers. late: perhaps one that the job has gone on without."""
+        """A claim that a worker made earlier. late: it may be one that the worker no longer holds."""
         running = [claim for claim in self.claims if self.is_running(claim)]
         among = self.claims if late or not running else running
         return among[which % len(among)]
@@ -170,7 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
         return job is not None and job.state is JobState.RUNNING and job.token == claim.token
 
     def agree(self, said: Callable[[], object], done: Awaitable[object]) -> None:
-        """The store answers what the model does, be it an error."""
+        """Asserts that the store gives the model's answer, or raises the same error."""
         expected: object
         answer: object
         try:
@@ -267,7 +268,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.take(claim, lease_s, run_s)
 
     def claim_at_once(self, endpoints: list[str], lease_s: int, workers: int) -> None:
-        """Workers of all processes: each gets a job of its own as long as there are any, whoever is first."""
+        """Workers of all processes claim at once: each gets a job of its own while there are any, in whatever order."""
 
         async def claims() -> list[Claim | None]:
             return await asyncio.gather(*(self.store(worker).claims.take(endpoints, lease_s) for worker in range(workers)))
@@ -278,7 +279,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert claim.job_id in {job.id for job in self.model.may_start(endpoints)}
                 self.claimed[worker % PROCESSES][tuple(endpoints)] += 1
                 self.take(claim, lease_s, None)
-        # of several endpoints a claim holds every head for a moment and takes one, so another may find nothing meanwhile
+        # a claim for several endpoints briefly locks the first job of each, so another claim may find nothing meanwhile
         assert None not in answers or len(set(endpoints)) > 1 or not self.model.may_start(endpoints)
 
     def take(self, claim: Claim, lease_s: int, run_s: int | None) -> None:
@@ -296,7 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.report_one(self.store(which), *report)
 
     def report_one(self, store: JobStore, what: str, claim: int, late: bool, wait_s: int) -> None:
-        """crash: it says no more; its lease is all that is left of it."""
+        """crash: the worker reports nothing more, so the job stays leased until its lease expires."""
         held, model = self.any_claim(claim, late), self.model
         if what == "crash":
             self.claims.remove(held)
@@ -327,7 +328,7 @@ class StoreMachine(RuleBasedStateMachine):
         endpoint=st.sampled_from(ENDPOINTS),
     )
     def time_passes(self, which: int, seconds: int, sweeping: int, what: str | None, endpoint: str) -> None:
-        """sweeping: so many processes sweep then, at once."""
+        """sweeping: how many processes then sweep at once."""
 
         async def sweeps() -> int:
             return sum(await asyncio.gather(*(self.store(which + process).claims.sweep() for process in range(sweeping))))
@@ -377,7 +378,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert (row["token"], row["lease_until"], row["run_by"]) == (job.token, at(job.lease_until), at(job.run_by))
 
     def keeps_its_promises(self, row: asyncpg.Record, new: NewJob) -> None:
-        """Whatever the model says."""
+        """Checks promises that hold independently of the model."""
         path = [JobState(state) for state, _, _ in json.loads(row["events"])]
         assert path[0] is JobState.QUEUED
         assert all(after in TRANSITIONS[before] for before, after in pairwise(path)), "so no two attempts run at once"
@@ -389,7 +390,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 @contextmanager
 def database_with_a_clock(server: str) -> Iterator[str]:
-    """The URL of a migrated database whose time is what its table `clock` says. What it commits need not survive it."""
+    """The URL of a migrated database whose time comes from its table `clock`. Its commits need not be durable."""
     name = f"clock_{uuid4().hex}"
     asyncio.run(execute(server, f"CREATE DATABASE {name}"))
     url = of_database(server, name)
@@ -402,7 +403,7 @@ def database_with_a_clock(server: str) -> Iterator[str]:
         asyncio.run(execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
-@pytest.mark.timeout(1200)  # a failing story takes minutes to become a short one
+@pytest.mark.timeout(1200)  # Hypothesis needs minutes to shorten a failing sequence
 def test_store_does_what_its_model_does(embedded_server: str) -> None:
     with database_with_a_clock(embedded_server) as url:
         run_state_machine_as_test(

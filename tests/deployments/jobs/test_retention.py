@@ -100,7 +100,7 @@ async def test_input_that_is_not_to_be_stored_goes_with_the_jobs_end_and_not_bef
     assert await input_of(sql, again.job_id) == "{}"
     job = await store.get(again.job_id)
     assert job is not None
-    assert job.result == {"seed": 1}, "its caller has not fetched it yet"
+    assert job.result == {"seed": 1}, "kept, as the caller has not fetched it yet"
 
 
 async def test_input_goes_also_when_the_job_never_ran(store: JobStore, sql: asyncpg.Connection) -> None:
@@ -190,11 +190,11 @@ async def test_concurrent_sweeps_delete_each_file_once(database: str, store: Job
     assert sorted(deleted) == [f"{i:04}" for i in range(EXPIRY_BATCH + 20)]
 
 
-# Checkpoints: files that live as long as their jobs.
+# Checkpoints: files that are kept as long as their jobs.
 
 
 async def left_s(sql: asyncpg.Connection, claim: Claim) -> float | None:
-    """How long a checkpoint is kept, in seconds; None: it is not noted."""
+    """How long a checkpoint is still kept, in seconds; None if it is not recorded."""
     query = "SELECT (extract(epoch FROM expires_at) - extract(epoch FROM now()))::float FROM stored_files WHERE name = $1"
     seconds: float | None = await sql.fetchval(query, claim.checkpoint)
     return seconds
@@ -273,7 +273,7 @@ async def test_checkpoint_goes_ten_minutes_after_its_job_has_ended_however(
     left = await left_s(sql, claim)
     assert left is not None
     assert 590 < left <= 600
-    assert await store.retention.expire_files(delete) == 0, "its worker may still write"
+    assert await store.retention.expire_files(delete) == 0, "kept, as the worker may still write"
     await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '10 minutes'")
     assert await store.retention.expire_files(delete) == 1
     assert deleted == [claim.checkpoint]

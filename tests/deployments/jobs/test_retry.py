@@ -102,7 +102,7 @@ async def test_new_jobs_do_not_overtake_for_ever_one_that_waits_in_an_empty_queu
 
 
 async def test_lost_attempt_of_a_job_that_is_not_to_be_retried_is_its_end(store: JobStore, sql: asyncpg.Connection) -> None:
-    job = await store.submit(replace(NEW, max_attempts=1))  # what X-Fal-No-Retry makes of it
+    job = await store.submit(replace(NEW, max_attempts=1))  # the effect of X-Fal-No-Retry
     await claimed(store)
     await sql.execute("UPDATE jobs SET lease_until = now()")
     await store.claims.sweep()

@@ -449,7 +449,7 @@ async def test_cancel_of_an_ended_job_does_nothing(store: JobStore, end: JobStat
     assert await read(store, job.id) == before
 
 
-async def test_cancel_and_claim_at_once_leave_one_of_two_stories(store: JobStore) -> None:
+async def test_cancel_and_claim_at_once_have_one_of_two_outcomes(store: JobStore) -> None:
     for _ in range(40):
         job = await store.submit(NEW)
         found, claim = await asyncio.gather(store.request_cancel(job.id), store.claims.take([ENDPOINT], 60))
@@ -481,7 +481,7 @@ async def test_sweep_fails_a_job_that_has_used_its_attempts(store: JobStore, sql
     assert await webhooks(sql, job.id) == [NEW.webhook_url]
 
 
-async def test_sweep_cancels_a_job_whose_cancel_nobody_was_left_to_obey(store: JobStore) -> None:
+async def test_sweep_cancels_a_job_whose_worker_died_before_its_cancel(store: JobStore) -> None:
     job, _ = await expired(store, replace(NEW, max_attempts=1))
     await store.request_cancel(job.id)
     assert await store.claims.sweep() == 1
@@ -514,7 +514,7 @@ async def test_concurrent_sweeps_change_each_job_once(store: JobStore, sql: asyn
     assert await sql.fetchval("SELECT count(*) FROM job_events WHERE reason = 'lease expired'") == 30
 
 
-# What the database itself refuses.
+# Changes that the database itself refuses.
 
 
 @pytest.mark.parametrize("old", JobState)
@@ -543,7 +543,7 @@ async def test_database_allows_exactly_the_transitions_drawn(store: JobStore, sq
     assert await sql.fetchval("SELECT state FROM jobs") == old
 
 
-async def test_job_cannot_be_born_in_another_state(sql: asyncpg.Connection) -> None:
+async def test_job_cannot_be_inserted_in_another_state(sql: asyncpg.Connection) -> None:
     with pytest.raises(asyncpg.CheckViolationError, match="illegal transition"):
         await sql.execute(
             "INSERT INTO jobs (id, endpoint, priority, turn, state, input, max_attempts, result, finished_at)"

@@ -1,4 +1,4 @@
-"""What each parameter of fal-ai/controlnext may be: `video-models.md` 3B, column "server". No file is fetched to know it."""
+"""Permitted values of fal-ai/controlnext's parameters: `video-models.md` 3B, column "server". Checked without any download."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def parsed(**change: Any) -> ControlNeXtInput:
 
 
 def faults(**change: Any) -> list[tuple[str, str]]:
-    """(field, type) of every fault, from fal's own shape."""
+    """(field, type) of every error, from fal's error format."""
     with pytest.raises(ValidationError) as refused:
         parsed(**change)
     failure = validation_failure(refused.value)
@@ -68,7 +68,7 @@ def test_ranges(field: str, lowest: int, highest: int):
         assert getattr(parsed(**{field: value}), field) == value
     for value in (lowest - 1, highest + 1, "many", None, True, [1], float("nan"), float("inf")):
         ((found, _), *_) = faults(**{field: value})
-        # too short a window is told of the overlap that it cannot hold
+        # for a window that is too short, the error names the overlap
         assert found in (f"body.{field}", "body.overlap")
 
 

@@ -1,4 +1,4 @@
-"""What responses take for granted of `jobs`, which they do not import."""
+"""What responses assume about `jobs`, which they do not import."""
 
 import pytest
 

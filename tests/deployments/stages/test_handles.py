@@ -16,7 +16,7 @@ CHECKPOINT = CheckpointRef("a name", used=True)
 
 
 class Response:
-    """What a streaming handle answers: a reference to each item. None never comes, an error is raised."""
+    """What a streaming handle returns: a reference to each item. An item None never arrives; an exception is raised."""
 
     def __init__(self, *items: Any):
         self.items = items
@@ -39,7 +39,7 @@ class Response:
 
 
 def stages_with(response: Response) -> ServeStages:
-    """Every stage answers with this."""
+    """Stages that all return this response."""
     method = SimpleNamespace(remote=lambda *_: response)
     handle: Any = SimpleNamespace(run=method, saved=method)
     handle.options = lambda *, stream: handle
@@ -55,7 +55,7 @@ async def nobody(_: Started | Note) -> None:
 
 
 def crossed(cause: Exception) -> RayError:
-    """An error as Ray hands it to the caller of a task that raised `cause`."""
+    """An error as Ray raises it in the caller of a task that raised `cause`."""
     return RayTaskError("run", "a traceback with pid 7 at 10.0.0.7", cause).as_instanceof_cause()
 
 

@@ -49,7 +49,7 @@ async def test_an_error_is_raised_after_the_last_note() -> None:
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
 async def test_what_a_failed_or_cancelled_call_held_is_free_at_once(end: str) -> None:
     class Activations:
-        """Gigabytes of a GPU."""
+        """Stands for gigabytes of GPU memory."""
 
     held: list[weakref.ref[Activations]] = []
 

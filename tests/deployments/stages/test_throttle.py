@@ -70,7 +70,7 @@ def test_a_hundred_thousand_calls_become_a_dozen_notes():
     clock = Clock()
     with Throttle("denoise", told.append, clock) as throttle:
         for _ in range(100_000):
-            throttle(Progress("step", 4, 4))  # the last step over and over
+            throttle(Progress("step", 4, 4))  # the last step again and again
     assert len(told) == BURST + 1
 
 

@@ -1,4 +1,4 @@
-"""A receiver of webhooks on a loopback port, and a verifier that knows only what fal's documentation tells receivers."""
+"""A webhook receiver on a loopback port, and a signature check that uses only what fal's documentation tells receivers."""
 
 import asyncio
 import base64
@@ -37,7 +37,7 @@ Answer = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Receiver:
-    """answer: what is done with each request once it is read. peak: most connections at once."""
+    """answer: called with each request once it is read. peak: the most connections at once."""
 
     def __init__(self, answer: Answer):
         self.answer = answer
@@ -51,7 +51,7 @@ class Receiver:
         return f"http://{host}:{self.port}{path}"
 
     async def arrival(self, count: int = 1) -> None:
-        """Returns once so many requests have come."""
+        """Returns once `count` requests have arrived."""
         async with asyncio.timeout(20):
             while len(self.received) < count:
                 self._arrived.clear()
@@ -85,7 +85,7 @@ class Receiver:
 
 
 def answering(*statuses: int, headers: str = "") -> Answer:
-    """Answers with each status in turn, then with the last again and again."""
+    """Answers with each status in turn, then always with the last one."""
     left = list(statuses)
 
     async def answer(_: Received, writer: asyncio.StreamWriter) -> None:
@@ -120,9 +120,9 @@ async def receiving(answer: Answer) -> AsyncIterator[Receiver]:
 
 
 def is_signed(request: Received, jwks: dict[str, Any], now: float) -> bool:
-    """As the page on webhooks says it: the time within five minutes, and any one of the keys fits.
+    """The check that fal's page on webhooks describes: the time is within five minutes, and any one key fits.
 
-    `x` is decoded as their Python sample does it, without mending its padding.
+    `x` is decoded as in fal's Python sample, which adds no padding.
     """
     headers = request.headers
     if abs(now - int(headers["x-fal-webhook-timestamp"])) > 300:

@@ -43,7 +43,7 @@ async def couriers(*outboxes: Outbox, settings: Settings = OPEN, clock: Callable
 
 
 async def ended(store: JobStore, url: str, failure: Failure | None = None, **job: Any) -> UUID:
-    """A job that has ended, its webhook in the outbox."""
+    """Submits a job and ends it, which puts its webhook into the outbox."""
     submitted = await store.submit(NewJob(ENDPOINT, {}, webhook_url=url, **{"service_url": "http://door:8000", **job}))
     claim = await store.claims.take([ENDPOINT], 60)
     assert claim is not None
@@ -67,7 +67,7 @@ async def until(outbox: Outbox, job_id: UUID, met: Callable[[Webhook], bool]) ->
 
 
 def tried(count: int) -> Callable[[Webhook], bool]:
-    """So many attempts are written down; the next one has not begun."""
+    """`count` attempts are recorded, and the next one has not begun."""
     return lambda webhook: webhook.attempts == count and (webhook.last_status or webhook.last_error) is not None
 
 
@@ -76,7 +76,7 @@ async def delivered(outbox: Outbox, job_id: UUID) -> Webhook:
 
 
 async def hurry(database: str) -> None:
-    """The time of every retry has come."""
+    """Makes every retry due now."""
     await execute(
         database, "UPDATE webhook_outbox SET next_attempt_at = now() WHERE lease_until IS NULL AND next_attempt_at > now()"
     )
@@ -244,7 +244,7 @@ async def test_a_webhook_that_is_being_sent_is_not_sent_twice_for_a_request_to_s
     assert len(await outbox.attempts(job_id)) == 1
 
 
-# Receivers that mean harm, or do some
+# Receivers that are malicious or broken
 
 
 async def refusal(store: JobStore, outbox: Outbox, url: str, settings: Settings = OPEN) -> Webhook:
@@ -363,7 +363,7 @@ async def test_a_dead_receiver_delays_no_other_and_holds_no_more_than_its_share(
             await dead.arrival(4)
             await asyncio.sleep(0.1)
             assert len(dead.received) == dead.peak == 4
-            for task in asyncio.all_tasks():  # do not wait out the grace
+            for task in asyncio.all_tasks():  # so that the test does not wait for the grace period
                 if "_deliver" in repr(task):
                     task.cancel()
 
@@ -409,7 +409,7 @@ async def test_the_webhook_of_a_courier_that_died_is_sent_by_another(store: JobS
         assert not await outbox.claim(10, 4, 60), "it is held"
         async with couriers(outbox):
             await delivered(outbox, job_id)
-        assert await outbox.keep_body(lost, b"{}") is None, "a late word changes nothing"
+        assert await outbox.keep_body(lost, b"{}") is None, "a late write changes nothing"
         await outbox.finish(lost, 500, "late", 1.0, 5.0)
         assert (await read(outbox, job_id)).status == "delivered"
     assert receiver.received[0].body == b'{"first":"word"}'
@@ -525,7 +525,7 @@ async def test_a_new_key_is_known_before_it_signs_and_the_old_one_after(store: J
         new = await outbox.rotate_key()
         assert await outbox.published_keys() == [new, old]
         await delivered(outbox, await ended(store, receiver.url()))
-        assert is_signed(receiver.received[-1], cached, time.time()), "by the key that receivers have kept"
+        assert is_signed(receiver.received[-1], cached, time.time()), "signed with the key that receivers have cached"
 
         await hours_pass(26)
         await delivered(outbox, await ended(store, receiver.url()))
@@ -533,7 +533,7 @@ async def test_a_new_key_is_known_before_it_signs_and_the_old_one_after(store: J
         published = jwks(await outbox.published_keys())
         assert not is_signed(receiver.received[-1], cached, time.time())
         assert is_signed(receiver.received[-1], published, time.time())
-        assert is_signed(receiver.received[0], published, time.time()), "the old one is still there"
+        assert is_signed(receiver.received[0], published, time.time()), "the old key is still published"
 
         await hours_pass(25)
         assert await outbox.published_keys() == [new]

@@ -1,4 +1,4 @@
-"""Keyframes made here."""
+"""Keyframes drawn by the tests."""
 
 import io
 
@@ -8,7 +8,7 @@ from engines.animatediff.spec import Keyframe
 
 
 def scribble(k: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
-    """White lines on black, another drawing for each k."""
+    """White lines on black; each k gives a different drawing."""
     image = Image.new("RGB", size)
     ImageDraw.Draw(image).ellipse((10 + 9 * k, 8, 50 + 9 * k, 60), outline="white", fill=(40 * k, 90, 200), width=3)
     return image

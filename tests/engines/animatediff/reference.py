@@ -1,4 +1,4 @@
-"""diffusers' own pipeline on the weights that ours loads: what ours must equal."""
+"""diffusers' pipeline on the same weights: our pipeline must give equal results."""
 
 import torch
 from diffusers import AnimateDiffSparseControlNetPipeline, LCMScheduler
@@ -36,12 +36,12 @@ def diffusers_pipeline(config: AnimateDiffConfig, kind: ControlType, prediction_
 def diffusers_latents(
     pipe: AnimateDiffSparseControlNetPipeline, images: list[Image.Image], indices: list[int], *, seed: int, **call: object
 ) -> Tensor:
-    """Final latents with our draws: the rgb posterior first, then the latents, then each step's noise, from one generator."""
+    """Final latents with random numbers in our order: rgb posterior, latents, each step's noise, all from one generator."""
     generator = torch.Generator().manual_seed(seed)
     if pipe.controlnet.use_simplified_condition_embedding:
         size = pipe.unet.config.sample_size
-        torch.randn((len(images), 4, size, size), generator=generator)  # past the posterior's draw ...
-        torch.manual_seed(seed)  # ... which diffusers takes from the global generator
+        torch.randn((len(images), 4, size, size), generator=generator)  # skips the numbers of the posterior ...
+        torch.manual_seed(seed)  # ... which diffusers draws from the global generator
     return pipe(
         conditioning_frames=images,
         controlnet_frame_indices=indices,

@@ -22,7 +22,7 @@ def test_every_chunk_size_gives_the_same_pixels(pipeline: Pipeline):
     assert whole.shape == (16, 64, 64, 3)
     for chunk in (1, 3):
         chunked = np.concatenate(list(Decode(replace(pipeline.decode.config, decode_chunk=chunk)).frames(latents)))
-        assert np.abs(chunked.astype(int) - whole).max() <= 1  # a level, where rounding falls the other way
+        assert np.abs(chunked.astype(int) - whole).max() <= 1  # one level, where rounding differs
 
 
 def test_latents_that_are_not_finite_are_an_error(pipeline: Pipeline):
@@ -35,7 +35,7 @@ def test_where_half_precision_overflows_fp32_decodes_again(pipeline: Pipeline, c
     latents = Latents(torch.randn((1, 4, 3, 8, 8), generator=torch.Generator().manual_seed(1)), 0)
     plain = np.concatenate(list(half.frames(latents)))
     assert not caplog.records
-    # what overflows in fp16 and is harmless in fp32: features beyond 65504 before a norm
+    # features beyond 65504 before a norm: they overflow in fp16 and are harmless in fp32
     half.vae.decoder.conv_in.weight.mul_(30000)
     again = np.concatenate(list(half.frames(latents)))
     assert [record.message for record in caplog.records] == ["decoding again in fp32"]

@@ -109,6 +109,6 @@ def test_the_residual_cache_keeps_to_its_budget(pipeline: Pipeline):
     size = stage.residuals.size_bytes
     assert size > 0
     small = Denoise(replace(pipeline.denoise.config, control_cache_bytes=2 * size))
-    for seed in range(4):  # the rgb draw makes each a different control
+    for seed in range(4):  # each seed draws a different rgb control
         small.sample(pipeline.preprocess.encode(replace(SPEC, seed=seed)))
     assert small.residuals.size_bytes == 2 * size

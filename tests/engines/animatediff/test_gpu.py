@@ -1,4 +1,4 @@
-"""What only a GPU can show: the demo checkpoints through every stage on CUDA, against the same on the CPU."""
+"""Needs a GPU: the demo checkpoints through every stage on CUDA, compared with the CPU."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.engines.animatediff.media import keyframes
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU: not verified that CUDA in fp32 and fp16 agrees with the CPU, run after run"
+        not torch.cuda.is_available(), reason="no GPU: not verified that CUDA in fp32 and fp16 agrees with the CPU, repeatably"
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Each exact saving of `video-models.md` section 5 against the work it saves, in float64: the difference is rounding."""
+"""Each exact saving of `video-models.md` section 5 against the full computation in float64: they differ by rounding only."""
 
 from dataclasses import replace
 from typing import Any, Literal
@@ -34,7 +34,7 @@ def _no_grad():
 
 
 def full_condition(values: Tensor, frames: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The condition and its mask on all frames, as the reference feeds them: (1, C, F, h, w) and (1, 1, F, h, w)."""
+    """The condition and its mask on all frames, as the reference takes them: (1, C, F, h, w) and (1, 1, F, h, w)."""
     condition = values.new_zeros(1, values.shape[1], FRAMES, *values.shape[2:])
     mask = values.new_zeros(1, 1, FRAMES, *values.shape[2:])
     condition[0, :, list(frames)], mask[:, :, list(frames)] = values.transpose(0, 1), 1.0
@@ -87,7 +87,7 @@ def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     assert torch.equal(shared.values, lone.values)
     fresh.latents(replace(spec, seed=2, prompt="a blue ball"))
     fresh.latents(replace(spec, seed=2, keyframes=keyframes(0, 9)))
-    assert len(calls) == 3, "another prompt or keyframe must not share"
+    assert len(calls) == 3, "another prompt or keyframe must not reuse the residuals"
 
 
 @pytest.mark.parametrize("kind", ["scribble", "rgb"])

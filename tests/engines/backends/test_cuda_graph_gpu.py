@@ -1,4 +1,4 @@
-"""What only a GPU can show: UNets recorded as CUDA graphs compute what the modules do that were recorded."""
+"""Needs a GPU: UNets recorded as CUDA graphs compute what the recorded modules compute."""
 
 import pytest
 import torch
@@ -34,5 +34,5 @@ def test_a_recorded_unet_computes_what_the_modules_do(make, dtype: torch.dtype):
         }
         expected = call.module(*laid_out.values())
         assert torch.isfinite(expected).all()
-        # not always the same bits: on the recording's stream the libraries may choose another algorithm (seen in fp32)
+        # the bits may differ: on the recording's stream the libraries may choose another algorithm (seen in fp32)
         assert (engine(inputs) - expected).abs().max() <= (1e-3 if dtype == torch.float32 else 2e-2) * expected.abs().max()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: that a recorded call computes what the function does, and is fit to be called again."""
+"""Needs a GPU: a recorded call computes what the function does, and can be called repeatedly."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def test_the_output_outlives_the_next_replay_of_every_graph_of_the_pool():
 
 
 @torch.inference_mode()
-def test_inputs_may_lie_differently_from_call_to_call():
+def test_inputs_may_have_other_strides_and_addresses_from_call_to_call():
     call = GraphedCall(times(1.0), inputs(0))
     given = inputs(1)
     turned = {name: tensor.T.contiguous().T for name, tensor in given.items()}
@@ -65,7 +65,7 @@ def test_weights_may_change_in_place():
 def test_another_thread_may_use_the_gpu_while_a_graph_is_recorded():
     def slow(x: Tensor, y: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
-            with ThreadPoolExecutor(1) as other:  # allocates, which a recording of the whole process would not allow
+            with ThreadPoolExecutor(1) as other:  # it allocates, which is forbidden if the whole process is recorded
                 other.submit(lambda: torch.zeros(1 << 20, device="cuda").sum().item()).result()
         return x + y
 

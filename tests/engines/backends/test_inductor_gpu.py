@@ -1,4 +1,4 @@
-"""What only a GPU can show: the tuned and recorded UNets against the eager ones on the same GPU, in halves."""
+"""Needs a GPU: the tuned and recorded UNets compared with the eager ones on the same GPU, in fp32 and half precision."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: not verified that UNets compiled for one and recorded as CUDA graphs compute what the eager ones do",
+        reason="no GPU: not verified that UNets compiled for a GPU and recorded as CUDA graphs compute what the eager ones do",
     ),
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore"),  # the compiler's own, of its own: other ones on every GPU and in every version
+    pytest.mark.filterwarnings("ignore"),  # the compiler's warnings about itself differ between GPUs and versions
 ]
 
 SHAPES = Shape(16, 8, 8), Shape(8, 16, 8)
@@ -22,7 +22,7 @@ SHAPES = Shape(16, 8, 8), Shape(8, 16, 8)
 
 @pytest.fixture(autouse=True)
 def _fp32_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the service has it: else the eager convolutions round to 10 bits and the compiled ones do not."""
+    """As in the service: otherwise the eager convolutions round to 10 bits (TF32) and the compiled ones do not."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -30,7 +30,7 @@ def _fp32_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("make", [motion, svd])
 def test_recorded_unets_compute_what_the_eager_ones_do(make, dtype: torch.dtype):
     call = make("cuda", dtype)
-    engine = InductorEngine(call, autotune=dtype == torch.float16)  # in the dtype that is served
+    engine = InductorEngine(call, autotune=dtype == torch.float16)  # only in the dtype that is served
     for shape in SHAPES:
         engine.prepare(shape)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Which engine runs a call, and what happens without one. Fakes stand for engines; real ones have tests of their own."""
+"""Which engine runs a call, and what happens without one. Fakes stand in for engines; real ones have their own tests."""
 
 import logging
 from collections.abc import Mapping
@@ -30,11 +30,11 @@ from tests.engines.animatediff.media import keyframes
 from tests.engines.controlnext.conftest import conditioning
 
 MODEL = "animatediff-sparsectrl-lcm"
-INDUCTOR = EngineConfig("inductor")  # whose place the fakes take
+INDUCTOR = EngineConfig("inductor")  # the fakes take its place
 
 
 class FakeEngine(Eager):
-    """Flat tensors through the module, as a real engine computes; fails after so many calls."""
+    """Runs the module on flat tensors, as a real engine does; fails after `calls` calls."""
 
     name = "inductor"
 
@@ -101,7 +101,7 @@ def test_what_fails_on_the_way_is_rendered_eagerly_and_told(
     assert ours.engine == "eager+inductor"
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert vars(record)["error"] == "the device has gone away"
-    assert pipeline.latents(spec(1.0, True)).engine == "eager", "it is not asked again"
+    assert pipeline.latents(spec(1.0, True)).engine == "eager", "the failed engine is not called again"
 
 
 @pytest.mark.parametrize("error", [EngineError("no plan"), OSError(28, "No space"), torch.OutOfMemoryError("CUDA out of memory")])

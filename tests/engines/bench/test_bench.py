@@ -1,4 +1,4 @@
-"""The GPU benchmark's own code, tiny on the CPU: that both sides do the same work, and that figures are kept as they come."""
+"""The GPU benchmark's code at tiny sizes on the CPU: both sides do the same work, and figures are saved as they are measured."""
 
 import json
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def test_ours_and_theirs_do_the_same_work_and_every_case_is_told_at_once(model: 
 
 
 class Recorded(ExactShapes):
-    """The modules, in place of a CUDA graph of them."""
+    """Runs the modules themselves in place of a CUDA graph."""
 
     name = "cuda_graph"
 
@@ -85,7 +85,7 @@ def test_a_way_that_fails_is_told_and_the_others_are_measured():
     assert broken.refused == "RuntimeError: [/no] memory\nand more"
     assert theirs.times_s
     assert ours.times_s
-    Console().print(table([theirs, broken, ours]))  # whatever the words are
+    Console().print(table([theirs, broken, ours]))  # must not fail, whatever the text is
 
 
 def test_what_is_quick_is_told_before_what_is_slow_is_made_ready():
@@ -111,7 +111,7 @@ def test_nothing_slow_is_begun_when_its_time_is_over():
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to name in a record."""
+    """Gives a GPU's properties, which a record contains."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)

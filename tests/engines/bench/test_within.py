@@ -1,4 +1,4 @@
-"""The benchmark within a limit of time, with parts that sleep."""
+"""The benchmark with a time limit, with parts that only sleep."""
 
 import subprocess
 import sys

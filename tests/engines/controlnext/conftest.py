@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 64, 48
 
 @pytest.fixture(scope="session")
 def controlnext_weights(tmp_path_factory: pytest.TempPathFactory) -> ControlNeXtWeights:
-    """The demo's, but with every constant stirred: equal blend factors and unit norms would hide a mix-up."""
+    """The demo's weights with noise on all constants: equal blend factors and unit norms would hide a mix-up."""
     weights = write_demo_weights(tmp_path_factory.mktemp("weights") / "controlnext")
     for source, load in ((weights.unet, load_diffusers_unet), (weights.control, load_control_net)):
         assert source.folder is not None
@@ -41,7 +41,7 @@ def precise(controlnext_weights: ControlNeXtWeights) -> Denoise:
 
 
 def reference_nets(weights: ControlNeXtWeights, dtype: DType = "float32") -> tuple[Any, ReferenceControlNet]:
-    """The same weights in diffusers' UNet and in the tests' own control net."""
+    """The same weights in diffusers' UNet and in the tests' reference control net."""
     config = ControlNeXtConfig(weights=weights, dtype=dtype)
     net = ReferenceControlNet(
         stem_channels=(16, 16, 32), level_channels=(32, 64), out_channels=32, time_channels=32, time_embed_dim=64
@@ -52,7 +52,7 @@ def reference_nets(weights: ControlNeXtWeights, dtype: DType = "float32") -> tup
 
 
 def conditioning(num_frames: int, **changes: Any) -> ControlNeXtConditioning:
-    """Noise in place of what preprocessing would give: nothing in it is zero or equal by chance."""
+    """Noise in place of preprocessed inputs, so that no values in it are zero or equal by chance."""
     generator = torch.Generator().manual_seed(num_frames)
 
     def randn(*shape: int) -> Tensor:

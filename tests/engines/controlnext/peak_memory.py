@@ -1,8 +1,8 @@
-"""Decodes a video of the given number of frames in a process of its own; prints its peak memory in bytes.
+"""Decodes a video of the given number of frames in its own process. Prints its peak memory in bytes.
 
     python -m tests.engines.controlnext.peak_memory WEIGHTS FRAMES LATENT_SIDE [--cheap]
 
---cheap: plain grey frames in place of the VAE's, which take no time and make a small file, so that only what is held shows.
+--cheap: plain grey frames in place of the VAE's. They take no time and make a small file, so only retained memory shows.
 """
 
 import sys
@@ -19,7 +19,7 @@ from engines.controlnext.spec import ControlNeXtLatents
 
 
 def peak_bytes() -> int:
-    """Of this process alone: `getrusage` would tell the parent's, which a child inherits."""
+    """Peak memory of this process alone: `getrusage` includes the parent's, which a child inherits."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

@@ -1,8 +1,8 @@
-"""ControlNeXt SVD v2, slow and direct: what our engine must equal.
+"""A slow, direct implementation of ControlNeXt SVD v2, which our engine must equal.
 
-Written from `video-models.md` (1B, 2B, 8B) without any saving of its section 5 and without a line of `engines`: two halves
-and a control net in every window, at any guidance, each window stepped by itself and only then averaged. Works in float32
-and float64; only the sinusoids of times, ids and frame positions are float32 always, as diffusers' `Timesteps` makes them.
+Written from `video-models.md` (1B, 2B, 8B), without the savings of its section 5 and without code from `engines`. At any
+guidance, every window computes both guidance halves and the control net; windows are stepped separately and then averaged.
+Works in float32 and float64. The sinusoids of times, ids and frame positions are always float32, as in diffusers' `Timesteps`.
 """
 
 import copy
@@ -29,7 +29,7 @@ SIGMAS_25 = (
     10.10, 6.354, 3.870, 2.269, 1.273, 0.678, 0.339, 0.157, 0.0664, 0.0248, 0.0079, 0.002, 0.0,
 )
 # fmt: on
-"""Section 2B.8's list for 25 steps, rounded as there: the last digit is right to half a unit."""
+"""The list of section 2B.8 for 25 steps, rounded as there, to half a unit of the last digit."""
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -38,9 +38,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 class ReferenceControlNet(nn.Module):
-    """Pose images and a time to one feature map a frame; its 52 keys are the checkpoint's.
+    """From pose images and a time to one feature map per frame. Its 52 keys are those of the checkpoint.
 
-    The page gives no eps for the norms of `embedding` and `mid_convs`: it is torch's default, 1e-5 (1e-6 in `down_res`).
+    The page gives no eps for the norms of `embedding` and `mid_convs`, so it is torch's default, 1e-5 (1e-6 in `down_res`).
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def timesteps(levels: Tensor) -> Tensor:
 def windows(n: int, batch_frames: int, overlap: int) -> list[range]:
     """The frames of each window: all in one where n <= overlap (section 3B).
 
-    Overlap 0 is taken at its word and leaves the first frame of every later window uncovered: `sample` then gives NaN.
+    Overlap 0 is allowed, and leaves the first frame of every later window uncovered: `sample` then gives NaN.
     Raises `ValueError` for an overlap of `batch_frames` or more.
     """
     if not 0 <= overlap < batch_frames:
@@ -168,7 +168,7 @@ def unet_forward(
     added = unet.add_time_proj(ids.flatten()).reshape(batch, -1)
     emb = emb + unet.add_embedding(added.to(sample.dtype))
 
-    # Entries of the batch outermost, frames within: (B*F, ...)
+    # batch entries are the outer dimension, frames the inner one: (B*F, ...)
     emb = emb.repeat_interleave(frames, dim=0)
     context = context.repeat_interleave(frames, dim=0)
     x = unet.conv_in(sample.flatten(0, 1))
@@ -270,7 +270,7 @@ def sample(
 
 
 def _in(net: Net, dtype: torch.dtype) -> Net:
-    # torch's own `to`: diffusers' logs a warning at every cast of this UNet.
+    # torch's `to`, as diffusers' logs a warning at every cast of this UNet
     return net if next(net.parameters()).dtype == dtype else nn.Module.to(copy.deepcopy(net), dtype)
 
 
@@ -313,9 +313,9 @@ def decode(vae: AutoencoderKLTemporalDecoder, latents: Tensor, chunk: int) -> Te
 
 @torch.no_grad()
 def stirred(net: Net, *, seed: int) -> Net:
-    """`net` itself, frozen, with noise on all that was built constant: zero biases, unit norms, equal blend factors.
+    """Returns `net` itself, frozen, with noise on all parameters that are constant when built: biases, norms, blend factors.
 
-    Otherwise whole branches are dead and all layers blend alike, and tests prove nothing.
+    Otherwise some branches have no effect and all layers blend alike, so tests would show nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():

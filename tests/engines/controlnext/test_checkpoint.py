@@ -1,4 +1,4 @@
-"""Key names and shapes of the published files, and what is refused. The full-size nets are on the meta device: no memory."""
+"""Key names and shapes of the published files, and what is refused. Full-size nets are on the meta device, without memory."""
 
 import json
 import pickle
@@ -96,7 +96,7 @@ def test_the_unet_has_the_published_number_of_keys_and_parameters_and_no_key_of_
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> ControlNeXtWeights:
-    """As wide at the injection as published: 320 channels, and the published control net."""
+    """The published width at the injection, 320 channels, and the published control net."""
     size = DemoSize(channels=(320, 32), heads=(5, 1), control=ControlNetSize())
     return write_demo_weights(tmp_path_factory.mktemp("wide") / "controlnext", size)
 
@@ -104,7 +104,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ControlNeXtWeights:
 def test_a_320_wide_checkpoint_has_the_published_shapes_and_renders_as_the_reference(wide: ControlNeXtWeights):
     folder = wide.control.folder
     assert folder is not None
-    (folder / "controlnet.json").unlink()  # the published file comes alone
+    (folder / "controlnet.json").unlink()  # the published checkpoint has no such file
     config = ControlNeXtConfig(weights=wide, threads=1)
     tensors = load_file(folder / "controlnet.safetensors")
     assert {key: tuple(value.shape) for key, value in tensors.items()} == shapes(build(ControlNet))
@@ -125,7 +125,7 @@ def test_a_320_wide_checkpoint_has_the_published_shapes_and_renders_as_the_refer
         batch_frames=6,
         overlap=2,
         ids=asked.added_ids,
-        dtype=torch.float64,  # its own form of a step from 700 to 0.002 loses 1e-4 in fp32
+        dtype=torch.float64,  # the reference's formula for a step from 700 to 0.002 loses 1e-4 in fp32
     )
     assert (Denoise(config).sample(asked).values - expected.transpose(1, 2)).abs().max() <= 1e-4
 
@@ -159,7 +159,7 @@ def test_another_noise_schedule_is_refused(controlnext_weights: ControlNeXtWeigh
         load_noise_range(replace(controlnext_weights, base=replace(controlnext_weights.base, folder=tmp_path)))
 
 
-def test_sizes_must_be_multiples_of_what_the_nets_halve(controlnext_weights: ControlNeXtWeights):
+def test_sizes_must_be_multiples_of_the_nets_downsampling(controlnext_weights: ControlNeXtWeights):
     assert size_multiple(controlnext_weights) == 16  # the demo's two levels; four as published make 64
 
 

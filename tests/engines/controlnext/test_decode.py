@@ -35,7 +35,7 @@ def test_chunks_are_decoded_as_the_reference_does(decode: Decode, chunk: int):
     expected = reference.decode(vae, asked.values.transpose(1, 2), chunk).permute(0, 2, 3, 1).mul(255).round().numpy()
     ours = np.concatenate(list(decode.frames(asked)))
     assert ours.shape == (7, 64, 48, 3)
-    assert np.abs(ours - expected).max() <= 1  # a level, where rounding falls the other way
+    assert np.abs(ours - expected).max() <= 1  # one level, where rounding differs
 
 
 def test_another_chunk_size_gives_other_pixels(decode: Decode):
@@ -88,7 +88,7 @@ def test_where_half_precision_overflows_fp32_decodes_again(decode: Decode, caplo
     asked = latents(4)
     plain = np.concatenate(list(half.frames(asked)))
     assert not caplog.records
-    # what overflows in fp16 and is harmless in fp32: features beyond 65504 before a norm
+    # features beyond 65504 before a norm: they overflow in fp16 and are harmless in fp32
     half.vae.decoder.conv_in.weight.mul_(30000)
     again = np.concatenate(list(half.frames(asked)))
     assert [record.message for record in caplog.records] == ["decoding again in fp32"]
@@ -111,7 +111,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_decoded_chunk_by_chunk(decode:
 
 
 def test_2000_frames_take_no_more_memory_than_240(controlnext_weights: ControlNeXtWeights):
-    """98 MB of frames of 128x128 pixels, were they held; `make bench` does the same with the VAE."""
+    """If the frames (128x128 pixels) were kept, they would take 98 MB. `make bench` measures the same with the VAE."""
     folder = controlnext_weights.control.folder
     assert folder is not None
 

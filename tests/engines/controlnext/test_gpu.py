@@ -1,4 +1,4 @@
-"""What only a GPU can show: the demo checkpoints through every stage on CUDA, against the same on the CPU."""
+"""Needs a GPU: the demo checkpoints through every stage on CUDA, compared with the CPU."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: not verified that ControlNeXt on CUDA in fp32, fp16 and bf16 agrees with the CPU, run after run",
+        reason="no GPU: not verified that ControlNeXt on CUDA in fp32, fp16 and bf16 agrees with the CPU, repeatably",
     ),
 ]
 

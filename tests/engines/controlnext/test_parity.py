@@ -1,4 +1,4 @@
-"""Our sampler against the slow, direct one, on the same weights and noise: final latents within 1e-4 in fp32."""
+"""Our sampler against the slow reference, on the same weights and noise: final latents within 1e-4 in fp32."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ def test_the_ids_reach_the_model(denoise: Denoise, nets: tuple[Any, Any], ids: t
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_any_number_of_steps(denoise: Denoise, precise_nets: tuple[Any, Any], steps: int):
-    # against float64: the direct sampler's own form of a step loses up to 1e-4 between 700 and 0
+    # against float64, as the reference's formula for a step loses up to 1e-4 between 700 and 0
     asked = conditioning(7, num_inference_steps=steps)
     assert (denoise.sample(asked).values - direct(precise_nets, asked, torch.float64)).abs().max() <= 1e-4
 

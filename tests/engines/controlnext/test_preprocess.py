@@ -46,7 +46,7 @@ def preprocess(controlnext_weights: ControlNeXtWeights) -> Preprocess:
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
     (folder / "image.png").write_bytes(puppet_image(HEIGHT, WIDTH))
-    write_puppet_clip(folder / "clip.mp4", CLIP_FRAMES, 256, 320, 14)  # of another aspect than the output
+    write_puppet_clip(folder / "clip.mp4", CLIP_FRAMES, 256, 320, 14)  # another aspect ratio than the output
     return folder
 
 
@@ -65,7 +65,7 @@ def test_every_strided_frame_drives_one_frame_after_the_references_own(preproces
     assert given.poses.shape == (1 + 7, 3, HEIGHT, WIDTH)  # frames 0, 2, ..., 12
     assert given.poses.dtype == torch.uint8
     assert all(pose.any() for pose in given.poses), "a skeleton in every frame"
-    assert len({pose.numpy().tobytes() for pose in given.poses}) == 8, "and each another"
+    assert len({pose.numpy().tobytes() for pose in given.poses}) == 8, "all of them different"
 
 
 @pytest.mark.parametrize("max_frame_num", [2, 5, 8, 240])
@@ -82,12 +82,12 @@ def test_the_driving_skeletons_are_moved_onto_the_references_body(preprocess: Pr
 
     own, *driven = preprocess.encode(spec).poses
     (own_top, own_bottom), (own_left, own_right) = extent(own, 2), extent(own, 1)
-    for pose in driven:  # the clip's puppet is an eighth larger in its frame, which is wide where the output is tall
+    for pose in driven:  # the clip's figure is an eighth larger; its frame is wide, the output tall
         (top, bottom), (left, right) = extent(pose, 2), extent(pose, 1)
         assert abs(top - own_top) < 0.08 * HEIGHT
         assert abs(bottom - own_bottom) < 0.08 * HEIGHT
         assert abs((left + right) - (own_left + own_right)) / 2 < 0.1 * WIDTH
-    # the figure keeps its proportions in pixels, whatever the frame's aspect: arms out, it is about as wide as the reference's
+    # the figure keeps its proportions in pixels, whatever the aspect ratio: with arms out it is about as wide as the reference
     widest = max(extent(pose, 1)[1] - extent(pose, 1)[0] for pose in driven)
     assert 0.8 < widest / (own_right - own_left) < 1.25
 

@@ -1,4 +1,4 @@
-"""Each exact saving of `video-models.md` section 5 (B) against the work it saves, in float64: the difference is rounding."""
+"""Each exact saving of `video-models.md` section 5 (B) against the full computation in float64: they differ by rounding only."""
 
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ def _no_grad():
 
 
 def time_embedding(unet: Any) -> Tensor:
-    """(1, E): what every resnet of diffusers' UNet gets."""
+    """(1, E): the time embedding that every resnet of diffusers' UNet gets."""
     ids = unet.add_time_proj(torch.tensor(IDS)).flatten()[None].double()
     return unet.time_embedding(unet.time_proj(torch.tensor([TIME])).double()) + unet.add_embedding(ids)
 
@@ -45,7 +45,7 @@ def test_5a_cross_attention_over_one_token_is_a_bias(nets: tuple[Any, Any], embe
     x = randn(5, 12, 32, seed=1)
     spatial, temporal = (
         SpatialBlock(source.transformer_blocks[0], 0),
-        TemporalBlock(source.temporal_transformer_blocks[0], 0.0, 0),  # of the blend, the temporal path alone
+        TemporalBlock(source.temporal_transformer_blocks[0], 0.0, 0),  # blend factor 0: the temporal path alone
     )
     stock = source.transformer_blocks[0](x, encoder_hidden_states=image.expand(5, 1, 32))
     assert_rounding(spatial(x.clone(), [spatial.attn.context_bias(image)]), stock)
@@ -133,7 +133,7 @@ def test_5g_frame_positions_are_constants_of_the_weights(nets: tuple[Any, Any]):
     x, image = randn(5, 64, 4, 3), randn(1, 32)
     context = [block.attn.context_bias(image) for block in (ours.spatial[0], ours.temporal[0])]
     stock = source(x, image.expand(5, 1, 32), torch.zeros(1, 5), return_dict=False)[0]
-    for _ in range(2):  # the second time from what was kept
+    for _ in range(2):  # the second time from the cache
         assert_rounding(ours(x.contiguous(memory_format=torch.channels_last), context), stock)
 
 

@@ -51,7 +51,7 @@ def test_floating_point_images_have_no_range_and_are_refused():
         load(encoded(Image.new("F", (5, 5), 0.5), "TIFF"))
 
 
-def test_what_pil_takes_for_a_bomb_is_too_large():
+def test_an_image_that_pil_takes_for_a_decompression_bomb_is_too_large():
     header = encoded(Image.new("1", (1, 1)), "PNG")
     bomb = header.replace((1).to_bytes(4) * 2, (20_000).to_bytes(4) * 2)
     bomb = bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4) + bomb[33:]
@@ -95,7 +95,7 @@ def noise(height: int, width: int) -> Image.Image:
 
 
 def published_cover(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Resize and centre crop as torchvision does them to tensors; in double precision, and without its rounding to 8 bits."""
+    """Resize and centre crop as torchvision does for tensors, but in double precision and without its rounding to 8 bits."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double() / 255.0
     if image.height / image.width > height / width:
         size = (math.ceil(image.height / image.width * width), width)
@@ -136,7 +136,7 @@ def test_the_side_that_sticks_out_is_cut_off_evenly():
     assert (pixels[0] == 0).all()
 
 
-def test_a_needle_costs_what_its_crop_costs():
+def test_a_very_elongated_image_costs_only_what_its_crop_costs():
     pixels = load_cover(encoded(Image.new("RGB", (100_000, 64), (51, 51, 51))), 512, 256, max_pixels=10_000_000)
     assert pixels.shape == (3, 512, 256)
     assert pixels.mean().item() == pytest.approx(0.2)

@@ -7,7 +7,7 @@ from engines.media.video import encode_h264
 
 
 def clip(num_frames: int = 16, height: int = 64, width: int = 96) -> np.ndarray:
-    """Plain colours, another for each frame."""
+    """Frames of one plain colour each, all different."""
     frames = np.zeros((num_frames, height, width, 3), np.uint8)
     frames[:] = np.linspace(0, 255, num_frames, dtype=np.uint8)[:, None, None, None]
     frames[..., 0] = 200

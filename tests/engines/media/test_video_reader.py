@@ -18,7 +18,7 @@ from engines.media import video_reader
 from engines.media.video_reader import VideoReader, open_video
 
 STEP = 5
-"""Grey levels from one frame of a clip to the next."""
+"""Difference in grey level between one frame of a clip and the next."""
 
 KINDS = {
     "bframes.mp4": {"options": {"bf": "3"}},
@@ -43,7 +43,7 @@ def grey_clip(num_frames: int, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def write(path: Path, frames=None, times=None, codec="libx264", pix_fmt="yuv420p", size=(48, 64), options=None, container=None):
-    """A clip of 50 frames and two seconds unless told otherwise. times: of the frames, in 25ths of a second."""
+    """Writes a clip, by default of 50 frames and two seconds. times: of the frames, in 25ths of a second."""
     height, width = size
     with av.open(path, "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=25, options=options or {})
@@ -65,7 +65,7 @@ def read(path: Path, stride: int = 1, count: int = 1000, max_duration_s: float =
 
 
 def indices(frames: list[np.ndarray]) -> list[int]:
-    """Which frames of a grey clip these are."""
+    """The indices of these frames in a grey clip."""
     return [round(float(frame.mean()) / STEP) for frame in frames]
 
 
@@ -124,10 +124,10 @@ def corners(pixels: np.ndarray) -> str:
     ("matrix", "expected", "size"),
     [
         ((1, 0, 0, 1), "abcd", (48, 64)),
-        ((0, 1, -1, 0), "cadb", (64, 48)),  # a quarter turn clockwise, as a telephone held upright
+        ((0, 1, -1, 0), "cadb", (64, 48)),  # a quarter turn clockwise, as from a phone held upright
         ((-1, 0, 0, -1), "dcba", (48, 64)),
         ((0, -1, 1, 0), "bdac", (64, 48)),
-        ((-1, 0, 0, 1), "badc", (48, 64)),  # mirrored, as a front camera
+        ((-1, 0, 0, 1), "badc", (48, 64)),  # mirrored, as from a front camera
         ((1, 0, 0, -1), "cdab", (48, 64)),
         ((0, 1, 1, 0), "acbd", (64, 48)),
         ((0, -1, -1, 0), "dbca", (64, 48)),
@@ -155,7 +155,7 @@ def packets_of(data: bytes | Path) -> list[bytes]:
 
 
 def avi_of(path: Path, codec: str, packets: list[bytes], size: tuple[int, int] = (48, 64)) -> Path:
-    """An AVI says the size once and takes whatever packets come."""
+    """Writes packets to an AVI, which states the size once and accepts any packets."""
     with av.open(path, "w") as output:
         stream = output.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *size, "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -218,9 +218,9 @@ def huge(tmp_path: Path, kind: str) -> Path:
     if kind == "mp4":
         path = write(tmp_path / "clip.mp4", **KINDS["ten_bit.mp4"])
         return patched(path, struct.pack(">HH", 64, 48), b"\xff\xff\xff\xff", after=b"hev1\0\0\0\0")
-    if kind == "mpeg4":  # whose demuxer forgets the size: here the decoder refuses
+    if kind == "mpeg4":  # its demuxer does not report the size, so the decoder refuses
         return write(tmp_path / "clip.mp4", [np.zeros((1024, 1024, 3), np.uint8)], codec="mpeg4", size=(1024, 1024))
-    if kind == "h264":  # whose size FFmpeg takes from the stream, not from the header
+    if kind == "h264":  # FFmpeg takes the size from the stream, not from the header
         path = write(tmp_path / "clip.mp4", [np.zeros((1024, 1024, 3), np.uint8)], size=(1024, 1024))
         return patched(path, struct.pack(">HH", 1024, 1024), b"\xff\xff\xff\xff", after=b"avc1\0\0\0\0")
     if kind == "webm":
@@ -313,7 +313,7 @@ def test_a_playlist_is_refused_and_opens_no_other_file(tmp_path: Path, kind: str
 
 
 def refer_to(path: Path, other: Path) -> None:
-    """Say in a QuickTime file that its samples lie in the other file: an alias record in place of dref's `url `."""
+    """Makes a QuickTime file refer to another file for its samples, by an alias record in place of dref's `url `."""
     name, absolute = other.name.encode(), str(other).encode().ljust(150, b"\0")
     record = bytes(14) + b"\4disk" + bytes(35) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16)
     record += struct.pack(">HH", 1, 1) + bytes(16) + struct.pack(">HH", 2, len(absolute)) + absolute + b"\xff\xff\0\0"
@@ -340,7 +340,7 @@ def test_a_quicktime_reference_to_another_file_is_not_followed(tmp_path: Path, m
     with pytest.raises(VideoLoadError):
         read(path)
     assert opened == []
-    with path.open("rb") as file, pytest.raises(PermissionError):  # the reference is a real one
+    with path.open("rb") as file, pytest.raises(PermissionError):  # shows that the file does refer to the other one
         av.open(file, "r", "mov", {"enable_drefs": "1"}, io_open=refuse)
     assert opened == [str(other)]
 
@@ -453,7 +453,7 @@ def test_damage_is_our_error_and_leaves_no_file_open_and_no_word_on_stderr(tmp_p
     names = ["bframes.mp4", "fragmented.mp4", "ten_bit.mp4", "odd.webm", "divx.avi", "camera.avi", "loop.gif"]
     files = [write(tmp_path / name, **KINDS[name]) for name in names]
     originals = [path.read_bytes() for path in files]
-    read(files[0])  # whatever is opened once
+    read(files[0])  # opens what stays open for the whole process
     open_before, failures = len(os.listdir("/proc/self/fd")), 0
     capfd.readouterr()
     for turn in range(140):

@@ -1,8 +1,8 @@
-"""What our sources ask of the TensorRT library, read from them and held against what its bindings offer.
+"""Reads from our sources how they use the TensorRT library, and compares that with what its bindings offer.
 
-A small type inference over `ast`: `trt` and `library` are the module; what it makes, and what that returns by pybind11's own
-signatures, is followed through names, attributes of self, returns and containers. A name that its own file never gives a value
-is an argument, and may be all that the name is elsewhere.
+A small type inference over `ast`: `trt` and `library` are the module. Its objects, and what their methods return according to
+pybind11's signatures, are followed through names, attributes of self, return values and containers. A name without a value in
+its own file is taken for an argument, which may have any type that the name has in another file.
 """
 
 import ast
@@ -19,7 +19,7 @@ ROOTS = ("trt", "library", "self._trt")
 
 @dataclass(frozen=True)
 class Signature:
-    """names: of the arguments after self. required: how many have no default. returns: a class of the library, or "" ."""
+    """names: the arguments after self. required: how many have no default. returns: a class of the library, or ""."""
 
     names: tuple[str, ...]
     required: int
@@ -34,9 +34,9 @@ class Signature:
 
 
 def parsed(signature: str) -> Signature:
-    """pybind11's own words, e.g. "get_error(self: tensorrt_bindings.tensorrt.OnnxParser, index: int) -> ...ParserError"."""
+    """Parses pybind11's text, e.g. "get_error(self: tensorrt_bindings.tensorrt.OnnxParser, index: int) -> ...ParserError"."""
     text = re.sub(r"<[^<>]*>", "None", signature).replace("::", ".")  # defaults and types in C++
-    named = text if not text.startswith("(") else f"get{text}"  # a property's has no name
+    named = text if not text.startswith("(") else f"get{text}"  # a property's signature has no name
     function = ast.parse(f"def {named}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     names = tuple(arg.arg for arg in function.args.args)
@@ -45,7 +45,7 @@ def parsed(signature: str) -> Signature:
 
 
 class ApiUse:
-    """faults: what our sources ask that is not offered. checked: (class, member) that they ask and that is."""
+    """faults: uses in our sources that the library does not offer. checked: (class, member) that they use and it offers."""
 
     def __init__(self, classes: dict[str, Any], sources: Iterable[Path | str]):
         self.classes = classes
@@ -63,7 +63,7 @@ class ApiUse:
                 self._assign(tree)
         for self._here, tree in trees.items():
             called = {}
-            for node in ast.walk(tree):  # a call comes before the name that it calls
+            for node in ast.walk(tree):  # `walk` gives a call before the attribute that it calls
                 if isinstance(node, ast.Call):
                     called[node.func] = node
                 elif isinstance(node, ast.Attribute):
@@ -84,7 +84,7 @@ class ApiUse:
                         self._learn(f"{node.name}()", self._of(inner.value))
 
     def _flow(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Attribute) and target.attr == "__class__":  # a layer shown as what it is
+        if isinstance(target, ast.Attribute) and target.attr == "__class__":  # a layer is cast to its real class
             self.recast.add(_name(target.value))
             self._learn(_name(target.value), {kind.removeprefix("class ") for kind in self._of(value)})
         elif _name(target):
@@ -98,7 +98,7 @@ class ApiUse:
         return self.types.get((self._here, name)) or self.everywhere.get(name, set())
 
     def _of(self, node: ast.expr) -> set[str]:
-        """The types that an expression may have: "module", "class X" or X; none of the library's is none."""
+        """The types that an expression may have: "module", "class X", "method X" or X. Empty if none is of the library."""
         if isinstance(node, ast.IfExp):
             return self._of(node.body) | self._of(node.orelse)
         if isinstance(node, ast.Call):
@@ -110,7 +110,7 @@ class ApiUse:
         return self._known(_name(node))
 
     def _result(self, kind: str, function: ast.expr) -> str:
-        """What a call of this gives: an instance of a class, or what a method's signature says."""
+        """The type of a call's result: the class that is called, or the return type in the method's signature."""
         if kind.startswith("class "):
             return kind.removeprefix("class ")
         return kind.removeprefix("method ") if kind.startswith("method ") else ""
@@ -167,7 +167,7 @@ class ApiUse:
 
     @property
     def _telling(self) -> set[str]:
-        """Methods whose names nothing else has: where one is called on something unknown, the inference has lost its way."""
+        """Method names that only the library has: if one is called on an unknown type, the inference has missed something."""
         return {
             name
             for about in self.classes.values()
@@ -177,7 +177,7 @@ class ApiUse:
 
 
 def _name(node: ast.expr) -> str:
-    """x, self.x, or x[] for an item."""
+    """The name of an expression: x, self.x, or x[] for an item of x; "" for others."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -188,7 +188,7 @@ def _name(node: ast.expr) -> str:
 
 
 def members(tree: Iterable[type]) -> Iterator[tuple[str, str, Any]]:
-    """(class, name, value) of what classes define for others to use."""
+    """(class, name, value) of each public member of these classes."""
     for kind in tree:
         for name, value in vars(kind).items():
             if not name.startswith(("_", "hidden_")):

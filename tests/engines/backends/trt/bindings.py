@@ -1,4 +1,4 @@
-"""The real TensorRT bindings in a process of their own, over empty libraries: for names and Python, nothing of TensorRT runs."""
+"""The real TensorRT bindings in their own process, over empty libraries. Only their names and Python code; no TensorRT runs."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ SYMBOLS = [
 
 
 def empty_libraries(folder: Path, unverified: str) -> Path:
-    """The folder, with the libraries in it. Skips the test where they cannot be made. unverified: what then is not."""
+    """Writes the libraries to `folder`. Skips the test where they cannot be built. unverified: named in the skip reason."""
     if (compiler := shutil.which("cc")) is None:
         pytest.skip(f"no C compiler: not verified that {unverified}")
     if find_spec("tensorrt_bindings") is None:
@@ -34,7 +34,7 @@ def empty_libraries(folder: Path, unverified: str) -> Path:
 
 
 def with_bindings(libraries: Path, script: str, *arguments: str) -> str:
-    """What a script of this folder prints."""
+    """Runs a script of this folder. Returns what it prints."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(Path(__file__).parents[4])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ Exports = Mapping[str, Future[Path]]
 
 @dataclass(frozen=True)
 class Exported:
-    """A UNet, its call, and the graph of it in a file."""
+    """A UNet, its call, and the file with its ONNX graph."""
 
     unet: MotionUNet | SVDUNet
     call: UNetCall

@@ -1,6 +1,6 @@
-"""Prints what the real TensorRT bindings offer, as JSON, from a process whose library path leads to empty libraries.
+"""Prints as JSON what the real TensorRT bindings offer, in a process whose library path leads to empty libraries.
 
-Only pybind11's own signatures are read; nothing of TensorRT runs, and nothing of it is here to run.
+Only pybind11's signatures are read; TensorRT itself is not installed and does not run.
 """
 
 import json

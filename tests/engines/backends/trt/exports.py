@@ -1,6 +1,6 @@
-"""The UNets whose exports are tested, the same in every process, and the export of one in a process beside the tests.
+"""The UNets whose exports are tested, equal in every process, and functions that export them in a process beside the tests.
 
-Symbolic shapes cost half a minute a graph, more with every layer: so these are the smallest that have every kind of layer.
+Symbolic shapes cost half a minute per graph, and more with every layer, so these UNets are the smallest with every layer type.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from engines.demo import SEED, live
 
 
 def motion_unet() -> MotionUNet:
-    """The demo's, but with one layer a block where that has two."""
+    """The demo's UNet, but with one layer per block where the demo has two."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         source = UNetMotionModel(
@@ -39,17 +39,17 @@ def motion_unet() -> MotionUNet:
 
 
 def svd_unet(folder: Path) -> SVDUNet:
-    """The demo's, whose weights are in `folder`; it has one layer a block."""
+    """The demo's UNet, with the weights in `folder`; it has one layer per block."""
     return load_unet(ControlNeXtConfig(weights=ControlNeXtWeights.demo(folder)))
 
 
 def call_of(unet: MotionUNet | SVDUNet) -> UNetCall:
-    """With guidance where one call has both halves."""
+    """The UNet's call; with guidance if one call computes both halves."""
     return motion_call(unet, halves=2) if isinstance(unet, MotionUNet) else svd_call(unet)
 
 
 def export_motion(path: Path) -> Path:
-    """Returns `path`, where the graph then is."""
+    """Writes the graph to `path` and returns it."""
     return _export(motion_unet(), path)
 
 
@@ -61,6 +61,6 @@ def export_svd(folder: Path, path: Path) -> Path:
 def _export(unet: MotionUNet | SVDUNet, path: Path) -> Path:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its own deprecations
+        warnings.simplefilter("ignore")  # torch's warnings about its own deprecations
         export_onnx(call_of(unet), path)
     return path

@@ -1,4 +1,4 @@
-"""Stands in for TensorRT in a process of its own: asks the cache for one plan, and notes each time that it really builds.
+"""Stands in for TensorRT in its own process: asks the cache for one plan, and writes a note whenever it really builds.
 
 Arguments: the cache's folder, a file for the notes, how long a build takes in seconds, "die" to be killed in the middle.
 """

@@ -1,7 +1,7 @@
-"""Stands in for the TensorRT library, to test our own logic: it computes `scaled.Scaled` on the CPU, from and to raw addresses.
+"""Stands in for the TensorRT library, to test our own logic: it computes `scaled.Scaled` on the CPU, with raw addresses.
 
-It is no evidence about TensorRT. Its classes have the library's names, and `test_contract.py` holds each method here to one of
-the real library's, so that what passes with this fake at least calls functions that exist.
+It shows nothing about TensorRT. Its classes have the library's names, and `test_contract.py` checks that the real library has
+each method here, so that code that passes with this fake at least calls functions that exist.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ MEMORY_BYTES = 64
 
 
 class FakeStream:
-    """Runs at once. What is captured is a tape of shapes, addresses and weights as they were: the worst a CUDA graph may do."""
+    """Runs work at once. A capture keeps shapes, addresses and weights as they were, as a CUDA graph may do in the worst case."""
 
     known: ClassVar[dict[int, "FakeStream"]] = {}
 
@@ -72,7 +72,7 @@ class FakeStream:
         pass
 
     def enqueue(self, work: Launch) -> None:
-        assert self.depth, "enqueued outside of the caller's order"
+        assert self.depth, "enqueued outside of `entered`"
         work() if self.tape is None else self.tape.append(work)
 
 
@@ -200,13 +200,13 @@ class IExecutionContext:
         changes = self.hidden_changes
 
         def work() -> None:
-            assert changes == self.hidden_changes, "a context was altered whose work is in a graph"
+            assert changes == self.hidden_changes, "a context was changed after its work was captured in a graph"
             tensors = {name: see(*place) for name, place in places.items()}
             tensors[OUTPUT].copy_(tensors["latents"] * weight + tensors["time"].sum() + tensors["skip_0"].mean())
 
         if stream_handle in FakeStream.known:
             FakeStream.known[stream_handle].enqueue(work)
-        else:  # a CUDA stream, in whose order PyTorch works now
+        else:  # a CUDA stream, which is PyTorch's current stream now
             work()
         return True
 
@@ -227,7 +227,7 @@ class Refitter:
 
 
 class OnnxParserRefitter:
-    """Of "ONNX files" that hold a number, the weight, or a plan of this fake; else it fails."""
+    """Reads "ONNX files" that hold a number (the weight) or a plan of this fake; fails for others."""
 
     def __init__(self, refitter: Refitter, logger: ILogger) -> None:
         self.hidden_refitter = refitter
@@ -286,7 +286,7 @@ class INetworkDefinition:
 
 
 class OnnxParser:
-    """Of "ONNX files" that are plans of this fake without their profiles."""
+    """Reads "ONNX files" that are plans of this fake without their profiles."""
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self.hidden_network = network
@@ -306,7 +306,7 @@ class IOptimizationProfile:
 
 
 class IBuilderConfig:
-    """What the real library does with timings that it cannot use is not known here, so both ways."""
+    """How the real library refuses unusable timings was not tried, so this fake has both ways: returning None and False."""
 
     def __init__(self) -> None:
         self.hidden_cache: ITimingCache | None = None
@@ -342,7 +342,7 @@ class ITimingCache:
 
 
 def at(address: int, shape: Sequence[int], dtype: str) -> Tensor:
-    """The memory there as a tensor."""
+    """The memory at an address as a tensor."""
     torch_dtype = next(key for key, name in DTYPES.items() if name == dtype)
     size_bytes = prod(shape) * torch_dtype.itemsize
     return torch.frombuffer((ctypes.c_char * size_bytes).from_address(address), dtype=torch_dtype).view(*shape)
@@ -350,7 +350,7 @@ def at(address: int, shape: Sequence[int], dtype: str) -> Tensor:
 
 @cache
 def at_cuda(address: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-    """The same of a GPU's memory. Made once: while work is captured, nobody may ask the driver about an address."""
+    """The same for GPU memory. Cached, because the driver must not be asked about an address while work is captured."""
 
     class Place:
         __cuda_array_interface__ = {"shape": tuple(shape), "typestr": CUDA_TYPES[dtype], "data": (address, False), "version": 3}  # noqa: RUF012
@@ -359,7 +359,7 @@ def at_cuda(address: int, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def fake_tensorrt(version: str = "11.4.0.106") -> ModuleType:
-    """The fake as a module of the library's name."""
+    """The fake as a module with the library's name."""
     module = ModuleType("tensorrt")
     vars(module).update({name: value for name, value in globals().items() if isinstance(value, type)}, __version__=version)
     return module
@@ -373,7 +373,7 @@ def fake_plan(
     report: str = "{}",
     faults: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What the fake takes as a plan, as JSON: all that it is asked about. faults: "shape", "execute" or "refit"."""
+    """A plan of the fake, for JSON: all that our code asks about. faults: calls that fail, "shape", "execute" or "refit"."""
     tensors = {
         name: ["INPUT", DTYPES[tensor.dtype], [-1 if isinstance(dim, str) else dim for dim in call.dims[name]]]
         for name, tensor in call.example.items()

@@ -1,4 +1,4 @@
-"""A call with each kind of attention that the UNets have, so small that it is exported in seconds."""
+"""A call with every kind of attention in the UNets, small enough to be exported in seconds."""
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -15,7 +15,7 @@ DIMS = {"latents": (2, "frames", "height", CHANNELS)}
 
 
 class Motion(nn.Module):
-    """AnimateDiff's two attentions over frames with their table, SVD's one without, and one within a frame."""
+    """AnimateDiff's two attentions over frames with a position table, SVD's one without, and one within a frame."""
 
     def __init__(self) -> None:
         super().__init__()

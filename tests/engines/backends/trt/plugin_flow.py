@@ -1,8 +1,8 @@
-"""Takes our plugins through TensorRT's own Python package, as its builder would, and writes down what it is told, as JSON.
+"""Calls our plugins through TensorRT's own Python package, as its builder would, and writes what the package gets, as JSON.
 
-`tensorrt.plugin` is Python and here for real: it checks our annotations, calls our functions and checks what they return. Its
-C++ side is not: the registry, dimensions and their arithmetic are stand-ins, and which calls come in which order is read from
-that package. Runs in a process whose library path leads to empty libraries. Arguments: compute capability, the file.
+`tensorrt.plugin` is the real Python code: it checks our annotations, calls our functions and checks what they return. Its C++
+side is missing: the registry, the dimensions and their arithmetic are stand-ins, and the order of calls was read from that
+package. Runs in a process whose library path leads to empty libraries. Arguments: compute capability, the file to write.
 """
 
 import base64
@@ -22,7 +22,7 @@ from engines.errors import EngineError
 
 
 class Dimension:
-    """A dimension with a value that is known, where TensorRT has an expression of those that are not."""
+    """Stands in for `IDimensionExpr`: holds a known value, where TensorRT has an expression of unknown ones."""
 
     def __init__(self, value: int):
         self.value = value
@@ -35,7 +35,7 @@ class Dimension:
 
 
 class Arithmetic:
-    """For an `IExprBuilder`."""
+    """Stands in for `IExprBuilder`."""
 
     def constant(self, value: int) -> Dimension:
         return Dimension(value)
@@ -50,7 +50,7 @@ class Arithmetic:
 
 
 class Registry:
-    """For the plugin registry, which is in the library."""
+    """Stands in for the plugin registry, which is part of the C++ library."""
 
     def __init__(self) -> None:
         self.creators: dict[tuple[str, str, str], Any] = {}
@@ -64,14 +64,14 @@ class Registry:
 
 
 class Exprs(list[Any]):
-    """For `DimsExprs`, which takes the library's dimensions only."""
+    """Stands in for `DimsExprs`, which takes only the library's dimensions."""
 
     def __init__(self, length: int):
         super().__init__([None] * length)
 
 
 class Argument:
-    """For `ISymExpr`: a whole number that a kernel is launched with."""
+    """Stands in for `ISymExpr`: an integer argument of a kernel launch."""
 
 
 class Arguments(dict[int, Any]):
@@ -85,7 +85,7 @@ sys.modules["tensorrt"] = trt  # whose `plugin` is what the distribution `tensor
 
 
 def described(shape: Sequence[int], kind: Any) -> Any:
-    """A tensor as the builder describes it, its first two dimensions unknown if it has three."""
+    """A tensor as the builder describes it; of three dimensions the first two are unknown."""
     tensor = trt.DynamicPluginTensorDesc()
     described = tensor.desc
     described.dims = trt.Dims((-1, -1, shape[2]) if len(shape) == 3 else tuple(shape))
@@ -130,7 +130,7 @@ def told(name: str, kind: Any, frames: int, heads: int, inputs: Sequence[Sequenc
 
 
 def refused(attempt: Callable[[], Any]) -> str:
-    """In which words."""
+    """The message of the error that `attempt` raises; "" if it raises none."""
     try:
         attempt()
     except (ValueError, EngineError) as exc:

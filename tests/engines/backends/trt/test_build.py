@@ -1,4 +1,4 @@
-"""Real plans of both tiny UNets, by TensorRT-RTX, which builds without a GPU. Running one needs a GPU and is not tested here."""
+"""Builds real plans of both tiny UNets with TensorRT-RTX, which needs no GPU for it. Plans are not run here: that needs a GPU."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ FOR_ANY_MACHINE = BuildOptions(compute_capability="SM89")
 
 @pytest.fixture(scope="module")
 def library() -> ModuleType:
-    return pytest.importorskip("tensorrt_rtx", reason="not verified: that TensorRT-RTX builds our graphs (extra rtx)")
+    return pytest.importorskip("tensorrt_rtx", reason="no tensorrt_rtx (extra rtx): not verified that it builds our graphs")
 
 
 @pytest.mark.parametrize("model", MODELS)

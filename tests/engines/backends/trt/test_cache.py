@@ -1,4 +1,4 @@
-"""The cache with a fake builder in TensorRT's place: what is cached here is bytes, and no engine is run."""
+"""The cache with a fake builder in place of TensorRT: the cached plans are arbitrary bytes, and no engine is run."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ OTHER_GPUS = {"name": "NVIDIA H100", "capability": (8, 9), "multiprocessors": 11
 
 
 def never() -> bytes:
-    raise AssertionError("built although it was there")
+    raise AssertionError("built although the plan was cached")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_another_value_of_any_component_is_another_plan(filled: PlanCache, part:
     assert filled.load(KEY) == PLAN
 
 
-def test_lists_cannot_be_cut_otherwise_to_the_same_key():
+def test_another_division_or_order_of_a_list_is_another_key():
     assert replace(KEY, flags=("A", "B")).digest != replace(KEY, flags=("A,B",)).digest
     assert replace(KEY, profiles=("a", "b")).digest != replace(KEY, profiles=("b", "a")).digest
 
@@ -159,7 +159,7 @@ def test_a_folder_below_one_that_others_can_write_to_is_refused():
             cache.load(KEY)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="not verified: another user's folder; only root can give one away")
+@pytest.mark.skipif(os.getuid() != 0, reason="not verified for another user's folder: only root can change an owner")
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_what_another_user_owns_is_refused(filled: PlanCache, what: str):
     os.chown(filled.folder if what == "folder" else entry(filled), 65534, 65534)
@@ -175,7 +175,7 @@ def test_a_link_to_a_plan_elsewhere_is_refused(filled: PlanCache, tmp_path: Path
 
 
 def fake_builders(folder: Path, notes: Path, count: int, seconds: float = 0.5, mode: str = "") -> list[int]:
-    """Return codes of processes that ask at once."""
+    """Starts `count` builders at once. Returns their exit codes."""
     command = [sys.executable, "-m", "tests.engines.backends.trt.fake_builder", str(folder), str(notes), str(seconds), mode]
     started = [subprocess.Popen(command) for _ in range(count)]
     return [process.wait(timeout=60) for process in started]

@@ -1,9 +1,8 @@
-"""Introspection of the real TensorRT bindings, which are on PyPI without the library: do the names that we use exist there?
+"""Introspection of the real TensorRT bindings, which are on PyPI without the library: do the names that we use exist in them?
 
-This runs nothing of TensorRT. The extension module is loaded over empty libraries and asked for its names, enumerations and
-signatures; our sources are read, and every use of the library in them is held against these. Whether what exists does what we
-think is only shown by `test_gpu.py`, where there is a GPU. Tried by hand once: the bindings of 10.16.0, 10.16.1 and 11.0 to 11.3
-offer all of it too.
+TensorRT itself does not run. The extension module is loaded over empty libraries, and its names, enumerations and signatures
+are read; every use of the library in our sources is compared with them. Only `test_gpu.py`, which needs a GPU, shows whether
+the functions do what we expect. Tried by hand once: the bindings of 10.16.0, 10.16.1 and 11.0 to 11.3 also offer all of it.
 """
 
 import inspect
@@ -21,7 +20,7 @@ from tests.engines.backends.trt.bindings import empty_libraries, with_bindings
 PINNED = "11.4.0.106"
 SOURCES = [Path(f"engines/backends/trt/{name}.py") for name in ("library", "build", "runner", "inspection")]
 RTX_ONLY = {"num_compute_capabilities", "set_compute_capability"}
-"""Used where `ComputeCapability` exists, which TensorRT proper has not."""
+"""Used only where `ComputeCapability` exists; TensorRT proper does not have it."""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What only TensorRT on a GPU can show: the tiny UNets' engines against the same in PyTorch, plain and with exchanged weights."""
+"""Needs TensorRT and a GPU: compares the tiny UNets' engines with PyTorch, with built-in and with exchanged weights."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +29,10 @@ from engines.controlnext.demo_weights import write_demo_weights
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore"),  # TensorRT's and the exporter's own
+    pytest.mark.filterwarnings("ignore"),  # warnings of TensorRT and the exporter
     pytest.mark.skipif(
         not torch.cuda.is_available() or find_spec("tensorrt") is None,
-        reason="no GPU or no TensorRT: not verified that plans, with our plugin too, build, run, equal PyTorch, are refitted",
+        reason="no GPU or no TensorRT: not verified that plans (also with our plugin) build, run, refit and equal PyTorch",
     ),
 ]
 
@@ -41,7 +41,7 @@ FAMILIES = (ShapeFamily.fixed(8, 8, 8), WIDE)
 SHAPES = [Shape(8, 8, 8), Shape(5, 16, 8), Shape(8, 8, 8), Shape(16, 16, 16)]
 PLAIN, REFIT = BuildOptions(), BuildOptions(refit=True)
 ERRORS = {"float32": 5e-3, "float16": 2e-2}
-"""Of the whole result, relative: TF32 in the one, halves in the other. A lost bias or a wrong layer is far beyond."""
+"""Relative error of the whole result, for TF32 and for half precision. A lost bias or a wrong layer gives far more."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def inputs_of(call: UNetCall, shape: Shape) -> dict[str, Tensor]:
 
 
 def error(seen: Tensor, expected: Tensor) -> float:
-    assert expected.float().std() > 0.01, "a comparison of nothing proves nothing"
+    assert expected.float().std() > 0.01, "nearly constant values: the comparison would show nothing"
     return float((seen.float() - expected.float()).norm() / expected.float().norm())
 
 
@@ -136,7 +136,7 @@ def test_an_engine_is_found_again_without_an_export(
 
 
 def test_an_engine_with_our_plugin_agrees_with_pytorch(call: UNetCall, library: ModuleType, cache: PlanCache):
-    """Also with weights that are put in later, and at heights and widths that the kernel was not compiled for."""
+    """Also with weights that are exchanged later, and at heights and widths that the kernel was not compiled for."""
     device = call.example["latents"].device
     families = (ShapeFamily(Shape(8, 8, 8), Shape(8, 8, 8), Shape(8, 16, 16)),)
     dtype = call.example["latents"].dtype

@@ -1,4 +1,4 @@
-"""The driver's version, asked of a C library of NVML's interface: there is no driver here, and the real one is not tested."""
+"""The driver's version, read from a small C library with NVML's interface. The real NVML needs a driver and is not tested."""
 
 import shutil
 import subprocess
@@ -35,7 +35,7 @@ def test_the_drivers_branch_is_the_first_part_of_its_version(tmp_path: Path):
     [({"init": 9}, "cannot be initialised"), ({"told": 1}, "does not tell"), ({"version": "rolling"}, "does not tell")],
     ids=["no driver", "refused", "no number"],
 )
-def test_an_nvml_that_does_not_tell_is_our_error(tmp_path: Path, fault: dict[str, int], words: str):
+def test_an_nvml_that_gives_no_version_is_our_error(tmp_path: Path, fault: dict[str, int], words: str):
     with pytest.raises(EngineError, match=words):
         driver_major(nvml(tmp_path, **fault))
 

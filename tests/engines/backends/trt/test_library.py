@@ -1,4 +1,4 @@
-"""What is refused by version, and whose words an error has. `fake_tensorrt` stands in for the library."""
+"""Which versions are refused, and which library messages an error quotes. `fake_tensorrt` stands in for the library."""
 
 import sys
 
@@ -31,7 +31,7 @@ def test_only_weights_that_are_to_be_exchanged_rule_out_the_version_that_loses_b
         require_supported(fake_tensorrt(version), refit=True)
 
 
-def test_versions_of_the_other_library_are_counted_otherwise():
+def test_the_oldest_version_does_not_apply_to_tensorrt_rtx():
     rtx = fake_tensorrt("1.7.1.116")
     rtx.__name__ = "tensorrt_rtx"
     require_supported(rtx, refit=True)

@@ -1,4 +1,4 @@
-"""What makes a plan another one, and how it is got. TensorRT-RTX builds for real; elsewhere `fake_tensorrt` stands in."""
+"""What a plan's key depends on, and how plans are found or built. A few tests use TensorRT-RTX, the others `fake_tensorrt`."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_another_source_that_shapes_the_graph_is_another_plan(motion: UNetCall, 
 
 
 @pytest.mark.parametrize("path", NOT_TRACED)
-def test_a_source_that_does_not_is_not(motion: UNetCall, sources: Path, path: str):
+def test_a_source_that_does_not_shape_the_graph_is_not_in_the_key(motion: UNetCall, sources: Path, path: str):
     before = key_of(motion)
     plans._sources_hash.cache_clear()
     with (sources / path).open("a") as file:
@@ -149,7 +149,7 @@ def test_another_call_is_another_plan(other: UNetCall):
 
 
 class Net(nn.Module):
-    """All that a module can hold."""
+    """A module with every kind of state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_plans_to_be_refitted_are_found_whatever_the_weights():
 
 
 class Exporter:
-    """Stands in for `export_onnx`: writes what the fake library reads, and counts."""
+    """Stands in for `export_onnx`: writes a file for the fake library, and counts the exports."""
 
     def __init__(self) -> None:
         self.paths: list[Path] = []
@@ -244,7 +244,7 @@ def test_an_engine_comes_with_the_modules_weights(exporter: Exporter, cache: Pla
         inputs = inputs_of(call, FIXED.best)
         engine = load_engine(call, FAMILIES, fake_tensorrt(), cache, FakeStream(), GPU, PLAIN)
         torch.testing.assert_close(engine(inputs), call.module(*inputs.values()))
-    assert len(exporter.paths) == 2, "the third is found"
+    assert len(exporter.paths) == 2, "the third plan is found in the cache"
 
 
 def test_an_engine_to_be_refitted_comes_with_the_modules_weights_from_anybodys_plan(exporter: Exporter, cache: PlanCache):
@@ -284,11 +284,11 @@ def test_plugins_are_another_plan_and_change_with_their_kernels(sources: Path):
 
 
 def test_tensorrt_rtx_builds_the_real_export_once(cache: PlanCache, monkeypatch: pytest.MonkeyPatch):
-    library: ModuleType = pytest.importorskip("tensorrt_rtx", reason="not verified: that TensorRT-RTX builds a real export")
+    library: ModuleType = pytest.importorskip("tensorrt_rtx", reason="no tensorrt_rtx: not verified that it builds a real export")
     options = BuildOptions(compute_capability="SM89")
     call = scaled_call()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its own deprecations
+        warnings.simplefilter("ignore")  # torch's warnings about its own deprecations
         built = plan_of(call, FAMILIES, library, cache, GPU, options)
     assert built
     monkeypatch.setattr(plans, "export_onnx", None)
@@ -297,7 +297,7 @@ def test_tensorrt_rtx_builds_the_real_export_once(cache: PlanCache, monkeypatch:
 
 def test_tensorrt_rtx_says_why_a_plan_cannot_be_loaded():
     library: ModuleType = pytest.importorskip(
-        "tensorrt_rtx", reason="not verified: TensorRT-RTX's own words for a plan that fails"
+        "tensorrt_rtx", reason="no tensorrt_rtx: not verified that its message is quoted for a plan that fails"
     )
     with pytest.raises(EngineError, match=r"the plan cannot be loaded: .*Error Code \d"):
         TensorRTEngine(b"no plan", library, scaled_call(), FAMILIES, FakeStream())

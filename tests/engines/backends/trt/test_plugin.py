@@ -1,6 +1,6 @@
-"""Our attention over frames as a TensorRT plugin: its nodes in a graph, and what TensorRT's Python side is told of them.
+"""Our attention over frames as a TensorRT plugin: its nodes in a graph, and what TensorRT's Python package gets of them.
 
-TensorRT's C++ side has never run it: `test_gpu.py` would, and `test_plugin_gpu.py` runs the machine code without TensorRT.
+TensorRT's C++ library has never run it; `test_gpu.py` would. `test_plugin_gpu.py` runs the machine code without TensorRT.
 """
 
 import base64
@@ -34,14 +34,14 @@ from tests.engines.backends.trt.scaled import FAMILIES, scaled_call
 
 OURS = ("temporal_attention",)
 WITH_PLUGIN = BuildOptions(plugins=OURS)
-FRAMES = 6  # others than the example's
+FRAMES = 6  # another number than the example's
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "motion.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its own deprecations
+        warnings.simplefilter("ignore")  # torch's warnings about its own deprecations
         export_onnx(small_motion_call(), path, OURS, FRAMES)
     return path
 
@@ -61,7 +61,7 @@ def test_attentions_over_frames_are_nodes_of_ours_and_the_rest_is_native(graph: 
 
 
 class Node(OpRun):
-    """Computes a node of ours by what stands in it."""
+    """Computes one of our nodes from its inputs and attributes alone."""
 
     op_domain = DOMAIN
 
@@ -84,9 +84,9 @@ def test_a_graph_whose_nodes_are_computed_as_they_say_is_the_module(graph: Path,
 
 
 def test_the_real_parser_looks_our_nodes_up_among_its_plugins(graph: Path):
-    """TensorRT-RTX's, which has none: what it says is that it looked for one."""
+    """TensorRT-RTX has no plugins, but its error shows that it looked for one."""
     library: ModuleType = pytest.importorskip(
-        "tensorrt_rtx", reason="not verified: that a real parser takes our nodes for plugins"
+        "tensorrt_rtx", reason="no tensorrt_rtx: not verified that a real parser takes our nodes for plugins"
     )
     with pytest.raises(EngineError, match=rf"operator: {TEMPORAL} .*Plugin not found"):
         build_plan(library, graph, [])
@@ -94,8 +94,8 @@ def test_the_real_parser_looks_our_nodes_up_among_its_plugins(graph: Path):
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="not verified: what TensorRT's Python side makes of our plugins")
-    libraries = empty_libraries(tmp_path_factory.mktemp("empty"), "our plugins are what TensorRT's Python side wants")
+    pytest.importorskip("triton", reason="no triton: not verified that TensorRT's Python package accepts our plugins")
+    libraries = empty_libraries(tmp_path_factory.mktemp("empty"), "our plugins are what TensorRT's Python package requires")
     path = tmp_path_factory.mktemp("told") / "told.json"
     with_bindings(libraries, "plugin_flow.py", "90", str(path))
     return json.loads(path.read_text())
@@ -111,7 +111,7 @@ NODES = {  # qkv, frames, heads, whether there is a table, dtype; positions of a
 def test_tensorrts_python_side_launches_as_triton_would(told: dict[str, Any], name: str):
     (images, positions, width), frames, heads, with_table, dtype, of_block = NODES[name]
     qkv = torch.empty(images, positions, width, device="meta")
-    assert sorted(told[name]["launches"]) == ["1", "2"], "a tactic for each tile"
+    assert sorted(told[name]["launches"]) == ["1", "2"], "one tactic per tile"
     for tactic, launch in told[name]["launches"].items():
         kernel = kernel_of(frames, heads, width, with_table, dtype, 90, int(tactic))
         assert base64.b64decode(launch["ptx"]).decode() == kernel.ptx
@@ -132,7 +132,7 @@ def test_tensorrts_python_side_learns_shapes_types_and_attributes(told: dict[str
 
 
 def test_tensorrts_python_side_does_check_annotations(told: dict[str, Any]):
-    """Otherwise the tests above could pass without a check."""
+    """Otherwise the tests above could pass without checking anything."""
     assert "does not have a type annotation" in told["unannotated"]
 
 
@@ -165,7 +165,7 @@ def test_what_has_no_plugin_is_refused_before_anything_is_registered(
 
 
 def test_the_real_tensorrt_rtx_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch):
-    library: ModuleType = pytest.importorskip("tensorrt_rtx", reason="not verified: that TensorRT-RTX gets no plugins")
+    library: ModuleType = pytest.importorskip("tensorrt_rtx", reason="no tensorrt_rtx: not verified that it gets no plugins")
     monkeypatch.setattr(build, "register", lambda: pytest.fail("registered"))
     with pytest.raises(EngineError, match="tensorrt_rtx has no plugins"):
         build_plan(library, graph, [], WITH_PLUGIN)
@@ -216,4 +216,4 @@ def test_a_plan_with_plugins_is_for_one_number_of_frames_in_half_precision(
 def test_height_and_width_may_change():
     families = [ShapeFamily(Shape(16, 64, 64), Shape(16, 64, 96), Shape(16, 64, 96)), ShapeFamily.fixed(16, 64, 64)]
     assert frames_of(fake_tensorrt(), OURS, families, torch.bfloat16) == 16
-    assert frames_of(fake_tensorrt(), (), FAMILIES, torch.float32) == 0, "without plugins any number"
+    assert frames_of(fake_tensorrt(), (), FAMILIES, torch.float32) == 0, "without plugins, any number of frames"

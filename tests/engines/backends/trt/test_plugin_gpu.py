@@ -1,4 +1,4 @@
-"""The machine code of our plugin on a GPU, launched by CUDA's driver as TensorRT would: with the arguments alone. No TensorRT."""
+"""Our plugin's machine code on a GPU without TensorRT: CUDA's driver launches it with its arguments only, as TensorRT would."""
 
 import ctypes
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def launch(kernel: Compiled, blocks: int, inputs: Sequence[Tensor], whole: Sequence[int], out: Tensor) -> None:
-    """By `cuLaunchKernel`: inputs, whole numbers, the output."""
+    """Launches by `cuLaunchKernel`. Arguments in order: inputs, integers, the output."""
     driver = ctypes.CDLL("libcuda.so.1")
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     assert driver.cuModuleLoadData(ctypes.byref(module), kernel.ptx.encode()) == 0
@@ -59,7 +59,7 @@ def test_the_machine_code_computes_attention_over_frames(
     try:
         of_block = positions_of_block(frames, head_dim, capability, tactic)
     except IndexError:
-        pytest.skip(f"one tile on {capability}")
+        pytest.skip(f"only one tile on {capability}")
     torch.manual_seed(0)
     width = 3 * heads * head_dim
     qkv = torch.randn(clips * frames, positions, width, device="cuda").to(dtype)

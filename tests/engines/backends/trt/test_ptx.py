@@ -1,4 +1,4 @@
-"""Kernels as a TensorRT plan holds them: their text, assembled by NVIDIA's own assembler for GPUs that are not here."""
+"""Kernels as PTX text for a TensorRT plan, assembled by NVIDIA's assembler for GPUs that are not present."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="not verified: what a plan holds of our kernels")
+pytest.importorskip("triton", reason="no triton: not verified that our kernels' PTX is fit for a plan")
 import triton
 
 from engines.backends.trt.plugin import MOST_SHARED_BYTES, kernel_of
@@ -22,7 +22,7 @@ LARGEST = (16, 8, 40, True, "fp16")  # AnimateDiff's; of each: frames, heads, he
 SVD = (24, 5, 64, False, "bf16")
 CASES = [*((LARGEST, target, 1) for target in TARGETS), (SVD, 90, 2)]
 AS_TRITON = "--regAllocOptLevel=2"
-"""What it passes to the assembler, and TensorRT, for all that is known, does not."""
+"""Triton passes this option to the assembler. As far as we know TensorRT does not."""
 HEADER = """
 .version 8.7
 .target sm_90a
@@ -37,11 +37,11 @@ HEADER = """
 	ld.param.b64 	%rd2, [kernel_param_2];
 }
 """
-"""A pointer, a number, a pointer, and one that is hidden."""
+"""Parameters: a pointer, an integer, a pointer, and a hidden pointer."""
 
 
 def assembled(kernel: Compiled, folder: Path, *options: str) -> Needs:
-    """What the machine code of this text needs."""
+    """Assembles the kernel's PTX. Returns what the machine code needs."""
     target = re.search(r"^\.target (sm_\w+)", kernel.ptx, re.MULTILINE)
     assert target is not None
     programs = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -85,10 +85,10 @@ def test_heads_that_no_tile_serves_are_refused():
         kernel_of(16, 8, 96, True, "fp16", 90, 1)
 
 
-def test_what_is_hidden_goes_and_no_more():
+def test_only_hidden_parameters_are_removed():
     seen = without_hidden(HEADER, "kernel", [POINTER, WHOLE, POINTER], 0)
     assert seen == HEADER.replace(",\n	.param .u64 .ptr .global .align 1 kernel_param_3", "")
-    assert without_hidden(seen, "kernel", [POINTER, WHOLE, POINTER], 0) == seen, "a Triton that hides nothing"
+    assert without_hidden(seen, "kernel", [POINTER, WHOLE, POINTER], 0) == seen, "a Triton that adds no hidden parameters"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Our own logic around a library: `fake_tensorrt` stands in for TensorRT, which is neither run nor tested here."""
+"""Our own logic around TensorRT. `fake_tensorrt` stands in for the library, which is neither run nor tested here."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ FIXED_SHAPE, OTHER_SHAPE = FIXED.best, Shape(3, 8, 12)
 
 
 def engine(plan: dict[str, Any] | bytes | None = None, call: UNetCall = CALL, **options: Any) -> TensorRTEngine:
-    """In the fake library. options: of the engine's constructor."""
+    """An engine in the fake library. options: arguments of its constructor."""
     made = fake_plan(call, FAMILIES) if plan is None else plan
     written = made if isinstance(made, bytes) else json.dumps(made).encode()
     arguments = {"library": fake_tensorrt(), "families": FAMILIES, "stream": FakeStream(), **options}
@@ -91,7 +91,7 @@ def test_each_shape_runs_in_its_narrowest_family_in_a_context_of_its_own():
     contexts = ready._engine.hidden_contexts
     assert not contexts
     ready(inputs_of(CALL, FIXED_SHAPE))
-    assert [context.hidden_profile for context in contexts] == [1], "the wide family is the first, the fixed one narrower"
+    assert [context.hidden_profile for context in contexts] == [1], "the fixed family, which is the narrower one, is the second"
     for shape in (OTHER_SHAPE, WIDE.largest, FIXED_SHAPE):
         ready(inputs_of(CALL, shape))
     assert [context.hidden_profile for context in contexts] == [1, 0, 0]
@@ -249,7 +249,7 @@ def test_the_version_that_loses_biases_is_not_refitted(tmp_path: Path):
         ready.refit(weights(tmp_path, "3"))
 
 
-def test_an_engine_tells_what_is_in_it():
+def test_an_engine_reports_its_layers_ports_and_memory():
     told = {"Layers": [{"Name": "conv_in + silu", "LayerType": "CaskConvolution", "TacticName": "sm90_xmma"}]}
     report = engine(fake_plan(CALL, FAMILIES, report=json.dumps(told))).inspect()
     assert report.layers == (Layer("conv_in + silu", "CaskConvolution", "sm90_xmma"),)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine's stream and CUDA graphs. No TensorRT: PyTorch's kernels are what is recorded."""
+"""Needs a GPU: the engine's stream and CUDA graphs. TensorRT is not used; PyTorch's kernels are recorded."""
 
 import json
 
@@ -14,12 +14,12 @@ from tests.engines.backends.trt.scaled import FAMILIES, FIXED, WIDE, inputs_of, 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU: not verified that an engine's stream keeps its caller's order and repeats"
+        not torch.cuda.is_available(), reason="no GPU: not verified that an engine's stream keeps its caller's order and replays"
     ),
 ]
 
 A_WHILE = 200_000_000
-"""Clocks that a kernel waits, about a tenth of a second: whoever does not wait for it is seen."""
+"""Clock cycles of a slow kernel, about 0.1 s: work that does not wait for it gives a wrong result."""
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def stream() -> CudaStream:
     return CudaStream(torch.device("cuda", torch.cuda.current_device()))
 
 
-def test_what_is_captured_is_repeated_on_what_lies_there(stream: CudaStream):
+def test_a_capture_is_replayed_on_the_current_values_in_memory(stream: CudaStream):
     seen, made = torch.zeros(1024, device="cuda"), torch.zeros(1024, device="cuda")
     calls = []
 

@@ -1,4 +1,4 @@
-"""What `build_plan` does with a timing cache. `fake_tensorrt` stands in for the builder: nothing is measured here."""
+"""How `build_plan` uses a timing cache. `fake_tensorrt` stands in for the builder; nothing is measured."""
 
 import json
 from pathlib import Path

@@ -15,7 +15,7 @@ STANDING = np.array(
 
 
 def person(body: np.ndarray = STANDING, score: float = 1.0, rng: np.random.Generator | None = None) -> Pose:
-    """One person of these body points, all with `score`; hands and face absent, or random about it with a generator."""
+    """One person with these body points, all of `score`, without hands and face. `rng` makes all points and scores random."""
     if rng is None:
         hands, face = np.zeros((1, 2, 21, 2)), np.zeros((1, 68, 2))
         return Pose(body[None], np.full((1, 18), score), hands, np.zeros((1, 2, 21)), face, np.zeros((1, 68)))

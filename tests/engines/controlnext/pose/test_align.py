@@ -13,12 +13,12 @@ SQUARE = (100, 100)
 
 
 def driven(scale: tuple[float, float], shift: tuple[float, float]) -> Pose:
-    """The person that (scale, shift) brings onto the standing one."""
+    """A person that scaling and shifting by these values moves onto the standing one."""
     return person((STANDING - shift) / scale)
 
 
 def seen(pose: Pose, *points: int) -> Pose:
-    """With these body points only."""
+    """The pose with these body points only; the others are absent."""
     scores = np.zeros((1, 18))
     scores[0, list(points)] = 1
     return replace(pose, body_scores=scores)
@@ -47,7 +47,7 @@ def test_both_axes_are_scaled_alike_in_pixels():
 
 
 def test_one_fit_serves_all_frames():
-    """Least squares over a crouching and a standing frame, against numpy's own."""
+    """Least squares over a crouching and a standing frame, compared with numpy's."""
     crouching = person(STANDING * (1, 0.6) + (0, 0.4))
     found = fit(person(), [person(), crouching], SQUARE, SQUARE)
     ours = list(ALIGNED)
@@ -115,7 +115,7 @@ def test_a_driving_person_in_one_line_shifts_and_does_not_scale():
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.01])
-def test_nobody_is_turned_on_their_head_or_made_a_dot(scale: float):
+def test_a_fit_neither_flips_nor_collapses_a_person(scale: float):
     found = fit(person(), [driven((1, scale), (0, 0.5))], SQUARE, SQUARE)
     assert found.scale_y == 1
 

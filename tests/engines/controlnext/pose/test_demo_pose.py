@@ -30,7 +30,7 @@ COCO_IN_OPENPOSE = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
 
 
 def misses(dwpose: DWPose, frame: np.ndarray, puppet: Puppet, time: float) -> int:
-    """Joints that are not found within 2 % of the height."""
+    """How many joints are not found within 2 % of the height."""
     height, width = frame.shape[:2]
     pose = dwpose(frame)
     assert pose.persons == 1

@@ -11,7 +11,7 @@ def nothing() -> np.ndarray:
 
 
 def put(cells: np.ndarray, box: tuple[float, ...], stride: int = 16, score: float = 0.9, kind: int = 0, cell: int = 0) -> None:
-    """A box (left, top, right, bottom), in pixels of the square, written as YOLOX would into a cell of that stride."""
+    """Writes a box (left, top, right, bottom), in pixels of the square, into a cell of that stride as YOLOX encodes it."""
     left, top, right, bottom = box
     row, column = divmod(cell, 640 // stride)
     values = cells[0, FIRST_CELL[stride] + cell]

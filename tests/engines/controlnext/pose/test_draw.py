@@ -1,4 +1,4 @@
-"""The drawing against one written down from `video-models.md`, section 2B.5, on the whole canvas in every pass."""
+"""Compares the drawing with a slow one, written from `video-models.md` 2B.5, that redraws the whole canvas in every pass."""
 
 import colorsys
 import math
@@ -62,7 +62,7 @@ def slow_draw(pose: Pose, height: int, width: int) -> np.ndarray:
 
 
 def crowd(seed: int, people: int = 1, score: float = 1.0) -> Pose:
-    """Random people about the frame, some partly outside it."""
+    """Random people in the frame, some partly outside it."""
     rng = np.random.default_rng(seed)
     bodies = [STANDING * rng.uniform(0.4, 1.2) + rng.uniform(-0.4, 0.4, 2) for _ in range(people)]
     return together(*(person(body, score, rng) for body in bodies))
