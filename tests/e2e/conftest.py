@@ -4,6 +4,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from deployments.hosting.embedded_postgres import stop_embedded
+from deployments.settings import Settings
 from tests.e2e.service import Service
 from tests.wire.conftest import page_client
 
@@ -17,4 +19,6 @@ def service() -> Iterator[Service]:
         running = Service(Path(home))
         running.start()
         yield running
-        assert running.stop() == 0
+        if running.running:
+            assert running.stop() == 0
+        stop_embedded(Settings(home=running.home))  # of a test that stopped it

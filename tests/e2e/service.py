@@ -65,6 +65,11 @@ class Service:
             assert time.monotonic() < deadline, f"not ready after {READY_S} s"
             time.sleep(0.2)
 
+    @property
+    def running(self) -> bool:
+        """Whether its command runs."""
+        return self.process is not None and self.process.poll() is None
+
     def processes(self, word: str) -> list[psutil.Process]:
         """Those of its processes with `word` in their command line."""
         assert self.process is not None

@@ -126,35 +126,35 @@ def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Servic
     assert pipeline.render(spec).mp4 == mp4
 
 
-@pytest.mark.parametrize(
-    ("image", "video", "field", "error_type"),
-    [
-        ("image.png", "nobody.mp4", "video_url", "pose_detection_error"),
-        ("image.png", "text.mp4", "video_url", "unsupported_video_format"),
-        ("image.png", "empty.mp4", "video_url", "unsupported_video_format"),
-        ("image.png", "sound.mp4", "video_url", "unsupported_video_format"),
-        ("image.png", "sound.wav", "video_url", "unsupported_video_format"),
-        ("image.png", "image.png", "video_url", "unsupported_video_format"),
-        ("image.png", "truncated.mp4", "video_url", "video_load_error"),
-        ("image.png", "huge.mp4", "video_url", "image_too_large"),
-        ("image.png", "missing.mp4", "video_url", "file_download_error"),
-        ("nobody.png", "clip.mp4", "image_url", "pose_detection_error"),
-        ("huge.png", "clip.mp4", "image_url", "image_too_large"),
-        ("clip.mp4", "clip.mp4", "image_url", "unsupported_image_format"),
-    ],
-)
-def test_bad_media_end_as_a_422_that_names_them_and_the_worker_lives(
-    client: QueueClient, service: Service, media: str, image: str, video: str, field: str, error_type: str
-):
-    request_id = client.submit(ENDPOINT, SMALL | {"image_url": f"{media}/{image}", "video_url": f"{media}/{video}"})
-    assert finished(client, request_id)["error_type"] == error_type
-    response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
-    assert response.status_code == 422
-    (detail,) = response.json()["detail"]
-    assert (detail["loc"], detail["type"]) == (["body", field], error_type)
+BAD_MEDIA = [  # image, video, the field that is named, the error's type
+    ("image.png", "nobody.mp4", "video_url", "pose_detection_error"),
+    ("image.png", "text.mp4", "video_url", "unsupported_video_format"),
+    ("image.png", "empty.mp4", "video_url", "unsupported_video_format"),
+    ("image.png", "sound.mp4", "video_url", "unsupported_video_format"),
+    ("image.png", "sound.wav", "video_url", "unsupported_video_format"),
+    ("image.png", "image.png", "video_url", "unsupported_video_format"),
+    ("image.png", "truncated.mp4", "video_url", "video_load_error"),
+    ("image.png", "huge.mp4", "video_url", "image_too_large"),
+    ("image.png", "missing.mp4", "video_url", "file_download_error"),
+    ("nobody.png", "clip.mp4", "image_url", "pose_detection_error"),
+    ("huge.png", "clip.mp4", "image_url", "image_too_large"),
+    ("clip.mp4", "clip.mp4", "image_url", "unsupported_image_format"),
+]
+
+
+def test_bad_media_end_as_a_422_that_names_them_and_the_workers_live(client: QueueClient, service: Service, media: str):
+    asked = [SMALL | {"image_url": f"{media}/{image}", "video_url": f"{media}/{video}"} for image, video, *_ in BAD_MEDIA]
+    ids = [client.submit(ENDPOINT, job) for job in asked]
     good = {"image_url": f"{media}/image.png", "video_url": f"{media}/clip.mp4", "max_frame_num": 2, "num_inference_steps": 1}
-    after = client.submit(ENDPOINT, SMALL | good)
-    assert "error" not in finished(client, after)
+    ids.append(client.submit(ENDPOINT, SMALL | good))
+    *bad, last = (finished(client, request_id) for request_id in ids)
+    assert [status["error_type"] for status in bad] == [error_type for *_, error_type in BAD_MEDIA]
+    assert "error" not in last
+    for request_id, (*_, field, error_type) in zip(ids, BAD_MEDIA, strict=False):
+        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+        assert response.status_code == 422
+        (detail,) = response.json()["detail"]
+        assert (detail["loc"], detail["type"]) == (["body", field], error_type)
 
 
 @pytest.mark.parametrize(

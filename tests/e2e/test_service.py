@@ -182,32 +182,29 @@ def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize(
-    ("source", "error_type"),
-    [
-        ("{media}/missing.png", "file_download_error"),
-        ("{media}/huge.png", "file_too_large"),
-        ("{media}/text.png", "unsupported_image_format"),
-        ("http://127.0.0.1:1/x.png", "file_download_error"),
-        ("data:image/png;base64,iVBORw0KGgo=", "unsupported_image_format"),
-        ("data:image/png,plain", "file_download_error"),
-        ("http://xn--a/", "file_download_error"),
-    ],
-)
-def test_a_bad_keyframe_ends_as_a_422_that_names_it(
-    client: QueueClient, service: Service, media: str, source: str, error_type: str
-):
-    good = f"{media}/red.png"
-    job = {"prompt": "a", "keyframe_0_image_url": good, "keyframe_0_index": 0, "keyframe_2_image_url": source.format(media=media)}
-    request_id = client.submit(ENDPOINT, job | {"keyframe_2_index": 9})
-    status = finished(client, request_id)
-    assert status["error_type"] == error_type
-    response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
-    assert response.status_code == 422
-    (detail,) = response.json()["detail"]
-    assert (detail["loc"], detail["type"]) == (["body", "keyframe_2_image_url"], error_type)
-    after = client.submit(ENDPOINT, {"prompt": "the worker lives", "num_inference_steps": 1})
-    assert "error" not in finished(client, after)
+BAD_KEYFRAMES = [  # the URL, the error's type
+    ("{media}/missing.png", "file_download_error"),
+    ("{media}/huge.png", "file_too_large"),
+    ("{media}/text.png", "unsupported_image_format"),
+    ("http://127.0.0.1:1/x.png", "file_download_error"),
+    ("data:image/png;base64,iVBORw0KGgo=", "unsupported_image_format"),
+    ("data:image/png,plain", "file_download_error"),
+    ("http://xn--a/", "file_download_error"),
+]
+
+
+def test_a_bad_keyframe_ends_as_a_422_that_names_it_and_the_workers_live(client: QueueClient, service: Service, media: str):
+    good = {"prompt": "a", "keyframe_0_image_url": f"{media}/red.png", "keyframe_0_index": 0, "keyframe_2_index": 9}
+    ids = [client.submit(ENDPOINT, good | {"keyframe_2_image_url": url.format(media=media)}) for url, _ in BAD_KEYFRAMES]
+    ids.append(client.submit(ENDPOINT, {"prompt": "the worker lives", "num_inference_steps": 1}))
+    *bad, last = (finished(client, request_id) for request_id in ids)
+    assert [status["error_type"] for status in bad] == [error_type for _, error_type in BAD_KEYFRAMES]
+    assert "error" not in last
+    for request_id, (_, error_type) in zip(ids, BAD_KEYFRAMES, strict=False):
+        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+        assert response.status_code == 422
+        (detail,) = response.json()["detail"]
+        assert (detail["loc"], detail["type"]) == (["body", "keyframe_2_image_url"], error_type)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ import triton
 from kernels.triton.ahead import Compiled, compiled
 
 TARGETS = (80, 90, 100)
-"""Compute capabilities: A100, H100 and H200, B200. An L40S or RTX 4090 (89) is offered an A100's tiles and has its instructions and
-registers, but less shared memory: see `SHARED_BYTES`."""
+"""Compute capabilities: A100, H100 and H200, B200. An L40S or RTX 4090 (89) is offered an A100's tiles and has its instructions
+and registers, but less shared memory: see `SHARED_BYTES`."""
 REPORT = "REELRAY_COMPILE_REPORT"
 """Environment variable with a file to which each compilation adds a line of JSON, for `report.py`."""
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""What one block may have (CUDA C++ Programming Guide, table of technical specifications). For 80 it is what 89 has, which is less
-than an A100's 163 KiB."""
+"""What one block may have (CUDA C++ Programming Guide, table of technical specifications). For 80 it is what 89 has, less than
+an A100's 163 KiB."""
 
 
 @dataclass(frozen=True)

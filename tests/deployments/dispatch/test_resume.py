@@ -182,8 +182,7 @@ async def left(settings: Settings) -> Callable[[], list[Path]]:
     return lambda: list(Path(settings.files_url).glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("store_io", [True, False])
-@pytest.mark.parametrize("end", ["success", "cancel", "failure"])
+@pytest.mark.parametrize(("end", "store_io"), [("success", True), ("success", False), ("cancel", True), ("failure", False)])
 async def test_ten_minutes_after_its_end_nothing_is_left_of_a_jobs_checkpoint(
     store: JobStore,
     files: FileStore,

@@ -15,7 +15,6 @@ from engines.errors import EngineError
 from tests.engines.backends.trt.conftest import Exported
 
 SMALL = ShapeFamily(Shape(2, 8, 8), Shape(8, 8, 8), Shape(16, 16, 16))
-MODELS = ["motion", "svd"]
 FOR_ANY_MACHINE = BuildOptions(compute_capability="SM89")
 
 
@@ -24,8 +23,7 @@ def library() -> ModuleType:
     return pytest.importorskip("tensorrt_rtx", reason="no tensorrt_rtx (extra rtx): not verified that it builds our graphs")
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("family", [ShapeFamily.fixed(8, 8, 8), SMALL], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("model", "family"), [("motion", ShapeFamily.fixed(8, 8, 8)), ("svd", SMALL)], ids=["static", "dynamic"])
 def test_a_plan_is_built(library: ModuleType, model: str, family: ShapeFamily, request: pytest.FixtureRequest):
     graph: Exported = request.getfixturevalue(model)
     built = build_plan(library, graph.path, [profile_of(graph.call, family)], FOR_ANY_MACHINE)
