@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,14 @@ A_FAULT = {
 """Folder -> an import that it must not have."""
 
 
-def imports(source: str) -> Iterator[str]:
+@cache
+def imports(source: str) -> frozenset[str]:
     """Everything that a source imports, as "package.module" or "package.module.name", at any place in the file."""
-    for node in ast.walk(ast.parse(source)):
+    return frozenset(_imports(ast.parse(source)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -142,7 +148,7 @@ def faults(root: Path) -> dict[str, set[str]]:
     for layer in ("kernels", "engines", "deployments"):
         for file in sorted((root / layer).rglob("*.py")):
             name = file.relative_to(root).as_posix()
-            imported = set(imports(file.read_text()))
+            imported = imports(file.read_text())
             bad = {
                 each
                 for folder, tops in FORBIDDEN.items()
@@ -157,11 +163,11 @@ def faults(root: Path) -> dict[str, set[str]]:
     return found
 
 
-def room_faults(path: Path, imported: set[str]) -> set[str]:
+def room_faults(path: Path, imported: frozenset[str]) -> set[str]:
     """Those of a file's imports that its room may not have. path: below `deployments`."""
     room = path.parts[0]
     if room == "__init__.py":
-        return imported
+        return set(imported)
     if room not in ROOMS:
         return {f"{room} is no room"}
     may = permitted(path, room)
@@ -260,7 +266,7 @@ def test_other_forbidden_imports_and_places_are_found(copy: Path, source: str, f
 
 def test_no_import_is_relative():
     with pytest.raises(AssertionError, match="absolute"):
-        list(imports("from . import spec"))
+        imports("from . import spec")
 
 
 def test_the_light_rooms_load_neither_torch_nor_ray():

@@ -409,7 +409,7 @@ def test_store_does_what_its_model_does(embedded_server: str) -> None:
         run_state_machine_as_test(
             type("Machine", (StoreMachine,), {"url": url}),
             settings=settings(
-                max_examples=int(EXAMPLES or 25),
+                max_examples=int(EXAMPLES or 15),
                 stateful_step_count=40,
                 derandomize=EXAMPLES is None,
                 database=None,

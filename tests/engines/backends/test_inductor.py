@@ -59,7 +59,7 @@ def motion(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetCall:
     torch.manual_seed(0)
     source = UNetMotionModel(
         down_block_types=("CrossAttnDownBlockMotion",),
-        up_block_types=("CrossAttnUpBlockMotion",),
+        up_block_types=("UpBlockMotion",),
         block_out_channels=(32,),
         layers_per_block=1,
         cross_attention_dim=32,
@@ -74,7 +74,7 @@ def svd(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetCall:
     torch.manual_seed(0)
     source = UNetSpatioTemporalConditionModel(
         down_block_types=("CrossAttnDownBlockSpatioTemporal",),
-        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",),
         block_out_channels=(32,),
         num_attention_heads=(2,),
         layers_per_block=1,

@@ -31,7 +31,7 @@ def motion_unet() -> MotionUNet:
             num_attention_heads=4,
             norm_num_groups=8,
             down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            up_block_types=("UpBlockMotion", "UpBlockMotion"),
             motion_num_attention_heads=4,
             use_motion_mid_block=True,
         )
