@@ -168,7 +168,7 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
     """The promises that were broken, and the figures. database: the URL of a migrated, empty database."""
     loop = asyncio.get_running_loop()
     callers_store, store = await JobStore.open(database), await JobStore.open(database)
-    tasks_before = len(asyncio.all_tasks())
+    tasks_before, threads_before = len(asyncio.all_tasks()), set(threading.enumerate())
     with hosted("gateway", database) as door:
         cancels = Cancels(door.url, callers_store, random.Random(seed))
         queue = QueueSettings(max_in_flight=ROOM)
@@ -194,7 +194,8 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
     await asyncio.sleep(0.1)
     if (tasks := len(asyncio.all_tasks())) > tasks_before:
         faults.append(f"left behind: {tasks - tasks_before} tasks")
-    if threads := [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]:
+    new = set(threading.enumerate()) - threads_before
+    if threads := [thread.name for thread in new if thread.name.startswith("ThreadPoolExecutor")]:
         faults.append(f"left behind: threads of stages: {threads}")
     faults += await _history(database, len(cancels.ids))
     await store.close()
