@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export REELRAY_HOME ?= $(CURDIR)/.reelray
+unexport PYTHONDONTWRITEBYTECODE # some images set it: then every process compiles our modules again when it starts
 
 .DEFAULT_GOAL := help
 
@@ -28,7 +29,7 @@ serve: install ## keep the service running on http://127.0.0.1:8000
 
 .PHONY: test
 test: install ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: test-fast
 test-fast: install ## run the tests that need neither Ray nor a compiler
