@@ -2,7 +2,7 @@
 
 import re
 
-FIRST = ("ray", "compilers", "inductor", "trt", "chaos")
+FIRST = ("ray", "trt", "inductor", "compilers", "chaos", "interpreters")
 """Groups that take longest, in the order in which they begin. All others follow as they are collected."""
 SLOW_FILES = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py")
 """Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""

@@ -22,7 +22,7 @@ from tests.e2e.service import Service, gateway
 from tests.e2e.test_service import ENDPOINT, finished, wait_for_step
 from tests.fakes import LocalStages
 
-STEPS = 50
+STEPS = 24
 LONG = {"prompt": "a red ball", "num_inference_steps": STEPS, "guidance_scale": 2, "seed": 11}
 """Some seconds of work."""
 QUEUE = {"checkpoint_s": 0.2, "lease_s": 3, "max_in_flight": 1}

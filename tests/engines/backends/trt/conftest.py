@@ -1,7 +1,6 @@
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -9,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.settings import Settings
+from engines.animatediff.call import motion_call
 from engines.animatediff.unet import MotionUNet
+from engines.backends.trt.export import export_onnx
 from engines.backends.unet_call import UNetCall
+from engines.controlnext.call import svd_call
 from engines.controlnext.unet import SVDUNet
-from tests.engines.backends.trt.exports import call_of, export_motion, export_svd, motion_unet, svd_unet
-
-Exports = Mapping[str, Future[Path]]
+from tests.engines.backends.trt.unets import motion_unet, svd_unet
 
 
 @dataclass(frozen=True)
@@ -32,40 +31,24 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exports(demo_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[Path]]]:
-    """The graphs of `tests.engines.backends.trt`, exported in a separate process that ends after the last one."""
-    folder = tmp_path_factory.mktemp("onnx")
-    process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    futures = {
-        "motion": process.submit(export_motion, folder / "motion.onnx"),
-        "svd": process.submit(export_svd, demo_settings.demo_weights / "controlnext", folder / "svd.onnx"),
-    }
-    process.shutdown(wait=False)
-    yield futures
-    for future in futures.values():
-        future.cancel()
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _exports_begin(request: pytest.FixtureRequest) -> None:
-    """Starts the exports with the first test of this folder: most of its tests do not need the graphs."""
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function) and "trt" in item.path.parts]
-    if any({"motion", "svd", "model"} & set(item.fixturenames) for item in asked):
-        request.getfixturevalue("exports")
+def motion(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """With guidance: one call has both halves."""
+    unet = motion_unet()
+    return exported(unet, motion_call(unet, halves=2), tmp_path_factory.mktemp("motion"))
 
 
 @pytest.fixture(scope="session")
-def motion(exports: Exports) -> Exported:
-    return exported(motion_unet(), exports["motion"])
+def svd(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    unet = svd_unet()
+    return exported(unet, svd_call(unet), tmp_path_factory.mktemp("svd"))
 
 
-@pytest.fixture(scope="session")
-def svd(exports: Exports, demo_settings: Settings) -> Exported:
-    return exported(svd_unet(demo_settings.demo_weights / "controlnext"), exports["svd"])
-
-
-def exported(unet: MotionUNet | SVDUNet, export: Future[Path]) -> Exported:
-    return Exported(unet, call_of(unet), export.result())
+def exported(unet: MotionUNet | SVDUNet, call: UNetCall, folder: Path) -> Exported:
+    path = folder / "unet.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own code causes them
+        export_onnx(call, path)
+    return Exported(unet, call, path)
 
 
 def randn(*shape: int) -> Tensor:
