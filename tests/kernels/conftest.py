@@ -1,4 +1,4 @@
-"""Processes for the kernels' tests: one runs the interpreter, two compile."""
+"""The process in which the kernels' tests interpret them."""
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -13,11 +13,4 @@ from tests.kernels import interpreter
 def interpreted() -> Iterator[Executor]:
     """Runs functions in a separate process, where kernels are interpreted; in this process they are compiled."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpreter.start) as executor:
-        yield executor
-
-
-@pytest.fixture(scope="session")
-def compilers() -> Iterator[Executor]:
-    """Two processes, because compiling a kernel takes a second or two."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         yield executor

@@ -45,7 +45,7 @@ def svd(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def exported(unet: MotionUNet | SVDUNet, call: UNetCall, folder: Path) -> Exported:
     path = folder / "unet.onnx"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # PyTorch's own code causes them
         export_onnx(call, path)
     return Exported(unet, call, path)

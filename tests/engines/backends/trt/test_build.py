@@ -15,6 +15,8 @@ from engines.errors import EngineError
 from tests.engines.backends.trt.conftest import Exported
 
 SMALL = ShapeFamily(Shape(2, 8, 8), Shape(8, 8, 8), Shape(16, 16, 16))
+pytestmark = pytest.mark.timeout(600)  # the first test that asks for a graph also exports it
+
 FOR_ANY_MACHINE = BuildOptions(compute_capability="SM89")
 
 

@@ -34,18 +34,18 @@ def motion_unet() -> MotionUNet:
 
 
 def svd_unet() -> SVDUNet:
-    """Likewise."""
+    """Likewise, and of one level: those of several are sampled as in `motion_unet`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return SVDUNet(
             _ready(
                 UNetSpatioTemporalConditionModel(
-                    block_out_channels=(32, 64),
+                    block_out_channels=(32,),
                     layers_per_block=1,
                     cross_attention_dim=32,
-                    num_attention_heads=(2, 4),
-                    down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-                    up_block_types=("UpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
+                    num_attention_heads=(2,),
+                    down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+                    up_block_types=("UpBlockSpatioTemporal",),
                     addition_time_embed_dim=32,
                     projection_class_embeddings_input_dim=96,
                 )
