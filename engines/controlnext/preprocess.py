@@ -56,8 +56,10 @@ class Preprocess:
             message = f"This service decodes at most {limit} frames together."
             raise ValueTooLarge(message, ("body", "decode_chunk_size"), {"le": limit})
         generator = seeded_generator(spec.seed)
-        image = self.image(spec)
-        poses = self._poses(spec, image, on_progress, should_stop)
+        levels = self.levels(spec)
+        notes: list[str] = []
+        poses = self._poses(spec, levels, notes, on_progress, should_stop)
+        image = levels.float() / 255
         latent = self._latent(image, generator)
         ids = (spec.fps - 1.0, spec.motion_bucket_id, NOISE_STRENGTH)
         return ControlNeXtConditioning(
@@ -65,7 +67,7 @@ class Preprocess:
             num_inference_steps=spec.num_inference_steps,
             guidance_scale=spec.guidance_scale,
             rng_state=generator.get_state(),
-            notes=(),
+            notes=tuple(notes),
             poses=poses,
             image_embedding=self._embedding(image),
             image_latent=latent,
@@ -77,8 +79,8 @@ class Preprocess:
             fps=spec.fps,
         )
 
-    def image(self, spec: ControlNeXtSpec) -> Tensor:
-        """(3, H, W) in [0, 1]: the reference image, covering the output's size."""
+    def levels(self, spec: ControlNeXtSpec) -> Tensor:
+        """(3, H, W) uint8: the reference image, covering the output's size. Everything that sees the image sees these levels."""
         if spec.height % self.size_multiple or spec.width % self.size_multiple:
             raise ValueError(f"{spec.width}x{spec.height} is not a multiple of {self.size_multiple} pixels")
         with blamed_on(IMAGE_FIELD):
