@@ -15,7 +15,6 @@ from engines.spec import OnProgress, ShouldStop
 from engines.stopping import stoppable
 from engines.weights import torch_dtype
 
-
 MOSTLY_BRIGHT = 0.5
 """Mean level above which a scribble is probably dark lines on white. It is used as it is, and the log says so."""
 
@@ -74,7 +73,9 @@ class Preprocess:
         """notes: gets one for each scribble that does not look like one."""
         keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # so the noise does not depend on their order
         is_scribble = spec.controlnet_type == "scribble"
-        images = torch.stack([self._image(keyframe, is_scribble) for keyframe in stoppable(keyframes, should_stop)])  # (K, 3, H, W)
+        images = torch.stack(
+            [self._image(keyframe, is_scribble) for keyframe in stoppable(keyframes, should_stop)]
+        )  # (K, 3, H, W)
         values = images if is_scribble else self._latents(images, generator)
         if is_scribble:
             notes += [

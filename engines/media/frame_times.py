@@ -12,6 +12,9 @@ from av.video.stream import VideoStream
 UNEVEN = Fraction(1, 3)
 """An interval that differs by more than this share of the usual one is uneven. Smaller differences are those of rounded times."""
 
+LONGEST_S = 10
+"""A longer interval is taken for a jump of the clock, as where recordings were joined. In seconds."""
+
 
 class FrameTimes:
     """The positions of one video's frames, in order of display. usual_s: see `usual_interval`; None counts the frames.
@@ -30,8 +33,9 @@ class FrameTimes:
         """The next frame's position. lost: how many frames could not be decoded so far."""
         time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
         step = Fraction(1 + lost - self._lost)
-        if time is not None and self._time is not None and self._usual_s is not None and time > self._time:
-            step = (time - self._time) / self._usual_s
+        passed = Fraction(0) if time is None or self._time is None else time - self._time
+        if self._usual_s is not None and 0 < passed <= LONGEST_S:
+            step = passed / self._usual_s
             frames = max(round(step), 1)
             self.uneven = self.uneven or abs(step - frames) > UNEVEN or (frames > 1 and not lost)
             step = Fraction(frames) if abs(step - frames) <= UNEVEN else step

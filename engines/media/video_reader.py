@@ -214,9 +214,7 @@ class VideoReader:
     def _check_loss(self, ended: bool) -> None:
         """ended: the file gave fewer frames than were asked for."""
         if self._lost > MAX_LOST * self.packets:
-            raise VideoLoadError(
-                f"The video is damaged: {self._lost} of {self.packets} frames could not be decoded."
-            )
+            raise VideoLoadError(f"The video is damaged: {self._lost} of {self.packets} frames could not be decoded.")
         end = self._declared_end_s
         if not ended or end is None or self._reached_s + _ENDS_EARLY_S >= end or not (self._broken or is_cut_off(self._path)):
             return  # a header that promises more than the file holds is no evidence of damage
