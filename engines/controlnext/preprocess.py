@@ -129,7 +129,7 @@ class Preprocess:
         crowded = sum(pose.persons > 1 for pose in found)
         if crowded and not spec.strict_reference:
             notes.append(
-                f"{crowded} of {len(found)} frames of the video show several people: the one closest to the reference's size drives"
+                f"{crowded} of {len(found)} frames show several people: the one closest to the reference's size drives the video"
             )
             found = alone(found, reference, size, frame_size)
         alignment = fit(reference, found, size, frame_size)
