@@ -63,7 +63,7 @@ class PreparedEngines:
         return tuple((call, engine.name) for call, engine in sorted(self._engines.items()))
 
     def differences(self) -> Iterator[tuple[str, Shape, float]]:
-        """Every call that has an engine, at the families' best shapes that it takes: how far it is from the modules on the same noise.
+        """Every call that has an engine, at the families' best shapes it takes: how far it is from the modules on the same noise.
 
         That is the largest difference as a share of the largest value. Raises `EngineError` for an engine that fails.
         """

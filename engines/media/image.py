@@ -132,8 +132,8 @@ def _decoded(data: bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | N
 
 def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # PIL's own warnings of large images, whose check follows, and of odd metadata
+        # PIL's own warnings are of large images, whose check follows, and of odd metadata
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(max_pixels)
             image.load()
@@ -175,7 +175,7 @@ def _levels(image: Image.Image) -> NDArray[np.uint8]:
         values &= (1 << bits) - 1  # PIL's 32 bits are signed
     if bits > 16:
         bits = next(depth for depth in (8, 16, bits) if values.max() < 1 << depth)
-    levels = (values * 255 // ((1 << bits) - 1)).astype(np.uint8)
+    levels = np.round(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
     return 255 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels
 
 
