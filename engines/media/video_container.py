@@ -85,31 +85,14 @@ def video_stream(container: InputContainer) -> VideoStream:
     return moving[0]
 
 
-def is_cut_off(path: Path) -> bool:
-    """Whether the file is shorter than its outermost parts say. Durations and counts in headers are often wrong; these sizes not.
+def share_present(path: Path) -> float:
+    """How much of the file is there, by the sizes of its outermost parts: other numbers in headers are often wrong.
 
-    False for a GIF, and for live recordings, which state no size.
+    1 for a GIF, and for live recordings, which state no size.
     """
+    size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        head, size = file.read(64), path.stat().st_size
-        demuxer, at = _demuxer(head[:16]), 0
-        if demuxer == "avi":
-            return 8 + int.from_bytes(head[4:8], "little") > size
-        if demuxer == "matroska":
-            start = head.find(_SEGMENT) + 4
-            length = 9 - head[start].bit_length()
-            segment = int.from_bytes(head[start : start + length]) - (1 << 7 * length)
-            return start >= 4 and segment != (1 << 7 * length) - 1 and start + length + segment > size
-        while demuxer == "mov" and at < size:
-            file.seek(at)
-            box = file.read(16).ljust(16, b"\0")
-            (length,) = struct.unpack_from(">I", box)
-            if length == 1:  # a longer number follows
-                (length,) = struct.unpack_from(">Q", box, 8)
-            if length < 8:  # 0: up to the end of the file
-                return False
-            at += length
-        return at > size
+        return min(size / max(_declared_size(file, size), 1), 1.0)
 
 
 @contextmanager
@@ -152,6 +135,30 @@ def _demuxer(head: bytes) -> str | None:
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         return "avi"
     return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
+
+
+def _declared_size(file: BinaryIO, size: int) -> int:
+    """Where the file's last outermost part ends. size: of the file, also the answer if it declares none."""
+    head = file.read(64)
+    demuxer = _demuxer(head[:16])
+    if demuxer == "avi":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if demuxer == "matroska" and (start := head.find(_SEGMENT) + len(_SEGMENT)) >= len(_SEGMENT):
+        length = 9 - head[start].bit_length()  # of the number, whose first bit set says so
+        unknown = (1 << 7 * length) - 1
+        segment = int.from_bytes(head[start : start + length]) & unknown
+        return size if segment == unknown else start + length + segment
+    at = 0
+    while demuxer == "mov" and at < size:
+        file.seek(at)
+        box = file.read(16).ljust(16, b"\0")
+        (length,) = struct.unpack_from(">I", box)
+        if length == 1:  # a longer number follows
+            (length,) = struct.unpack_from(">Q", box, 8)
+        if length < 8:  # 0: up to the end of the file
+            return size
+        at += length
+    return max(at, size) if demuxer == "mov" else size
 
 
 def _open_nothing_else(url: str, flags: int, options: dict[str, str]) -> NoReturn:

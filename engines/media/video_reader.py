@@ -4,6 +4,7 @@ A file may be refused for what its headers say, but is never accepted for it. Wh
 `MAX_LOST`.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -19,21 +20,21 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from engines.errors import ImageTooLarge, VideoLoadError, VideoTooLong
-from engines.media.frame_times import FrameTimes, usual_interval
-from engines.media.video_container import DECODERS, MAX_BLOCK, is_cut_off, open_container, translated, video_stream
+from engines.media.frame_times import FrameTimes
+from engines.media.video_container import DECODERS, MAX_BLOCK, open_container, share_present, translated, video_stream
 
-MAX_LOST = Fraction(1, 4)
-"""The largest share of a video that may be lost, of the frames up to the last one used or of its duration. The rest is used, and
-the log says so. If more is lost, the result would not be what the caller meant."""
+MAX_LOST = 0.25
+"""The largest share of a video that may be lost: of the frames up to the last one used, or of the file. The rest is used, and the
+log says so. If more is lost, the result would not be what the caller meant."""
 
-_ENDS_EARLY_S = 0.5
-"""A file may end this many seconds before its declared end: the last frame's duration is often missing, and headers round."""
+WHOLE = 0.995
+"""A file of which this share is there lacks nothing that matters."""
 
 _MAX_STRETCH = 4
 """Pixels wider or higher than this are taken for a mistake in the header."""
 
-_AHEAD_PACKETS, _AHEAD_BYTES = 32, 16 << 20
-"""Limits of what is read to measure the frames' interval."""
+_REORDERED, _AHEAD_BYTES = 16, 16 << 20
+"""Frames that may come before others that are shown earlier, in H.264 and HEVC; limit of what is read ahead of decoding."""
 
 Matrix = tuple[float, float, float, float]
 """a, b, c, d of a display matrix, ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y, in any unit."""
@@ -47,7 +48,7 @@ class VideoReader:
     """
 
     def __init__(self, path: Path, container: InputContainer, max_pixels: int, max_duration_s: float):
-        self.packets = self._lost = 0
+        self.packets = self._decoded = self._lost = 0
         self._closed = self._broken = False
         self._path, self._container = path, container
         self._max_pixels = min(max_pixels, MAX_BLOCK // 3)  # a frame in RGB must fit into one block
@@ -59,13 +60,14 @@ class VideoReader:
         self._cut_off = ""
         self._set_up_decoder()
         self._to_rgb = VideoReformatter()
+        self._times = FrameTimes(())
         self._packets = self._read()
-        ahead = self._read_ahead()
-        self._times = FrameTimes(usual_interval(self._stream, ahead))
-        self._decoding = self._decode(chain(ahead, self._packets))
+        self._ahead = deque[Any]()
+        self._stamps: list[tuple[Fraction | None, Fraction | None]] = []  # when each picture packet is shown and decoded
+        self._decoding = self._decode()
         first = next(self._decoding, None)
         if first is None:
-            raise VideoLoadError("The video holds no frame that can be decoded.")
+            raise VideoLoadError("The video is damaged: no frame can be decoded." if self._lost else "The video holds no frame.")
         self._size = self._displayed(first)
         with translated():
             self._matrix = _display_matrix(first)
@@ -75,19 +77,21 @@ class VideoReader:
     def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
         """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB.
 
-        If the frames are unevenly spaced in time, these are the frames shown at those multiples of the usual interval, some of
-        them perhaps more than once.
+        If the frames are unevenly spaced in time, these are the frames shown at those multiples of their mean interval, some of
+        them perhaps more than once. A frame that is lost is replaced by the one before it.
 
         Call it once. stride, count: at least 1. Stops after the last requested frame: what follows is not decoded, and not read
-        except for the decoder's reordering, FFmpeg's buffer and `_AHEAD_PACKETS`. The frames between are decoded, because others
+        except for the decoder's reordering and FFmpeg's buffer. The frames between are decoded, because others
         depend on them, but not converted. A shorter file gives fewer frames. A frame of another size than the first, as in
         browsers' recordings, is scaled to it. Errors that the decoder conceals remain in the frames, as in every player.
 
         Raises `ImageTooLarge` at a frame above the limit, and `VideoLoadError` if more than `MAX_LOST` is lost.
         """
+        self._look_ahead((count - 1) * stride + 1)
+        clock = self._stream.time_base or Fraction(0)  # the frames that come out at the end lack it
         done, shown, at = 0, None, Fraction(0)
         for frame in self._frames:
-            at = self._times.position(frame, self._lost)
+            at = self._times.position(None if frame.pts is None else frame.pts * clock)
             while done < count and shown is not None and done * stride < at:
                 yield self._rgb(shown)
                 done += 1
@@ -110,9 +114,10 @@ class VideoReader:
         """What the caller should know about the frames that were given."""
         notes = []
         if self._lost:
-            notes.append(f"the video is damaged: {self._lost} of {self.packets} frames could not be decoded and are left out")
+            lost = f"{self._lost} of {self.packets} frames could not be decoded"
+            notes.append(f"the video is damaged: {lost}, and the frame before each is shown longer")
         if self._cut_off:
-            notes.append(f"the video is cut off{self._cut_off}")
+            notes.append(self._cut_off)
         if self._times.uneven:
             notes.append("the video's frames are unevenly spaced in time: they are taken by time, not by count")
         return tuple(notes)
@@ -162,24 +167,31 @@ class VideoReader:
     def _read(self) -> Generator[Any, None, None]:
         """The file's packets, until one cannot be read."""
         try:
-            yield from self._container.demux()
+            for packet in self._container.demux():
+                if packet.stream_index == self._stream.index and packet.size:
+                    stamps = (None if time is None else time * packet.time_base for time in (packet.pts, packet.dts))
+                    self._stamps.append(tuple(stamps))
+                yield packet
         except av.error.FFmpegError:
             self._broken = True
 
-    def _read_ahead(self) -> list[Any]:
-        """The first packets, which `_decode` gets again. Fewer where decoding would not go on at the end of the file."""
-        packets, size = [], 0
+    def _look_ahead(self, frames: int) -> None:
+        """Reads the packets of so many frames, as far as memory allows, to see whether they are evenly spaced in time."""
+        read, packet = 0, None
         with translated():
-            for packet in self._packets:
-                packets.append(packet)
-                size += packet.size
-                if len(packets) >= _AHEAD_PACKETS or size >= _AHEAD_BYTES:
-                    break
-        return packets
+            while len(self._stamps) < frames + _REORDERED and read < _AHEAD_BYTES and (packet := next(self._packets, None)):
+                self._ahead.append(packet)
+                read += packet.size
+        shown = sorted(time for time, _ in self._stamps if time is not None)
+        last_decoded = self._stamps[-1][1]
+        if packet is not None and last_decoded is not None:  # frames shown later may still be missing
+            shown = [time for time in shown if time <= last_decoded]
+        if len(shown) > len(self._stamps) // 2:
+            self._times = FrameTimes(shown[:frames])
 
-    def _decode(self, packets: Iterator[Any]) -> Generator[av.VideoFrame, None, None]:
+    def _decode(self) -> Generator[av.VideoFrame, None, None]:
         with translated():
-            for packet in packets:
+            while packet := self._ahead.popleft() if self._ahead else next(self._packets, None):
                 self._note_time(packet)
                 if packet.stream_index != self._stream.index or not packet.size:  # no size: a repeated frame (AVI), or the end
                     continue
@@ -209,18 +221,25 @@ class VideoReader:
             if frame.is_corrupt:
                 self._lost += 1
             else:
+                self._decoded += 1
                 yield frame
 
     def _check_loss(self, ended: bool) -> None:
         """ended: the file gave fewer frames than were asked for."""
+        if ended and self._lost:  # some decoders also leave out what leans on a lost frame, without an error
+            self._lost = max(self._lost, self.packets - self._decoded)
         if self._lost > MAX_LOST * self.packets:
             raise VideoLoadError(f"The video is damaged: {self._lost} of {self.packets} frames could not be decoded.")
-        end = self._declared_end_s
-        if not ended or end is None or self._reached_s + _ENDS_EARLY_S >= end or not (self._broken or is_cut_off(self._path)):
-            return  # a header that promises more than the file holds is no evidence of damage
-        self._cut_off = f": it ends after {float(self._reached_s):.2f} of {float(end):.2f} seconds"
-        if self._reached_s < (1 - MAX_LOST) * end:
-            raise VideoLoadError(f"The video is cut off{self._cut_off}.")
+        if not ended:
+            return
+        # A header that promises more seconds or frames than the file holds is no evidence of damage.
+        share = share_present(self._path)
+        if self._broken and self._declared_end_s:
+            share = min(share, float(self._reached_s / self._declared_end_s))
+        if share < 1 - MAX_LOST:
+            raise VideoLoadError(f"The video is cut off: only {share:.0%} of the file can be read.")
+        if share < WHOLE:
+            self._cut_off = f"the video is cut off: only {share:.0%} of the file can be read"
 
     def _note_time(self, packet: Any) -> None:
         """Notes how far the file reaches: its picture stream if the header declares that stream's end, else any stream."""
