@@ -184,7 +184,7 @@ class VideoReader:
                 read += packet.size
         shown = sorted(time for time, _ in self._stamps if time is not None)
         last_decoded = self._stamps[-1][1]
-        if packet is not None and last_decoded is not None:  # frames shown later may still be missing
+        if (packet is not None or self._broken) and last_decoded is not None:  # of those shown later some may be missing
             shown = [time for time in shown if time <= last_decoded]
         if len(shown) > len(self._stamps) // 2:
             self._times = FrameTimes(shown[:frames])

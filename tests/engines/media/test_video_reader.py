@@ -534,8 +534,9 @@ def test_a_file_that_declares_no_end_ends_where_it_ends(tmp_path: Path, name: st
     path.write_bytes(data[: int(len(data) * 0.7)])
     with suppress(VideoLoadError):  # cut within a frame
         seen = indices(read(path))
-        assert seen[:-1] == list(range(len(seen) - 1))  # the last may be half a picture
-        assert 5 <= len(seen) < 50
+        assert seen[:15] == list(range(15))
+        assert seen == sorted(seen)  # of the last group some frames are missing
+        assert len(seen) < 50
 
 
 def test_sound_that_lasts_longer_than_the_picture_is_no_early_end(tmp_path: Path):
