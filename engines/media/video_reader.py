@@ -91,7 +91,7 @@ class VideoReader:
         clock = self._stream.time_base or Fraction(0)  # the frames that come out at the end lack it
         done, shown, at = 0, None, Fraction(0)
         for frame in self._frames:
-            at = self._times.position(None if frame.pts is None else frame.pts * clock)
+            at = self._times.position(None if frame.pts is None else frame.pts * clock, self._lost > 0)
             while done < count and shown is not None and done * stride < at:
                 yield self._rgb(shown)
                 done += 1

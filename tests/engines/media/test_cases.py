@@ -1,4 +1,4 @@
-"""Files that people reported, each of which a service like this refused or showed wrongly. Their kinds are varied in the tests beside."""
+"""Files that people reported as refused or shown wrongly. The tests beside vary their kinds."""
 
 from pathlib import Path
 
