@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from engines.source import Source
-from kernels.choice import record_of
+from kernels.choice import choices
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """How much is read of a file of weights: other weights differ nearly everywhere, and reading a whole checkpoint takes seconds."""
+
+LIBRARIES = ("triton", "tensorrt", "tensorrt-rtx")
+"""Distributions whose code computes on a GPU, besides torch's own."""
 
 
 def fingerprint_of(*values: Any) -> str:
@@ -37,9 +41,16 @@ def arithmetic_of(device: str) -> tuple[Any, ...]:
     """What else the bits of a step depend on: the library, the device and, on a CPU, among how many threads a sum is split."""
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        record = record_of(gpu)  # it decides which kernels run
-        return torch.__version__, torch.version.cuda, gpu, record.read_bytes() if record.exists() else None
+        libraries = tuple((name, _version(name)) for name in LIBRARIES)
+        return torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), libraries, gpu, choices(gpu)
     return torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _parts(value: Any) -> Iterator[bytes | memoryview]:

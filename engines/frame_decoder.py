@@ -27,8 +27,8 @@ CallVAE = Callable[[Any, Tensor, int], Tensor]
 class FrameDecoder:
     """vae: one of diffusers' classes, on its device. batch_frames: frames in one call of it, if more than one chunk fits.
 
-    Half precision sometimes overflows, which would show as black frames: such a chunk is decoded again in fp32. A batch that
-    does not fit into the device's memory is decoded chunk by chunk.
+    Half precision sometimes overflows, which would show as black frames: such a chunk is decoded again in fp32. If a batch does
+    not fit into the device's memory, it and all later ones of the clip are decoded chunk by chunk.
     """
 
     def __init__(self, vae: Any, call: CallVAE, batch_frames: int):
@@ -45,23 +45,28 @@ class FrameDecoder:
 
         Raises `GenerationFailed` for a chunk that is not finite in fp32 either.
         """
+        fits = True
         for batch, in_chunk in _batches(latents[0].transpose(0, 1), chunk_frames, self.batch_frames):
             with torch.inference_mode():
                 scaled = batch.to(self.vae.device) / self.vae.config.scaling_factor
-                levels = to_levels(self._finite(self._decoded(scaled, in_chunk), scaled, in_chunk))
+                pixels = self._decoded(scaled, in_chunk) if fits else None
+                fits = pixels is not None
+                if pixels is None:
+                    pixels = torch.cat(
+                        [self.call(self.vae, chunk, in_chunk) for chunk in scaled.to(self.vae.dtype).split(in_chunk)]
+                    )
+                levels = to_levels(self._finite(pixels, scaled, in_chunk))
             yield levels
 
-    def _decoded(self, batch: Tensor, in_chunk: int) -> Tensor:
-        """(n, 3, H, W): the batch at once, or chunk by chunk if it does not fit into the device's memory."""
-        batch = batch.to(self.vae.dtype)
+    def _decoded(self, batch: Tensor, in_chunk: int) -> Tensor | None:
+        """(n, 3, H, W), or None if a batch of several chunks does not fit into the device's memory."""
         try:
-            return self.call(self.vae, batch, in_chunk)
+            return self.call(self.vae, batch.to(self.vae.dtype), in_chunk)
         except torch.OutOfMemoryError:
             if len(batch) <= in_chunk:
                 raise
             logger.warning("decoding chunk by chunk", extra={"action": "decode_batch_too_large", "frames": len(batch)})
-        # outside the handler, whose traceback keeps the memory of the failed call
-        return torch.cat([self.call(self.vae, chunk, in_chunk) for chunk in batch.split(in_chunk)])
+            return None  # the caller goes on outside this handler, whose traceback keeps the memory of the failed call
 
     def _finite(self, pixels: Tensor, batch: Tensor, in_chunk: int) -> Tensor:
         """The pixels; a chunk that is not finite is decoded again in fp32. batch: their latents, scaled."""

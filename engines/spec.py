@@ -46,13 +46,14 @@ class Checkpoint:
     """A job between two steps; resuming from it gives the same bits as an uninterrupted run.
 
     step: steps already done, of `steps`. latents: (B, C, T, H/8, W/8), fp32, on the host.
-    rng_state: (5056,) uint8, the generator after the draws of those steps.
+    rng_state: (5056,) uint8, the generator after the draws of those steps. engine: what ran the UNet in those steps.
     """
 
     step: int
     steps: int
     latents: Tensor
     rng_state: Tensor
+    engine: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

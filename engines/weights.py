@@ -153,19 +153,44 @@ def _some(kind: str, keys: Iterable[str]) -> str:
 
 
 _LORA_KEY = re.compile(
-    r"^(?:lora_unet_|unet\.|base_model\.model\.)?(?P<module>.+?)"
-    r"(?:\.processor)?[._](?:(?P<proj>to_(?:q|k|v|out))_lora\.)?"
-    r"(?:lora[._])?(?P<role>down|up|A|B)(?:\.default)?\.weight$"
+    r"^(?:lora_unet_|unet\.|base_model\.model\.)*(?P<module>.+?)"
+    r"(?:\.processor)?(?:[._](?P<proj>to_(?:q|k|v|out))_lora)?(?:[._]lora(?:_linear_layer)?)??"
+    r"(?:\.(?P<alpha>alpha)|(?:[._]lora)?[._](?P<role>down|up|A|B)(?:\.default)?\.weight)$"
 )
 _LORA_ROLES = {"down": "down", "A": "down", "up": "up", "B": "up"}
 
+_PEFT_METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps peft's config in a .safetensors file, with the keys of its parts' models in front."""
+_PEFT_REFUSED = ("alpha_pattern", "use_rslora", "use_dora", "lora_bias")
+"""Settings of peft that scale or add otherwise than `fold_lora`."""
 
-def fold_lora(weights: Tensors, lora: Mapping[str, Tensor], scale: float, where: str) -> None:
+
+def read_lora(source: Source) -> tuple[Tensors, float | None]:
+    """A LoRA's tensors, and the alpha of its layers if the file's metadata state one, as peft's do.
+
+    Raises `WeightsError` for a file that cannot be read, and for settings of peft that are not served.
+    """
+    tensors = read_source_file(source)
+    with safe_open(locate(source, [str(source.file)]) / str(source.file), framework="pt") as file:
+        stated = (file.metadata() or {}).get(_PEFT_METADATA, "{}")
+    try:
+        settings = {key.rpartition(".")[2]: value for key, value in json.loads(stated).items()}
+        alpha = settings.get("lora_alpha")
+        faults = [name for name in _PEFT_REFUSED if settings.get(name)]
+        if faults:
+            raise WeightsError(f"{source.file}: {', '.join(faults)} in its metadata is not served")
+        return tensors, None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise WeightsError(f"{source.file}: {_PEFT_METADATA} in its metadata cannot be read") from exc
+
+
+def fold_lora(weights: Tensors, lora: Mapping[str, Tensor], scale: float, where: str, alpha: float | None = None) -> None:
     """Fold a LoRA into `weights` in place: W <- W + scale * (alpha / rank) * up @ down.  LoRA, arXiv 2106.09685, eq. 3.
 
     lora: kohya style (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`) or diffusers and
-    peft style (`unet.down_blocks.0....to_q.lora_A.weight`, `.lora.down.weight`, `.processor.to_q_lora.down.weight`).
-    A convolution's pair folds as up (1x1) after down (k x k). alpha is the rank where it is not stored.
+    peft style (`unet.down_blocks.0....to_q.lora_A.weight`, `.lora.down.weight`, `.lora_linear_layer.down.weight`,
+    `.processor.to_q_lora.down.weight`, `.lora.alpha`), also after `base_model.model.`. A convolution's pair folds as up (1x1)
+    after down (k x k). alpha: of layers that store none; None is their rank.
     Raises `WeightsError` for a key that matches no weight, half a pair, or shapes that do not fit.
     """
     by_flat_name = {key.removesuffix(".weight").replace(".", "_"): key for key in weights if key.endswith(".weight")}
@@ -187,7 +212,7 @@ def fold_lora(weights: Tensors, lora: Mapping[str, Tensor], scale: float, where:
         precise = torch.promote_types(weight.dtype, torch.float32)
         up, down = pair["up"].to(precise), pair["down"].to(precise)
         rank = down.shape[0]
-        factor = scale * float(pair["alpha"]) / rank if "alpha" in pair else scale
+        factor = scale * float(pair.get("alpha", alpha if alpha is not None else rank)) / rank
         if up.shape[1] != rank or up.shape[0] != weight.shape[0] or down[0].numel() != weight[0].numel():
             raise WeightsError(f"{where}: {target} {tuple(weight.shape)} cannot take {tuple(up.shape)} x {tuple(down.shape)}")
         delta = up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)
@@ -196,11 +221,9 @@ def fold_lora(weights: Tensors, lora: Mapping[str, Tensor], scale: float, where:
 
 def _lora_target(key: str) -> tuple[str, str]:
     """The module a LoRA key belongs to, with dots or flattened, and its role; an empty role for a key of no known style."""
-    if key.endswith(".alpha"):
-        return re.sub(r"^(lora_unet_|unet\.)", "", key.removesuffix(".alpha")), "alpha"
     match = _LORA_KEY.match(key)
     if match is None:
         return key, ""
     projection = match["proj"] and ("to_out.0" if match["proj"] == "to_out" else match["proj"])
-    module = re.sub(r"\.lora$", "", match["module"])
-    return f"{module}.{projection}" if projection else module, _LORA_ROLES[match["role"]]
+    module = f"{match['module']}.{projection}" if projection else match["module"]
+    return module, _LORA_ROLES.get(match["role"], "alpha")

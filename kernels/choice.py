@@ -83,6 +83,12 @@ def record_of(gpu: str, folder: Path | None = None) -> Path:
     return (folder or _folder) / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
+def choices(gpu: str) -> tuple[str | None, bytes | None]:
+    """What decides where our kernels run on this GPU: a forced back end, and the record. None of either is possible."""
+    record = record_of(gpu)
+    return _forced, record.read_bytes() if record.exists() else None
+
+
 def chosen(operation: str, shape: Shape, x: Tensor, tiles: Sequence[T]) -> T | None:
     """The tile with which our kernel runs for x, on CUDA, or None for PyTorch's operation.
 

@@ -34,9 +34,13 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 USER_AGENT = "reelray"
 CONNECT_TIMEOUT_S = 10.0
 """After it, the host's next address is tried."""
-CONTENT_ENCODINGS = ("", "identity", "gzip", "deflate")
-"""These expand at most 1032-fold, so one network chunk of 64 kB decodes to at most 66 MB before its size is checked. Brotli, zstd
-and combined encodings have no such bound, and no image or video needs them."""
+DECODED = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
+"""Content codings that are decoded, and httpx's names of them. They expand at most 1032-fold, so one network chunk of 64 kB
+decodes to at most 66 MB before its size is checked. The others and combined ones have no such bound, and no image or video needs
+them."""
+CODINGS = DECODED.keys() | {"aes128gcm", "br", "compress", "dcb", "dcz", "exi", "pack200-gzip", "x-compress", "zstd"}
+"""IANA's HTTP Content Coding Registry, but for `identity`. Other names say nothing about the bytes: S3 tools leave
+`aws-chunked` on objects, others write a charset."""
 
 CONNECTION_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, OverflowError, ExceptionGroup)
 """What `send` can raise because of a URL or its server, besides `Refused`. Callers must not see the texts, which may contain
@@ -245,8 +249,11 @@ def is_public(address: IPAddress) -> bool:
 
 async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> None:
     """Writes a response's decoded body to `file`."""
-    if response.headers.get("content-encoding", "").strip().lower() not in CONTENT_ENCODINGS:
-        raise Refused("its content encoding is not supported.")
+    named = response.headers.get_list("content-encoding", split_commas=True)
+    codings = [name for name in map(str.lower, named) if name in CODINGS]
+    if len(codings) > 1 or not DECODED.keys() >= set(codings):
+        raise Refused(f"its content encoding, {', '.join(codings)}, is not supported.")
+    response.headers["content-encoding"] = "".join(DECODED[name] for name in codings)  # httpx decodes by it
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _TooLarge

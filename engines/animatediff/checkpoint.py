@@ -30,7 +30,7 @@ from engines.weights import (
     load_strict,
     locate,
     read_json,
-    read_source_file,
+    read_lora,
     read_tensors,
     require,
     torch_dtype,
@@ -141,7 +141,8 @@ def load_diffusers_unet(config: AnimateDiffConfig) -> UNetMotionModel:
         read_tensors(folder, _STEM, weights.base.variant),
         read_tensors(adapter_folder, _STEM, weights.motion_adapter.variant),
     )
-    fold_lora(tensors, read_source_file(weights.lora), weights.lora_scale, str(weights.lora.file))
+    lora, alpha = read_lora(weights.lora)
+    fold_lora(tensors, lora, weights.lora_scale, str(weights.lora.file), alpha)
     model = build(lambda: UNetMotionModel.from_config(_motion_config(unet_config, adapter_config)))
     _load_with_positions(model, tensors, where, torch_dtype(config.dtype))
     return model

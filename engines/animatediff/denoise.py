@@ -80,7 +80,7 @@ class Denoise:
         """
         run = _Run(self, conditioning, should_stop)
         start = resume or self._start(conditioning)
-        x = run_steps(run.step, start, start.latents.to(self.config.device), Tensor.cpu, on_step, on_progress)
+        x = run_steps(run.step, start, start.latents.to(self.config.device), Tensor.cpu, run.ran, on_step, on_progress)
         return Latents(x.cpu(), conditioning.seed, engine="+".join(sorted(run.ran)))
 
     @property

@@ -9,11 +9,14 @@ from engines.animatediff.checkpoint import clip_shape, load_text_encoder, load_t
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
 from engines.errors import blamed_on
-from engines.media.image import load_image
+from engines.media.image import load_image, load_scribble
 from engines.sampling import seeded_generator
 from engines.spec import OnProgress, ShouldStop
 from engines.stopping import stoppable
 from engines.weights import torch_dtype
+
+MOSTLY_BRIGHT = 0.5
+"""Mean level above which a scribble is probably dark lines on white. It is used as it is, and the log says so."""
 
 
 class Preprocess:
@@ -42,7 +45,8 @@ class Preprocess:
         prompts = (spec.negative_prompt, spec.prompt) if spec.guidance_scale > 1 else (spec.prompt,)
         encoded = [self._text(prompt) for prompt in stoppable(prompts, should_stop)]
         text = torch.cat([embedding for embedding, _ in encoded])
-        control = self._control(spec, text, generator, should_stop) if spec.keyframes else None
+        notes = [note for _, note in encoded if note]
+        control = self._control(spec, text, generator, should_stop, notes) if spec.keyframes else None
         return AnimateDiffConditioning(
             seed=spec.seed,
             num_inference_steps=spec.num_inference_steps,
@@ -50,7 +54,7 @@ class Preprocess:
             rng_state=generator.get_state(),
             text=text,
             control=control,
-            notes=tuple(note for _, note in encoded if note),
+            notes=tuple(notes),
         )
 
     def _text(self, prompt: str) -> tuple[Tensor, str]:
@@ -64,20 +68,31 @@ class Preprocess:
         return self.text_encoder(ids).last_hidden_state.float().cpu(), note
 
     def _control(
-        self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator, should_stop: ShouldStop | None
+        self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator, should_stop: ShouldStop | None, notes: list[str]
     ) -> SparseControlInput:
+        """notes: gets one for each scribble that does not look like one."""
         keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # so the noise does not depend on their order
-        images = torch.stack([self._image(keyframe) for keyframe in stoppable(keyframes, should_stop)])  # (K, 3, H, W)
-        values = self._latents(images, generator) if spec.controlnet_type == "rgb" else images
+        is_scribble = spec.controlnet_type == "scribble"
+        images = torch.stack(
+            [self._image(keyframe, is_scribble) for keyframe in stoppable(keyframes, should_stop)]
+        )  # (K, 3, H, W)
+        values = images if is_scribble else self._latents(images, generator)
+        if is_scribble:
+            notes += [
+                f"{keyframe.field} is mostly bright, so nearly all of it is taken for strokes: a scribble is white lines on black"
+                for keyframe, image in zip(keyframes, images, strict=True)
+                if image.mean() > MOSTLY_BRIGHT
+            ]
         frames = tuple(keyframe.index for keyframe in keyframes)
         digest = hashlib.sha256(f"{spec.controlnet_type} {frames}".encode())
         digest.update(values.numpy().tobytes())
         digest.update(text.numpy().tobytes())
         return SparseControlInput(spec.controlnet_type, values, frames, digest.hexdigest())
 
-    def _image(self, keyframe: Keyframe) -> Tensor:
+    def _image(self, keyframe: Keyframe, is_scribble: bool) -> Tensor:
+        load = load_scribble if is_scribble else load_image
         with blamed_on(keyframe.field):
-            return load_image(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
+            return load(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
 
     def _latents(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A sample from the VAE's posterior, (K, 4, h, w) fp32. Its noise is the first that a request with RGB keyframes draws.

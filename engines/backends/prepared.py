@@ -63,13 +63,13 @@ class PreparedEngines:
         return tuple((call, engine.name) for call, engine in sorted(self._engines.items()))
 
     def differences(self) -> Iterator[tuple[str, Shape, float]]:
-        """Every call that has an engine, at the best shape of every family: how far it is from the modules on the same noise.
+        """Every call that has an engine, at the families' best shapes it takes: how far it is from the modules on the same noise.
 
         That is the largest difference as a share of the largest value. Raises `EngineError` for an engine that fails.
         """
         for name, engine in self._engines.items():
             call = self._calls[name]
-            for shape in dict.fromkeys(family.best for family in self.families):
+            for shape in filter(engine.holds, dict.fromkeys(family.best for family in self.families)):
                 inputs = _noise(call, shape)
                 with torch.inference_mode():
                     expected = Eager(call)(inputs).double()
@@ -86,8 +86,16 @@ class PreparedEngines:
                 return engine(inputs()), engine.name
             except (EngineError, ValueError) as exc:  # `ValueError` for inputs of another call
                 del self._engines[name]
-                fields = {"action": "engine_failed", "engine": engine.name, "call": name, "error": str(exc.args[0])}
+                fields = {"action": "engine_failed", "engine": engine.name, "call": name, "error": str(exc)}
                 logger.error("an engine has failed: eager runs from now on", extra=fields)
+            except RuntimeError as exc:  # of the device, above all its memory, which may be free again at the next call
+                fields = {
+                    "action": "engine_call_failed",
+                    "engine": engine.name,
+                    "call": name,
+                    "error": f"{type(exc).__name__}: {exc}",
+                }
+                logger.warning("an engine has failed: eager runs this call", extra=fields)
         elif self.back_end != "eager" and (name, shape) not in self._missed:
             self._missed.add((name, shape))
             fields = {"action": "engine_unprepared", "engine": self.back_end, "call": name, "shape": str(shape)}
@@ -116,8 +124,8 @@ def load_engine(config: EngineConfig, call: UNetCall, families: Sequence[ShapeFa
 
 
 def _exact(engine: ExactShapes, families: Sequence[ShapeFamily]) -> Engine:
-    """Ready for the best shape of every family."""
-    for shape in dict.fromkeys(family.best for family in families):
+    """Ready for every family of one shape. Of a wider one no shape is likelier than another, and each takes minutes."""
+    for shape in dict.fromkeys(family.best for family in families if family.smallest == family.largest):
         engine.prepare(shape)
     return engine
 

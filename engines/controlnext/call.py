@@ -43,7 +43,10 @@ def svd_inputs(latents: Tensor, half: Half, time: Biases, control: Control | Non
     """The arguments of `SVDUNet.forward` under the graph's input names."""
     inputs = {"latents": latents, "image": half.image}
     inputs |= dict((*numbered("context", half.context), *numbered("time", time)))
-    return inputs if control is None else inputs | {"control": control.maps, "control_scale": latents.new_tensor([control.scale])}
+    # `new_full` fills on the device; `new_tensor` would copy from the host, which waits for all work that is under way
+    return (
+        inputs if control is None else inputs | {"control": control.maps, "control_scale": latents.new_full((1,), control.scale)}
+    )
 
 
 def _trunk(unet: SVDUNet) -> tuple[int, int]:

@@ -83,7 +83,7 @@ class Denoise:
             raise ValueError("the checkpoint belongs to another request")
         # contiguous, as between steps: a checkpoint from a file is not, and other strides could mean other kernels and other bits
         x = start.latents[0].transpose(0, 1).contiguous().to(self.config.device)  # (N, 4, h, w)
-        x = run_steps(run.step, start, x, _as_clip, on_step, on_progress)
+        x = run_steps(run.step, start, x, _as_clip, run.ran, on_step, on_progress)
         made = (_as_clip(x), conditioning.seed, conditioning.decode_chunk_size, conditioning.fps)
         return ControlNeXtLatents(*made, engine="+".join(sorted(run.ran)))
 

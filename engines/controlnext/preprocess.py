@@ -1,12 +1,12 @@
 """A reference image and a driving video to tensors: the person's poses in the image's proportions, CLIP and VAE of the image.
 
 People are detected in the video frame by frame, and only their skeletons are kept until the alignment is known. The published
-code fits the alignment to every strided frame of the file; here it is fitted to the frames that are used, so that the
-rest need not be read (5j of `video-models.md`).
+code fits the alignment to every strided frame of the file, and so does `strict_reference`; else it is fitted to the frames that
+are used, so that the rest need not be read (5j of `video-models.md`).
 """
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 import cv2
 import numpy as np
@@ -19,7 +19,9 @@ from engines.controlnext.clip_image import clip_pixels
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.pose.align import fit, require_person
 from engines.controlnext.pose.draw import draw
+from engines.controlnext.pose.driver import alone
 from engines.controlnext.pose.dwpose import DWPose
+from engines.controlnext.pose.skeleton import Pose
 from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtConditioning, ControlNeXtSpec
 from engines.errors import ValueTooLarge, blamed_on
 from engines.media.image import load_cover
@@ -33,6 +35,10 @@ NOISE_STRENGTH = 0.02
 
 REFERENCE_IDS = (6.0, 128.0, NOISE_STRENGTH)
 """The added ids that the published code uses for every request (3B)."""
+
+
+ALL_FRAMES = 1_000_000
+"""More than a video of the longest duration holds."""
 
 
 class Preprocess:
@@ -56,8 +62,10 @@ class Preprocess:
             message = f"This service decodes at most {limit} frames together."
             raise ValueTooLarge(message, ("body", "decode_chunk_size"), {"le": limit})
         generator = seeded_generator(spec.seed)
-        image = self.image(spec)
-        poses = self._poses(spec, image, on_progress, should_stop)
+        levels = self.levels(spec)
+        notes: list[str] = []
+        poses = self._poses(spec, levels, notes, on_progress, should_stop)
+        image = levels.float() / 255
         latent = self._latent(image, generator)
         ids = (spec.fps - 1.0, spec.motion_bucket_id, NOISE_STRENGTH)
         return ControlNeXtConditioning(
@@ -65,7 +73,7 @@ class Preprocess:
             num_inference_steps=spec.num_inference_steps,
             guidance_scale=spec.guidance_scale,
             rng_state=generator.get_state(),
-            notes=(),
+            notes=tuple(notes),
             poses=poses,
             image_embedding=self._embedding(image),
             image_latent=latent,
@@ -77,35 +85,55 @@ class Preprocess:
             fps=spec.fps,
         )
 
-    def image(self, spec: ControlNeXtSpec) -> Tensor:
-        """(3, H, W) in [0, 1]: the reference image, covering the output's size."""
+    def levels(self, spec: ControlNeXtSpec) -> Tensor:
+        """(3, H, W) uint8: the reference image, covering the output's size. Everything that sees the image sees these levels."""
         if spec.height % self.size_multiple or spec.width % self.size_multiple:
             raise ValueError(f"{spec.width}x{spec.height} is not a multiple of {self.size_multiple} pixels")
         with blamed_on(IMAGE_FIELD):
             return load_cover(spec.image.read_bytes(), spec.height, spec.width, self.config.max_image_pixels)
 
     def _poses(
-        self, spec: ControlNeXtSpec, image: Tensor, on_progress: OnProgress | None, should_stop: ShouldStop | None
+        self,
+        spec: ControlNeXtSpec,
+        levels: Tensor,
+        notes: list[str],
+        on_progress: OnProgress | None,
+        should_stop: ShouldStop | None,
     ) -> Tensor:
-        """(N, 3, H, W) uint8: the reference's own pose, then the driving ones."""
+        """(N, 3, H, W) uint8: the reference's own pose, then the driving ones. notes: gets what the caller should know."""
         height, width = spec.height, spec.width
-        reference = self.dwpose(image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy())
+        reference = self.dwpose(levels.permute(1, 2, 0).numpy())
         require_person(reference)
         with blamed_on(VIDEO_FIELD), open_video(spec.video, self.config.max_image_pixels, self.config.max_video_s) as video:
             frames = _watched(video, spec, on_progress, should_stop)
             if spec.video_is_pose:
                 driving = (cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in frames)
             else:
-                found = [self.dwpose(frame) for frame in frames]
-                alignment = fit(reference, found, (height, width), (video.height, video.width))
-                driving = (draw(alignment.apply(pose), height, width) for pose in found)
+                driving = self._drawn(
+                    reference, [self.dwpose(frame) for frame in frames], (video.height, video.width), spec, notes
+                )
             # one array, filled frame by frame, so that its 425 MB (240 frames at 1024x576) do not exist twice
             poses = np.empty((spec.max_frame_num, height, width, 3), np.uint8)
             count = 0
-            for pose in chain((draw(reference, height, width),), driving):
+            for pose in islice(chain((draw(reference, height, width),), driving), spec.max_frame_num):
                 poses[count] = pose
                 count += 1
+            notes += video.notes
         return torch.from_numpy(poses[:count]).permute(0, 3, 1, 2)
+
+    def _drawn(
+        self, reference: Pose, found: list[Pose], frame_size: tuple[int, int], spec: ControlNeXtSpec, notes: list[str]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The driving poses, moved onto the reference's body. frame_size: (height, width) of the video."""
+        size = (spec.height, spec.width)
+        crowded = sum(pose.persons > 1 for pose in found)
+        if crowded and not spec.strict_reference:
+            notes.append(
+                f"{crowded} of {len(found)} frames show several people: the one closest to the reference's size drives the video"
+            )
+            found = alone(found, reference, size, frame_size)
+        alignment = fit(reference, found, size, frame_size)
+        return (draw(alignment.apply(pose), *size) for pose in found)
 
     def _embedding(self, image: Tensor) -> Tensor:
         """(1, D) fp32: CLIP's projected embedding."""
@@ -122,8 +150,11 @@ class Preprocess:
 def _watched(
     video: VideoReader, spec: ControlNeXtSpec, on_progress: OnProgress | None, should_stop: ShouldStop | None
 ) -> Iterator[NDArray[np.uint8]]:
-    """The driving frames, as many as the output needs after the reference's own. Reports each to on_progress."""
-    count = spec.max_frame_num - 1
+    """The driving frames, as many as the output needs after the reference's own. Reports each to on_progress.
+
+    With strict_reference all of the file, because the published code fits the alignment to them.
+    """
+    count = ALL_FRAMES if spec.strict_reference and not spec.video_is_pose else spec.max_frame_num - 1
     total = video.at_most(spec.sample_stride, count)
     for done, frame in enumerate(stoppable(video.frames(spec.sample_stride, count), should_stop), start=1):
         yield frame

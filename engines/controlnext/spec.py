@@ -23,8 +23,9 @@ class ControlNeXtSpec(RenderSpec):
     max_frame_num: cap on the output's frames, the reference's own frame 0 included. batch_frames, overlap: of the windows.
     sample_stride: every n-th frame of the video is used. decode_chunk_size: frames that the VAE decodes together; changes pixels.
     fps: frame rate of the output; the model is also conditioned on it and on motion_bucket_id. controlnext_cond_scale: strength
-    of the pose's influence. video_is_pose: the video already shows drawn poses, in this model's colours. strict_reference: use
-    the published code's ids (6, 128, 0.02), whatever `fps` and `motion_bucket_id` are.
+    of the pose's influence. video_is_pose: the video already shows drawn poses, in this model's colours. strict_reference: as the
+    published code, use the ids (6, 128, 0.02) whatever `fps` and `motion_bucket_id` are, fit the poses to all of the video, and
+    draw everybody in it.
     """
 
     image: Path

@@ -1,53 +1,40 @@
 """A video file of unknown origin to RGB frames, one at a time, with every limit checked before memory is taken.
 
-The container is recognised by its first bytes and its demuxer is fixed, so FFmpeg never guesses: no playlist, no other file and
-no URL is ever opened. A file may be refused for what its headers say, but is never accepted for it.
+A file may be refused for what its headers say, but is never accepted for it. What a damaged file still gives is used: see
+`MAX_LOST`.
 """
 
-import ctypes
-import errno
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from math import cos, radians, sin
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from engines.errors import ImageTooLarge, UnsupportedVideoFormat, VideoLoadError, VideoTooLong
+from engines.errors import ImageTooLarge, VideoLoadError, VideoTooLong
+from engines.media.frame_times import FrameTimes
+from engines.media.video_container import DECODERS, MAX_BLOCK, open_container, share_present, translated, video_stream
 
-FORMATS = ("AVI", "GIF", "MKV", "MOV", "MP4", "WEBM")
-"""The formats that are read. FFmpeg knows 300 more, but every demuxer adds to the attack surface.
+MAX_LOST = 0.25
+"""The largest share of a video that may be lost: of the frames up to the last one used, or of the file. The rest is used, and the
+log says so. If more is lost, the result would not be what the caller meant."""
 
-A GIF is read whole, as FFmpeg adds up its duration.
-"""
+WHOLE = 0.995
+"""A file of which this share is there lacks nothing that matters."""
 
-DECODERS = ("av1", "gif", "h264", "hevc", "libdav1d", "mjpeg", "mpeg4", "prores", "vp8", "vp9")
-"""FFmpeg's names of the decoders that may run. Sound is never decoded."""
+_MAX_STRETCH = 4
+"""Pixels wider or higher than this are taken for a mistake in the header."""
 
-_DEMUXERS = "avi,gif,matroska,mov"
-
-_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
-"""Brands of HEIF and AVIF pictures, which use mp4's container: ISO/IEC 23008-12, annex B."""
-
-_ENDS_EARLY_S = 0.5
-"""A file may end this many seconds before its declared end: the last frame's duration is often missing, and headers round."""
-
-_MAX_STREAMS = 16
-"""Limit of streams of any kind, as each has an index. Above it, Matroska's streams are ignored and other files are refused."""
-
-_MAX_BLOCK = 128 << 20
-"""Bytes that FFmpeg may allocate at once: a frame of 44 megapixels in RGB, or the index of five million frames."""
-
-_DAMAGED = "The video is damaged and could not be decoded."
+_REORDERED, _AHEAD_BYTES = 16, 16 << 20
+"""Frames that may come before others that are shown earlier, in H.264 and HEVC; limit of what is read ahead of decoding."""
 
 Matrix = tuple[float, float, float, float]
 """a, b, c, d of a display matrix, ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y, in any unit."""
@@ -56,55 +43,84 @@ Matrix = tuple[float, float, float, float]
 class VideoReader:
     """One video, read once, forwards. `open_video` makes it.
 
-    height, width: of the frames as displayed, in pixels: rotation and mirroring in the file's display matrix are applied,
-    its sample aspect ratio is not. packets: how many were decoded so far, one frame each except in unusual files.
+    height, width: of the frames as displayed, in pixels: sample aspect ratio, rotation and mirroring are applied.
+    packets: how many were decoded so far, one frame each except in unusual files.
     """
 
-    def __init__(self, container: InputContainer, max_pixels: int, max_duration_s: float):
-        self.packets = 0
-        self._closed = False
-        self._container = container
-        self._max_pixels = min(max_pixels, _MAX_BLOCK // 3)  # a frame in RGB must fit into one block
-        self._stream = _video_stream(container)
+    def __init__(self, path: Path, container: InputContainer, max_pixels: int, max_duration_s: float):
+        self.packets = self._decoded = self._lost = 0
+        self._closed = self._broken = False
+        self._path, self._container = path, container
+        self._max_pixels = min(max_pixels, MAX_BLOCK // 3)  # a frame in RGB must fit into one block
+        self._stream = video_stream(container)
         # Matroska declares one end for sound and picture together; FFmpeg sometimes copies it to the streams.
         self._declares_streams = container.format.name != "matroska" and self._stream.duration is not None
         self._declared_end_s = self._check_header(max_duration_s)
         self._reached_s = Fraction(0)
+        self._cut_off = ""
         self._set_up_decoder()
         self._to_rgb = VideoReformatter()
+        self._times = FrameTimes(())
+        self._packets = self._read()
+        self._ahead = deque[Any]()
+        self._stamps: list[tuple[Fraction | None, Fraction | None]] = []  # when each picture packet is shown and decoded
         self._decoding = self._decode()
         first = next(self._decoding, None)
         if first is None:
-            raise VideoLoadError("The video holds no frame.")
-        self._coded_size = first.width, first.height
-        with _translated():
+            raise VideoLoadError("The video is damaged: no frame can be decoded." if self._lost else "The video holds no frame.")
+        self._size = self._displayed(first)
+        with translated():
             self._matrix = _display_matrix(first)
-        self.height, self.width = (first.width, first.height) if _lies_down(self._matrix) else (first.height, first.width)
+        self.width, self.height = reversed(self._size) if _lies_down(self._matrix) else self._size
         self._frames = chain((first,), self._decoding)
 
     def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
         """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB.
 
-        Call it once. stride, count: at least 1. Stops after the last requested frame: what follows is not decoded, and not read
-        except for the decoder's reordering and FFmpeg's buffer. The frames between are decoded, because others depend on them,
-        but not converted. A shorter file gives fewer frames. A frame of another size than the first, as in browsers'
-        recordings, is scaled to it.
+        If the frames are unevenly spaced in time, these are the frames shown at those multiples of their mean interval, some of
+        them perhaps more than once. A frame that is lost is replaced by the one before it.
 
-        Raises `ImageTooLarge` at a frame above the limit. Raises `VideoLoadError` if decoding fails, and if the file ends before
-        these frames and more than half a second before the end that its header declares. Errors that the decoder conceals
-        remain in the frames, as in every player.
+        Call it once. stride, count: at least 1. Stops after the last requested frame: what follows is not decoded, and not read
+        except for the decoder's reordering and FFmpeg's buffer. The frames between are decoded, because others
+        depend on them, but not converted. A shorter file gives fewer frames. A frame of another size than the first, as in
+        browsers' recordings, is scaled to it. Errors that the decoder conceals remain in the frames, as in every player.
+
+        Raises `ImageTooLarge` at a frame above the limit, and `VideoLoadError` if more than `MAX_LOST` is lost.
         """
-        last = (count - 1) * stride
-        index = -1
-        for index, frame in enumerate(islice(self._frames, last + 1)):
-            if index % stride == 0:
+        self._look_ahead((count - 1) * stride + 1)
+        clock = self._stream.time_base or Fraction(0)  # the frames that come out at the end lack it
+        done, shown, at = 0, None, Fraction(0)
+        for frame in self._frames:
+            at = self._times.position(None if frame.pts is None else frame.pts * clock, self._lost > 0)
+            while done < count and shown is not None and done * stride < at:
+                yield self._rgb(shown)
+                done += 1
+            shown = frame
+            if done < count and done * stride == at:
                 yield self._rgb(frame)
+                done += 1
+            if done == count:
+                break
+        else:
+            while done < count and shown is not None and done * stride < at + 1:  # the last frame is shown as long as others
+                yield self._rgb(shown)
+                done += 1
         if self._closed:
             raise ValueError("The video is closed.")
-        if index < last and self._declared_end_s is not None and self._reached_s + _ENDS_EARLY_S < self._declared_end_s:
-            raise VideoLoadError(
-                f"The video is damaged: it ends after {float(self._reached_s):.2f} of {float(self._declared_end_s):.2f} seconds."
-            )
+        self._check_loss(ended=done < count)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the caller should know about the frames that were given."""
+        notes = []
+        if self._lost:
+            lost = f"{self._lost} of {self.packets} frames could not be decoded"
+            notes.append(f"the video is damaged: {lost}, and the frame before each is shown longer")
+        if self._cut_off:
+            notes.append(self._cut_off)
+        if self._times.uneven:
+            notes.append("the video's frames are unevenly spaced in time: they are taken by time, not by count")
+        return tuple(notes)
 
     def at_most(self, stride: int, count: int) -> int:
         """How many frames `frames` will give according to the file's header, or count if it does not say. For progress only."""
@@ -115,6 +131,7 @@ class VideoReader:
     def close(self) -> None:
         """End the demuxer's loop before its container is closed: PyAV 18 would go on reading from a closed one and crash."""
         self._decoding.close()
+        self._packets.close()
         self._closed = True
 
     def _check_header(self, max_duration_s: float) -> Fraction | None:
@@ -147,16 +164,43 @@ class VideoReader:
             # Without this a stream that does not state its reorder depth loses frames until the decoder has learnt it.
             context.options["strict"] = "strict"
 
-    def _decode(self) -> Generator[av.VideoFrame, None, None]:
-        with _translated():
+    def _read(self) -> Generator[Any, None, None]:
+        """The file's packets, until one cannot be read."""
+        try:
             for packet in self._container.demux():
+                if packet.stream_index == self._stream.index and packet.size:
+                    stamps = (None if time is None else time * packet.time_base for time in (packet.pts, packet.dts))
+                    self._stamps.append(tuple(stamps))
+                yield packet
+        except av.error.FFmpegError:
+            self._broken = True
+
+    def _look_ahead(self, frames: int) -> None:
+        """Reads the packets of so many frames, as far as memory allows, to see whether they are evenly spaced in time."""
+        read, packet = 0, None
+        with translated():
+            while len(self._stamps) < frames + _REORDERED and read < _AHEAD_BYTES and (packet := next(self._packets, None)):
+                self._ahead.append(packet)
+                read += packet.size
+        shown = sorted(time for time, _ in self._stamps if time is not None)
+        last_decoded = self._stamps[-1][1]
+        if (packet is not None or self._broken) and last_decoded is not None:  # of those shown later some may be missing
+            shown = [time for time in shown if time <= last_decoded]
+        if len(shown) > len(self._stamps) // 2:
+            self._times = FrameTimes(shown[:frames])
+
+    def _decode(self) -> Generator[av.VideoFrame, None, None]:
+        with translated():
+            while packet := self._ahead.popleft() if self._ahead else next(self._packets, None):
                 self._note_time(packet)
                 if packet.stream_index != self._stream.index or not packet.size:  # no size: a repeated frame (AVI), or the end
                     continue
-                if packet.is_corrupt:
-                    raise VideoLoadError("The video is damaged: a packet is cut off.")
                 self.packets += 1
-                yield from self._checked(packet)
+                if packet.is_corrupt:  # the file ends within it
+                    self._lost += 1
+                    self._broken = True
+                else:
+                    yield from self._checked(packet)
             yield from self._checked(None)
 
     def _checked(self, packet: Any) -> Iterator[av.VideoFrame]:
@@ -169,13 +213,33 @@ class VideoReader:
             forgotten = context.width == 0 and isinstance(exc, av.error.ArgumentError)
             if forgotten or context.width * context.height > self._max_pixels:
                 raise self._too_large() from exc
-            raise
+            self._lost += 1
+            return
         for frame in frames:
             if frame.width * frame.height > self._max_pixels:
                 raise self._too_large()
             if frame.is_corrupt:
-                raise VideoLoadError("The video is damaged: a frame could not be decoded.")
-            yield frame
+                self._lost += 1
+            else:
+                self._decoded += 1
+                yield frame
+
+    def _check_loss(self, ended: bool) -> None:
+        """ended: the file gave fewer frames than were asked for."""
+        if ended and self._lost:  # some decoders also leave out what leans on a lost frame, without an error
+            self._lost = max(self._lost, self.packets - self._decoded)
+        if self._lost > MAX_LOST * self.packets:
+            raise VideoLoadError(f"The video is damaged: {self._lost} of {self.packets} frames could not be decoded.")
+        if not ended:
+            return
+        # A header that promises more seconds or frames than the file holds is no evidence of damage.
+        share = share_present(self._path)
+        if self._broken and self._declared_end_s:
+            share = min(share, float(self._reached_s / self._declared_end_s))
+        if share < 1 - MAX_LOST:
+            raise VideoLoadError(f"The video is cut off: only {share:.0%} of the file can be read.")
+        if share < WHOLE:
+            self._cut_off = f"the video is cut off: only {share:.0%} of the file can be read"
 
     def _note_time(self, packet: Any) -> None:
         """Notes how far the file reaches: its picture stream if the header declares that stream's end, else any stream."""
@@ -184,10 +248,20 @@ class VideoReader:
             self._reached_s = max(self._reached_s, (time + (packet.duration or 0)) * packet.time_base)
 
     def _rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        width, height = self._coded_size
-        with _translated():
-            pixels = self._to_rgb.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+        with translated():
+            pixels = self._to_rgb.reformat(frame, *self._size, "rgb24", threads=1).to_ndarray()
         return _upright(pixels.astype(np.uint8, copy=False), self._matrix)
+
+    def _displayed(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """Width and height of a frame in display proportions, before it is turned. Its smaller side grows, so nothing is lost."""
+        context = self._stream.codec_context
+        ratio = self._stream.sample_aspect_ratio or context.sample_aspect_ratio or Fraction(1)
+        if not Fraction(1, _MAX_STRETCH) <= ratio <= _MAX_STRETCH:
+            ratio = Fraction(1)
+        width, height = round(frame.width * max(ratio, 1)), round(frame.height / min(ratio, 1))
+        if width * height > self._max_pixels:
+            width, height = round(frame.width * min(ratio, 1)), round(frame.height / max(ratio, 1))
+        return max(width, 1), max(height, 1)
 
     def _too_large(self) -> ImageTooLarge:
         side = int(self._max_pixels**0.5)
@@ -205,64 +279,12 @@ def open_video(path: Path, max_pixels: int, max_duration_s: float) -> Iterator[V
     `ImageTooLarge` (ctx max_height, max_width: of a square at the limit), `VideoTooLong` (ctx max_duration,
     provided_duration) and `VideoLoadError`; all with an empty loc, as in `load_image`.
     """
-    with path.open("rb", buffering=0) as file, _open_container(file) as container:
-        reader = VideoReader(container, max_pixels, max_duration_s)
+    with path.open("rb", buffering=0) as file, open_container(file) as container:
+        reader = VideoReader(path, container, max_pixels, max_duration_s)
         try:
             yield reader
         finally:
             reader.close()
-
-
-def _open_container(file: BinaryIO) -> InputContainer:
-    demuxer = _demuxer(file.read(16))
-    if demuxer is None:
-        raise _unsupported(f"The file is not a video in one of the formats {', '.join(FORMATS)}.")
-    file.seek(0)
-    # No decoder may run here. FFmpeg would decode frames to learn more than the header says, before a limit could be checked.
-    # It would also trust the frames over the header, and would guess durations.
-    options = {"codec_whitelist": "none", "format_whitelist": _DEMUXERS, "max_streams": str(_MAX_STREAMS)}
-    with _translated():
-        return av.open(file, "r", demuxer, options, metadata_errors="replace", io_open=_open_nothing_else)
-
-
-def _limit_blocks() -> None:
-    """Bound every allocation of PyAV's FFmpeg, process-wide: an mp4 of 3 kB that declares 100 million samples took 2.3 GB.
-
-    PyAV 18 does not expose the call, but its wheels contain the library. A PyAV built against the system's FFmpeg has no such
-    bound.
-    """
-    for library in (Path(av.__file__).parents[1] / "av.libs").glob("libavutil*.so*"):
-        ctypes.CDLL(str(library)).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))
-
-
-_limit_blocks()
-
-
-def _demuxer(head: bytes) -> str | None:
-    """FFmpeg's name of the demuxer for a file that begins with these 16 bytes; None if it is not served."""
-    if head[4:8] == b"ftyp":
-        return None if head[8:12] in _STILL_BRANDS else "mov"
-    if head[4:8] in (b"free", b"mdat", b"moov", b"skip", b"wide"):  # QuickTime, before it had ftyp
-        return "mov"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):  # EBML, RFC 8794
-        return "matroska"
-    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
-        return "avi"
-    return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    if not len(container.streams):
-        raise VideoLoadError("The video is damaged: its header lists no streams.")
-    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not moving:
-        raise _unsupported("The file holds no video stream.")
-    stream = moving[0]
-    if stream.codec_context is None:
-        raise VideoLoadError("The video is damaged, or its codec is not known.")
-    if stream.codec_context.name not in DECODERS:
-        raise _unsupported(f"The codec {stream.codec_context.name} is not served.")
-    return stream
 
 
 def _display_matrix(frame: av.VideoFrame) -> Matrix:
@@ -289,27 +311,3 @@ def _upright(pixels: NDArray[np.uint8], matrix: Matrix) -> NDArray[np.uint8]:
         pixels = pixels.transpose(1, 0, 2)  # (W, H, 3)
         across, down = matrix[2], matrix[1]
     return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turns what PyAV raises on files into `VideoLoadError`.
-
-    These are FFmpeg's errors, ValueError (Unicode errors among them), and OverflowError for odd numbers.
-    """
-    try:
-        yield
-    except (av.error.FFmpegError, ValueError, ArithmeticError) as exc:
-        raise VideoLoadError(_DAMAGED) from exc
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # a fault of our disk, not of the file
-            raise
-        raise VideoLoadError(_DAMAGED) from exc  # the file made FFmpeg seek to a negative offset
-
-
-def _open_nothing_else(url: str, flags: int, options: dict[str, str]) -> NoReturn:
-    raise ValueError(f"A video file asked for {url!r}.")
-
-
-def _unsupported(message: str) -> UnsupportedVideoFormat:
-    return UnsupportedVideoFormat(message, (), {"supported_formats": list(FORMATS)})

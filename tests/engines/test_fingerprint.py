@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from engines import fingerprint
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
+from engines.arithmetic import exact_arithmetic
 from engines.fingerprint import arithmetic_of, fingerprint_of
 from engines.source import Source
+from kernels.choice import forced
 from tests.engines.controlnext.conftest import conditioning
 
 
@@ -91,3 +94,26 @@ def test_the_arithmetic_of_a_cpu_is_told_by_its_threads():
         assert fingerprint_of(arithmetic_of("cpu")) != fingerprint_of(one)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_arithmetic_of_a_gpu_is_told_by_its_libraries_and_the_kernels_choices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    seen = {fingerprint_of(arithmetic_of("cuda"))}
+    with forced("pytorch"):
+        seen.add(fingerprint_of(arithmetic_of("cuda")))
+    for owner, name, version in (
+        (torch.backends.cudnn, "version", lambda: 1),
+        (fingerprint.metadata, "version", lambda name: f"{name} 0"),
+        (torch.cuda, "get_device_name", lambda device: "NVIDIA H100"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, version)
+            seen.add(fingerprint_of(arithmetic_of("cuda")))
+    assert len(seen) == 5
+
+
+def test_a_process_sums_in_full_precision():
+    exact_arithmetic()
+    matmul = torch.backends.cuda.matmul
+    flags = [matmul.allow_tf32, torch.backends.cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction]
+    assert [*flags, matmul.allow_bf16_reduced_precision_reduction] == [False] * 4

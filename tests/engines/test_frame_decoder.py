@@ -91,6 +91,13 @@ def test_a_batch_without_memory_is_decoded_chunk_by_chunk(chunk: int, caplog: py
     assert [record.message for record in caplog.records] == ["decoding chunk by chunk"]
 
 
+def test_a_batch_that_did_not_fit_is_not_tried_again(caplog: pytest.LogCaptureFixture):
+    vae = FakeVAE(torch.float32, memory_frames=2)
+    decoded(vae, latents(8), chunk=2, batch_frames=4)
+    assert vae.calls == [(torch.float32, 4), *[(torch.float32, 2)] * 4]
+    assert len(caplog.records) == 1
+
+
 def test_a_chunk_without_memory_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         decoded(FakeVAE(torch.float32, memory_frames=1), latents(4), chunk=2)

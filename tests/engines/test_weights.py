@@ -14,7 +14,7 @@ from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import write_demo_weights
 from engines.errors import WeightsError
 from engines.source import Source
-from engines.weights import file_patterns, fold_lora, load_strict, locate, read_file, read_tensors
+from engines.weights import file_patterns, fold_lora, load_strict, locate, read_file, read_lora, read_tensors
 
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -175,6 +175,11 @@ LORA_STYLES = {
         "base_model.model.mid.attn.to_q.lora_B.default.weight",
     ),
     "diffusers": ("unet.mid.attn.to_q.lora.down.weight", "unet.mid.attn.to_q.lora.up.weight"),
+    "diffusers linear layers": (
+        "unet.mid.attn.to_q.lora_linear_layer.down.weight",
+        "unet.mid.attn.to_q.lora_linear_layer.up.weight",
+    ),
+    "peft of a part": ("base_model.model.unet.mid.attn.to_q.lora_A.weight", "base_model.model.unet.mid.attn.to_q.lora_B.weight"),
     "diffusers processors": ("mid.attn.processor.to_q_lora.down.weight", "mid.attn.processor.to_q_lora.up.weight"),
 }
 
@@ -195,15 +200,33 @@ def test_the_output_projections_old_name_finds_its_layer():
     assert weights["mid.attn.to_out.0.weight"].any()
 
 
-def test_alpha_scales_by_the_rank():
+@pytest.mark.parametrize("prefix", ["lora_unet_", "unet.", "base_model.model.", ""])
+@pytest.mark.parametrize("alpha", ["alpha", "lora.alpha"])
+def test_alpha_scales_by_the_rank(prefix: str, alpha: str):
     weights = {"a.weight": torch.zeros(4, 3)}
-    lora = {
-        "lora_unet_a.lora_down.weight": PAIR["down"],
-        "lora_unet_a.lora_up.weight": PAIR["up"],
-        "lora_unet_a.alpha": torch.tensor(1.0),
-    }
-    fold_lora(weights, lora, 1.0, "lora")
+    lora = {f"{prefix}a.lora.down.weight": PAIR["down"], f"{prefix}a.lora.up.weight": PAIR["up"]}
+    fold_lora(weights, lora | {f"{prefix}a.{alpha}": torch.tensor(1.0)}, 1.0, "lora", alpha=7)
     assert weights["a.weight"][0, 0].item() == pytest.approx(0.5)
+
+
+def test_alpha_of_pefts_metadata_scales_layers_without_their_own(tmp_path: Path):
+    lora = {"unet.a.lora_A.weight": PAIR["down"], "unet.a.lora_B.weight": PAIR["up"]}
+    source = Source(folder=tmp_path, file="lora.safetensors")
+    for settings, factor in (({"unet.lora_alpha": 1, "unet.r": 2}, 0.5), ({}, 1.0), ({"unet.lora_alpha": 4}, 2.0)):
+        save_file(lora, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+        weights = {"a.weight": torch.zeros(4, 3)}
+        tensors, alpha = read_lora(source)
+        fold_lora(weights, tensors, 1.0, "lora", alpha)
+        assert weights["a.weight"][0, 0].item() == pytest.approx(factor)
+    save_file(lora, tmp_path / "lora.safetensors")
+    assert read_lora(source)[1] is None
+
+
+@pytest.mark.parametrize("stated", ['{"unet.use_rslora": true}', '{"unet.alpha_pattern": {"a": 3}}', "[]", "not JSON"])
+def test_settings_of_peft_that_are_not_served_are_refused(tmp_path: Path, stated: str):
+    save_file({"a": torch.zeros(1)}, tmp_path / "lora.safetensors", {"lora_adapter_metadata": stated})
+    with pytest.raises(WeightsError, match=r"use_rslora|alpha_pattern|lora_adapter_metadata"):
+        read_lora(Source(folder=tmp_path, file="lora.safetensors"))
 
 
 @pytest.mark.parametrize(

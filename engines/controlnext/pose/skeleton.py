@@ -1,6 +1,6 @@
 """The people of one frame as points with scores, and how OpenPose numbers, joins and colours them. NumPy only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,3 +70,7 @@ class Pose:
     def visible(self) -> NDArray[np.bool_]:
         """(P, 18): which body points are present."""
         return self.body_scores > VISIBLE
+
+    def person(self, i: int) -> "Pose":
+        """The i-th person alone."""
+        return Pose(*(getattr(self, field.name)[i : i + 1] for field in fields(self)))

@@ -340,6 +340,24 @@ async def test_size_counts_after_decoding() -> None:
         assert await fetched(server.url("/small"), OPEN) == b"hello"
 
 
+@pytest.mark.parametrize("name", ["aws-chunked", "UTF-8", "none", "", "identity", "aws-chunked,", "binary, utf-8"])
+async def test_an_encoding_that_is_no_coding_of_the_bytes_is_ignored(name: str) -> None:
+    async with serving({"/": http("200 OK", b"hello", content_encoding=name)}) as server:
+        assert await fetched(server.url("/"), OPEN) == b"hello"
+
+
+@pytest.mark.parametrize("name", ["gzip", "GZIP", "x-gzip", "aws-chunked,gzip", "gzip, UTF-8"])
+async def test_a_coding_is_decoded_whatever_stands_beside_it(name: str) -> None:
+    async with serving({"/": http("200 OK", gzip.compress(b"hello"), content_encoding=name)}) as server:
+        assert await fetched(server.url("/"), OPEN) == b"hello"
+
+
+@pytest.mark.parametrize("name", ["br", "zstd", "compress", "aws-chunked, br"])
+async def test_a_coding_without_a_bound_is_refused_by_name(name: str) -> None:
+    async with serving({"/": http("200 OK", b"hello", content_encoding=name)}) as server:
+        assert f"its content encoding, {name.split(', ')[-1]}, is not supported" in await refusal(server.url("/"), OPEN)
+
+
 async def test_stacked_encodings_are_refused() -> None:
     twice = gzip.compress(gzip.compress(bytes(100_000)))
     async with serving({"/": http("200 OK", twice, content_encoding="gzip, gzip")}) as server:

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
 from engines.errors import ImageLoadError, ImageTooLarge, UnsupportedImageFormat
@@ -41,6 +42,31 @@ def test_a_long_prompt_is_cut_with_a_note(pipeline: Pipeline):
     assert conditioning.text.shape == (1, 77, 32)
     assert conditioning.notes == ("prompt cut to its first 75 of 120 tokens",)
     assert pipeline.preprocess.encode(SPEC).notes == ()
+
+
+def test_a_scribble_that_is_mostly_bright_is_noted_and_used_as_it_is(pipeline: Pipeline):
+    dark_on_white = Keyframe(4, png(ImageOps.invert(scribble())), "keyframe_1_image_url")
+    spec = replace(SPEC, keyframes=(*keyframes(0), dark_on_white))
+    given = pipeline.preprocess.encode(spec)
+    (note,) = given.notes
+    assert note.startswith("keyframe_1_image_url is mostly bright")
+    assert given.control.values[1].mean() > 0.5
+    assert pipeline.preprocess.encode(replace(spec, controlnet_type="rgb")).notes == (), "a picture may be bright"
+
+
+def test_only_a_scribbles_transparency_is_its_ground(pipeline: Pipeline):
+    image = Image.new("RGBA", (64, 64), (255, 0, 255, 0))
+    image.paste((0, 0, 0, 255), (24, 0, 40, 64))
+    spec = replace(SPEC, keyframes=(Keyframe(0, png(image), "keyframe_0_image_url"),))
+    values = pipeline.preprocess.encode(spec).control.values[0]
+    assert (values[:, :, 28:36].min(), values[:, :, :20].max()) == (1, 0)
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    grey.paste((0, 0, 0), (24, 0, 40, 64))
+    over_grey = replace(spec, controlnet_type="rgb", keyframes=(Keyframe(0, png(grey), "keyframe_0_image_url"),))
+    shown, expected = (
+        pipeline.preprocess.encode(asked).control.values for asked in (replace(spec, controlnet_type="rgb"), over_grey)
+    )
+    assert torch.equal(shown, expected)
 
 
 def test_prompts_encoded_side_by_side_do_not_disturb_each_other(pipeline: Pipeline):

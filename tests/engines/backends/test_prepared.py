@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import registry
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
@@ -18,11 +19,15 @@ from engines.animatediff.spec import AnimateDiffSpec
 from engines.backends import prepared
 from engines.backends.backend import Eager
 from engines.backends.config import EngineConfig
+from engines.backends.inductor import InductorEngine
 from engines.backends.shapes import Shape
 from engines.backends.unet_call import UNetCall
+from engines.controlnext.call import svd_inputs
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.demo_weights import write_demo_weights
+from engines.controlnext.denoise import FAMILIES
 from engines.controlnext.denoise import Denoise as ControlNeXtDenoise
+from engines.controlnext.unet import Control, Half
 from engines.errors import EngineError
 from engines.pipeline import Pipeline
 from engines.registry import build_stage
@@ -102,6 +107,54 @@ def test_what_fails_on_the_way_is_rendered_eagerly_and_told(
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert vars(record)["error"] == "the device has gone away"
     assert pipeline.latents(spec(1.0, True)).engine == "eager", "the failed engine is not called again"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error"), RuntimeError()])
+def test_a_call_that_the_device_fails_is_rendered_eagerly_and_the_next_by_the_engine_again(
+    fakes: list[FakeEngine], eager: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    pipeline = Pipeline(MODEL, replace(eager.denoise.config, engine=INDUCTOR))
+    failures = iter([error])
+
+    def call(self: FakeEngine, inputs: Mapping[str, Tensor]) -> Tensor:
+        for failure in failures:
+            raise failure
+        return Eager.__call__(self, inputs)
+
+    monkeypatch.setattr(FakeEngine, "__call__", call)
+    ours = pipeline.latents(spec(1.0, True))
+    assert torch.equal(ours.values, eager.latents(spec(1.0, True)).values)
+    assert ours.engine == "eager+inductor"
+    (record,) = [record for record in caplog.records if hasattr(record, "call") and record.levelno == logging.WARNING]
+    assert type(error).__name__ in vars(record)["error"]
+    assert pipeline.latents(spec(1.0, True)).engine == "inductor"
+
+
+def test_engines_of_exact_shapes_are_prepared_for_the_default_shape_only(monkeypatch: pytest.MonkeyPatch):
+    ready: list[Shape] = []
+    monkeypatch.setattr(InductorEngine, "prepare", lambda self, shape: ready.append(shape))
+    monkeypatch.setattr(InductorEngine, "holds", lambda self, shape: shape in ready)
+    call = SimpleNamespace(name="svd-controlled", example={"latents": torch.zeros(1)}, shapes=lambda shape: {})
+    engine = prepared.load_engine(INDUCTOR, call, FAMILIES, torch.device("cpu"))  # type: ignore[arg-type]
+    assert ready == [Shape(24, 128, 72)]
+    assert [engine.holds(family.best) for family in FAMILIES] == [True, False]
+
+
+def test_an_engines_inputs_are_made_on_the_device():
+    """A copy from the host waits for all work that the device has."""
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    latents = torch.zeros(2, 4, 8, 6)
+    control = Control(torch.zeros(2, 32, 4, 3), 0.7)
+    with Watched():
+        inputs = svd_inputs(latents, Half(latents, []), [], control)
+    assert inputs["control_scale"].tolist() == pytest.approx([0.7])
+    assert seen <= {"new_full", "fill", "fill_"}
 
 
 @pytest.mark.parametrize("error", [EngineError("no plan"), OSError(28, "No space"), torch.OutOfMemoryError("CUDA out of memory")])

@@ -1,6 +1,8 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,10 @@ from PIL import Image
 from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.clip_image import clip_pixels
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
-from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
+from engines.controlnext.demo_pose import DRIVER, puppet_frame, puppet_image, write_puppet_clip
+from engines.controlnext.pose import detector
+from engines.controlnext.pose.align import Alignment, fit
+from engines.controlnext.pose.skeleton import Pose
 from engines.controlnext.preprocess import REFERENCE_IDS, Preprocess
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtSpec
 from engines.errors import (
@@ -94,7 +99,7 @@ def test_the_driving_skeletons_are_moved_onto_the_references_body(preprocess: Pr
 
 def test_the_image_is_seen_as_the_reference_sees_it(preprocess: Preprocess, spec: ControlNeXtSpec):
     given = preprocess.encode(spec)
-    image = preprocess.image(spec)
+    image = preprocess.levels(spec).float() / 255  # rounded once, as published
     generator = seeded_generator(spec.seed)
     noise = torch.randn((1, 3, HEIGHT, WIDTH), generator=generator)
     vae, encoder = load_vae(preprocess.config, torch.float32), preprocess.image_encoder
@@ -118,6 +123,58 @@ def test_the_ids_are_what_was_asked_for_or_the_published_codes(preprocess: Prepr
     assert preprocess.encode(asked).added_ids == (11.0, 30.5, 0.02)
     assert preprocess.encode(replace(asked, strict_reference=True)).added_ids == REFERENCE_IDS == (6.0, 128.0, 0.02)
     assert preprocess.encode(replace(spec, max_frame_num=2)).added_ids == (6.0, 127.0, 0.02), "the values of training"
+
+
+def test_the_published_alignment_is_fitted_to_all_of_the_video(
+    preprocess: Preprocess, spec: ControlNeXtSpec, monkeypatch: pytest.MonkeyPatch
+):
+    fitted: list[int] = []
+
+    def counting(reference: Pose, driving: Sequence[Pose], *sizes: tuple[int, int]) -> Alignment:
+        fitted.append(len(driving))
+        return fit(reference, driving, *sizes)
+
+    monkeypatch.setattr("engines.controlnext.preprocess.fit", counting)
+    strict = replace(spec, strict_reference=True)
+    few, all_ = preprocess.encode(replace(strict, max_frame_num=4)), preprocess.encode(strict)
+    preprocess.encode(replace(spec, max_frame_num=4))
+    assert fitted == [7, 7, 3]
+    assert torch.equal(few.poses, all_.poses[:4])
+
+
+def test_of_several_people_the_one_of_the_references_size_drives(
+    preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = replace(DRIVER, size=DRIVER.size / 2)
+    dance = [puppet_frame(DRIVER, i / 6, 256, 256) for i in range(6)]
+    pair = [np.concatenate([frame, puppet_frame(small, i / 6, 256, 256)], axis=1) for i, frame in enumerate(dance)]
+    for name, frames in (("alone.mp4", dance), ("pair.mp4", pair)):
+        height, width = frames[0].shape[:2]
+        (tmp_path / name).write_bytes(encode_h264(iter([np.stack(frames)]), height, width, 10)[0])
+    alone = preprocess.encode(replace(spec, video=tmp_path / "alone.mp4", sample_stride=1))
+
+    def two(cells: object, scale: float) -> np.ndarray:
+        return np.array([(256.0, 0, 512, 256), (0, 0, 256, 256)]) if scale == 1.25 else found(cells, scale)
+
+    found = detector.find_people
+    monkeypatch.setattr(detector, "find_people", two)
+    given = preprocess.encode(replace(spec, video=tmp_path / "pair.mp4", sample_stride=1))
+    assert given.notes == ("6 of 6 frames show several people: the one closest to the reference's size drives the video",)
+    assert alone.notes == ()
+    apart = (given.poses.float() - alone.poses.float()).abs().mean()
+    assert apart < 1, "as if nobody else were there, but for the codec's noise"
+    with pytest.raises(PersonNotFound, match="exactly one person"):
+        preprocess.encode(replace(spec, video=tmp_path / "pair.mp4", strict_reference=True))
+
+
+def test_what_the_video_lacks_is_noted(preprocess: Preprocess, spec: ControlNeXtSpec, tmp_path: Path):
+    data = bytearray(spec.video.read_bytes())
+    with av.open(str(spec.video)) as container:
+        packet = bytes([packet for packet in container.demux(video=0) if packet.size][7])
+    data[data.index(packet) : data.index(packet) + len(packet)] = bytes(len(packet))
+    (tmp_path / "video.mp4").write_bytes(data)
+    (note,) = preprocess.encode(replace(spec, video=tmp_path / "video.mp4")).notes
+    assert note.startswith("the video is damaged: 1 of 13 frames could not be decoded")
 
 
 def test_the_same_seed_gives_the_same_tensors(preprocess: Preprocess, spec: ControlNeXtSpec):
