@@ -105,13 +105,16 @@ class WebhookSettings(_Strict):
 
     timeout_s: from looking up the receiver's name to the end of its answer's headers.
     max_in_flight: concurrent deliveries of one courier; every dispatcher has one.
-    max_per_receiver: concurrent deliveries to one host and port, of all couriers together: a slow or dead receiver occupies no
-    more than these.
+    max_per_receiver: concurrent deliveries to one host and port for one API key, of all couriers together: a slow or dead receiver
+    occupies no more than these.
+    max_per_owner: concurrent deliveries for one API key, of all couriers together: many slow receivers of one key leave the rest
+    of `max_in_flight` to the others.
     """
 
     timeout_s: float = Field(15.0, gt=0, le=30)
     max_in_flight: int = Field(128, ge=1)
     max_per_receiver: int = Field(4, ge=1)
+    max_per_owner: int = Field(64, ge=1)
 
 
 class Settings(_Strict):

@@ -165,7 +165,7 @@ def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path)
         store = await JobStore.open(url)
         job = await store.submit(NewJob("e", {}, webhook_url="http://h.example/hook"))
         await store.request_cancel(job.id)
-        [delivery] = await Outbox(store.database).claim(1, 1, 60)
+        [delivery] = await Outbox(store.database).claim(1, 1, 1, 60)
         await Outbox(store.database).finish(delivery, 500, "The receiver answered 500.", 0.25, None)
         await store.close()
         return job.id
