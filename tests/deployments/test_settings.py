@@ -8,7 +8,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from deployments.settings import Exposed, Settings, load_settings
+from deployments.settings import Exposed, Settings, Split, load_settings
 from engines.source import Source
 
 CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
@@ -66,6 +66,33 @@ def test_what_serve_deploy_builds_is_refused_where_serve_listens_on_the_network(
     with pytest.raises(Exposed):
         build(Settings(home=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ({}, "database"),
+        ({"files": "s3://bucket/files"}, "database"),
+        ({"database": "postgresql://db.example/reelray"}, "files"),
+        ({"database": "postgresql://db.example/reelray", "files": "/srv/files"}, "files"),
+        ({"database": "postgresql://db.example/reelray", "files": "file:///srv/files"}, "files"),
+    ],
+)
+def test_a_service_that_several_nodes_would_split_is_not_built(
+    args: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    settings = Settings(home=tmp_path, **args)
+    settings.refuse_split(1)
+    monkeypatch.setattr("deployments.app._nodes", lambda: 2)
+    with pytest.raises(Split, match=f"set `{word}`"):
+        build(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nodes_may_share_a_bucket_or_a_folder():
+    shared = {"database": "postgresql://db.example/reelray"}
+    Settings(**shared, files="s3://bucket/files").refuse_split(3)
+    Settings(**shared, files="/mnt/files", files_shared=True).refuse_split(3)
 
 
 def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

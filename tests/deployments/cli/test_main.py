@@ -19,7 +19,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
-from tests.conftest import embedded
+from tests.conftest import embedded, of_database
 from tests.engines.animatediff.media import png, scribble
 
 runner = CliRunner()
@@ -146,6 +146,17 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
         assert run("keys", "rotate", key_id, *options).exit_code == 1
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
+
+
+def test_a_database_that_cannot_be_used_is_one_line(
+    tmp_path: Path, embedded_server: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
+    for url in ("postgresql://postgres@127.0.0.1:1/reelray", of_database(embedded_server, "nothing")):
+        told = run("keys", "list", "--config", config(tmp_path, database=url))
+        assert told.exit_code == 1
+        assert told.stderr.startswith("the database cannot be reached: ")
+        assert "Traceback" not in told.output
 
 
 def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
