@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,4 +136,19 @@ def deployments_of(application: Any) -> set[str]:
 
 def test_real_weights_are_read_from_the_gpu_configuration():
     weights = load_settings(Path("cluster/serve_config.gpu.yaml")).model_configs()["animatediff-sparsectrl-lcm"].weights
-    assert weights.vae == Source(repo="stabilityai/sd-vae-ft-mse", revision="main")
+    assert weights.vae == Source(repo="stabilityai/sd-vae-ft-mse", revision="31f26fdeee1355a5c34592e401dd41e45d25a493")
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_replica_that_dies_is_noticed_within_seconds(path: str):
+    (application,) = yaml.safe_load(Path(path).read_text())["applications"]
+    assert {deployment.get("health_check_period_s") for deployment in application["deployments"]} == {2}
+
+
+def test_weights_are_pinned_but_for_those_the_file_names_as_not():
+    text = Path("cluster/serve_config.gpu.yaml").read_text()
+    head, body = text.split("proxy_location", 1)
+    pinned = dict(re.findall(r"repo: (\S+), revision: (\w+)", body))
+    moving = {repo for repo, revision in pinned.items() if not re.fullmatch("[0-9a-f]{40}", revision)}
+    assert moving == {repo for repo in pinned if f"{repo.partition('/')[0]}'s" in head}
+    assert len(pinned) - len(moving) == 5
