@@ -106,8 +106,8 @@ class WebhookSettings(_Strict):
 
     timeout_s: from looking up the receiver's name to the end of its answer's headers.
     max_in_flight: concurrent deliveries of one courier; every dispatcher has one.
-    max_per_receiver: concurrent deliveries to one host and port for one API key, of all couriers together: a slow or dead receiver
-    occupies no more than these.
+    max_per_receiver: concurrent deliveries to one host and port for one API key, of all couriers together: a slow or dead
+    receiver occupies no more than these.
     max_per_owner: concurrent deliveries for one API key, of all couriers together: many slow receivers of one key leave the rest
     of `max_in_flight` to the others.
     """
@@ -172,11 +172,11 @@ class Settings(_Strict):
     def refuse_split(self, nodes: int) -> None:
         """Raises `Split` if the replicas of a service on so many nodes would not all see the same jobs and files."""
         if nodes > 1 and self.database == "embedded":
-            raise Split(f"this Ray cluster has {nodes} nodes, and each would start a database of its own: set `database` to a URL.")
+            raise Split(f"This Ray cluster has {nodes} nodes, and each would start its own database: set `database` to a URL.")
         if nodes > 1 and not self.files_shared and get_protocol(self.files_url) in ("file", "local", "memory"):
             raise Split(
-                f"this Ray cluster has {nodes} nodes, and each would keep its own files in {self.files_url}: set `files` to the URL"
-                " of an object store, or files_shared: true if it is a folder that every node mounts."
+                f"This Ray cluster has {nodes} nodes, and each would keep its own files in {self.files_url}: set `files` to an"
+                " object store's URL, or files_shared: true if it is a folder that every node mounts."
             )
 
     def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:

@@ -28,7 +28,7 @@ def temporary_folder(place: str | None = None) -> Iterator[Path]:
 
 
 def delete_left_folders(place: str | None = None) -> None:
-    """Deletes the folders in `place` whose processes are dead. Empty ones stay: they may just have been made, and not locked yet."""
+    """Deletes the folders in `place` whose processes are dead. Empty ones stay: they may just be made, and not locked yet."""
     for folder in Path(place or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # it is locked, another user's, or just being deleted
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

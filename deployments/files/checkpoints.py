@@ -47,7 +47,7 @@ class Checkpoints:
         return await self._read(name, "step", Checkpoint, lambda: self.of_steps(name, conditioning))
 
     async def write(self, name: str, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
-        """Stores `value` in place of the previous step or latents. fingerprint: called in a thread, as it may hash a whole video."""
+        """Stores `value` in place of the previous step or latents. fingerprint: called in a thread, as it may hash a video."""
         try:
             data = await asyncio.to_thread(lambda: pack(value, fingerprint()))
             await self._files.put_checkpoint(name, "step" if isinstance(value, Checkpoint) else "latents", data)

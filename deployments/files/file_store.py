@@ -10,7 +10,6 @@ import asyncio
 import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress

@@ -134,7 +134,7 @@ def _create(folder: Path) -> None:
 
 
 def _initdb_without_name(folder: Path) -> Path:
-    """A copy of initdb for a user whose number has no name, as in a container: initdb looks the name up and ends if there is none.
+    """A copy of initdb for a user whose number has no name, as in a container. The original looks the name up and then fails.
 
     It needs the name only where no --username is given. So the copy calls `getpwent`, which finds some user, for `getpwuid`.
     """

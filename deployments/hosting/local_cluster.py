@@ -113,7 +113,7 @@ def _wait_until_ready(names: list[str], url: str) -> None:
 
 
 def _exit_on_signals() -> None:
-    """Has the signals that would end this process at once unwind its `with` blocks, as Ctrl-C does. SIGHUP: its terminal closes."""
+    """Has the signals that would end this process unwind its `with` blocks, as Ctrl-C does. SIGHUP: the terminal closes."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _exit)

@@ -69,9 +69,9 @@ def signed_headers(key: SigningKey, job_id: UUID, owner: str | None, body: bytes
 def jwks(keys: list[SigningKey]) -> dict[str, Any]:
     """The public keys as a JSON Web Key Set (RFC 7517, 8037).
 
-    Each key is there twice, because no one `x` suits all receivers. Strict readers (browsers' `importKey`, go-jose) follow RFC 7515
-    and refuse padding. The verifier in fal's documentation decodes `x` with Python's `urlsafe_b64decode`, which raises without the
-    padding, and then it skips the key. Receivers try every key, so each of them finds one that it can read.
+    Each key is there twice, because no one `x` suits all receivers. Strict readers (browsers' `importKey`, go-jose) follow RFC
+    7515 and refuse padding. The verifier in fal's documentation decodes `x` with Python's `urlsafe_b64decode`, which raises
+    without the padding, and then it skips the key. Receivers try every key, so each of them finds one that it can read.
     """
     return {"keys": [_jwk(key, padded) for key in keys for padded in (False, True)]}
 

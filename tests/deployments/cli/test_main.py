@@ -148,9 +148,7 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
-def test_a_database_that_cannot_be_used_is_one_line(
-    tmp_path: Path, embedded_server: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, embedded_server: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
     for url in ("postgresql://postgres@127.0.0.1:1/reelray", of_database(embedded_server, "nothing")):
         told = run("keys", "list", "--config", config(tmp_path, database=url))

@@ -267,7 +267,7 @@ async def test_a_webhook_asked_for_during_its_last_try_is_sent_again_with_all_it
 
 
 async def fill(database: str, owner: str, receivers: int, *, each: int = 1, waiting: bool = False) -> None:
-    """Puts webhooks of an owner into the outbox, `each` for every receiver, oldest owner first. waiting: they are due in an hour."""
+    """Puts webhooks of an owner into the outbox, `each` for every receiver. waiting: they are due in an hour."""
     connection = await asyncpg.connect(database)
     try:
         await connection.execute("SET session_replication_role = replica")  # without triggers and foreign keys it is quick
