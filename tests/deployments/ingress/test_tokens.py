@@ -60,7 +60,6 @@ async def submit_with(client: httpx.AsyncClient, token: str) -> httpx.Response:
         ("/rest/tokens/", {}),
         ("/rest/tokens", {}),
         ("/tokens/", {"host": "rest.fal.ai"}),
-        ("/tokens/", {"host": "rest.alpha.fal.ai"}),
         ("/tokens/realtime", {"host": "rest.fal.ai"}),
         ("/rest/tokens/realtime", {}),
         ("/api/fal/proxy", {"x-fal-target-url": "https://rest.fal.ai/tokens/"}),
