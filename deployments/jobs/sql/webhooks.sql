@@ -13,7 +13,7 @@ UPDATE webhook_outbox SET due = true WHERE job_id IN (
 -- an owner are in hand at a time, and $3 of one of its receivers, whoever holds them. Owners and receivers are found by one index
 -- probe each, so a backlog costs nothing, and neither does an owner who has $4 in hand. Of an owner with very many receivers only
 -- $4 are looked at from the place $6 on and as many from the beginning; $6 is random, so that all have their turn. The second
--- look at due rows is under the lock: another courier may have been faster.
+-- look at the time is under the lock: another courier may have been faster.
 WITH RECURSIVE owners AS (
     (SELECT coalesce(owner, '') AS owner FROM webhook_outbox WHERE due ORDER BY coalesce(owner, '') LIMIT 1)
     UNION ALL
@@ -63,7 +63,9 @@ WITH RECURSIVE owners AS (
 ), candidates AS (
     SELECT job_id FROM waiting WHERE place <= $4 ORDER BY place, next_attempt_at LIMIT $2
 ), taken AS (
-    SELECT job_id FROM webhook_outbox WHERE job_id = ANY (ARRAY(SELECT job_id FROM candidates)) AND due FOR UPDATE SKIP LOCKED
+    SELECT job_id FROM webhook_outbox
+    WHERE job_id = ANY (ARRAY(SELECT job_id FROM candidates)) AND next_attempt_at <= now()
+    FOR UPDATE SKIP LOCKED
 )
 UPDATE webhook_outbox SET
     token = $1,
