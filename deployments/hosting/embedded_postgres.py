@@ -135,7 +135,7 @@ def _create(folder: Path) -> None:
 
 
 def _programs_without_names(place: Path) -> Path:
-    """Copies of initdb and postgres for a user whose number has no name, as in a container. The originals look it up and then fail.
+    """Copies of initdb and postgres for a user whose number has no name, as in a container. The originals look it up and fail.
 
     They need the name only where no --username is given. So the copies call `getpwent`, which finds some user, for `getpwuid`.
     """
