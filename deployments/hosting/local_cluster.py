@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +25,8 @@ from deployments.hosting.embedded_postgres import database_url, stop_embedded
 from deployments.hosting.guardian import guarded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
+
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 180.0
 PORT_TIMEOUT_S = 5.0
@@ -127,9 +129,12 @@ def _shut_down(names: list[str]) -> None:
     """Ends the applications first, so that dispatchers give their jobs back, then Ray with the rest of Serve."""
     if ray.is_initialized():
         try:
-            with suppress(RayServeException):  # Serve had not started
-                for name in names:
-                    serve.delete(name)
+            for name in names:
+                serve.delete(name)
+        except RayServeException:  # Serve had not started
+            pass
+        except Exception:  # it does not answer; Ray's end is then its end too
+            logger.warning("Serve's applications were not stopped", exc_info=True, extra={"action": "serve_not_stopped"})
         finally:
             ray.shutdown()
 

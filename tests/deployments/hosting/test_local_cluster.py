@@ -78,9 +78,8 @@ def test_a_service_that_is_ended_while_it_waits_leaves_nothing_even_if_serve_doe
     monkeypatch.setattr(local_cluster, "serve_start", lambda **_: Client())
     monkeypatch.setattr(local_cluster, "_wait_until_ready", lambda *_: os.kill(os.getpid(), number))
     children = psutil.Process().children()
-    with pytest.raises(BaseException, match="") as raised, running(config, port=0):  # noqa: PT011  (the last error of several)
+    with pytest.raises(SystemExit), running(config, port=0):
         pass
-    assert isinstance(raised.value, SystemExit | TimeoutError)
     assert ended == ["serve", "ray"]
     assert not seen[0].is_running()
     assert psutil.Process().children() == children
