@@ -148,9 +148,10 @@ class IngressReplica:
 
 
 def build(args: Settings) -> serve.Application:
-    """The application. Serve parses the YAML's `args` as `Settings` and refuses unknown keys. Raises `Exposed`."""
+    """The application. Serve parses the YAML's `args` as `Settings` and refuses unknown keys. Raises `Exposed`, `Split`."""
     settings = args
     settings.refuse_exposure(_listening_host())
+    settings.refuse_split(_nodes())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
     files_url, checkpoint_s = settings.files_url, settings.queue.checkpoint_s
@@ -178,6 +179,11 @@ def _listening_host() -> str | None:
     """
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     return None if client is None else client.http_config.host
+
+
+def _nodes() -> int:
+    """How many nodes the Ray cluster has that this build is for."""
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
 
 
 def _deploy(replica: type, name: str, **options: Any) -> Any:

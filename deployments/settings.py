@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from fsspec.utils import get_protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deployments.schemas.endpoint import ENDPOINTS
@@ -105,13 +106,16 @@ class WebhookSettings(_Strict):
 
     timeout_s: from looking up the receiver's name to the end of its answer's headers.
     max_in_flight: concurrent deliveries of one courier; every dispatcher has one.
-    max_per_receiver: concurrent deliveries to one host and port, of all couriers together: a slow or dead receiver occupies no
-    more than these.
+    max_per_receiver: concurrent deliveries to one host and port for one API key, of all couriers together: a slow or dead
+    receiver occupies no more than these.
+    max_per_owner: concurrent deliveries for one API key, of all couriers together: many slow receivers of one key leave the rest
+    of `max_in_flight` to the others.
     """
 
     timeout_s: float = Field(15.0, gt=0, le=30)
     max_in_flight: int = Field(128, ge=1)
     max_per_receiver: int = Field(4, ge=1)
+    max_per_owner: int = Field(64, ge=1)
 
 
 class Settings(_Strict):
@@ -120,6 +124,8 @@ class Settings(_Strict):
     home: folder for everything the embedded defaults keep (database, files, demo weights).
     database: a postgresql:// URL, or "embedded": PostgreSQL from its wheel, under `home`.
     files: an fsspec URL for outputs and checkpoints, which every node must be able to write to; None keeps them under `home`.
+    files_shared: `files` is a folder on a file system that every node mounts. On a cluster of several nodes a folder is refused
+    otherwise, and so is the embedded database: each node would have its own.
     public_url: the scheme and host that callers use, if it is not the one in their Host header. The URLs in answers begin with
     it; those in a webhook begin with the address that its job was submitted to.
     auth: "open" serves everybody who can connect, so it is refused if the service listens on more than loopback; "keys" requires
@@ -133,6 +139,7 @@ class Settings(_Strict):
     home: Path = Field(default_factory=lambda: Path(os.environ.get("REELRAY_HOME", "~/.reelray")).expanduser().absolute())
     database: str = "embedded"
     files: str | None = None
+    files_shared: bool = False
     public_url: str | None = None
     auth: Literal["open", "keys"] = "open"
     open_to_network: bool = False
@@ -162,6 +169,16 @@ class Settings(_Strict):
                 " auth: keys and create keys with `reelray keys create`, or set open_to_network: true if that is intended."
             )
 
+    def refuse_split(self, nodes: int) -> None:
+        """Raises `Split` if the replicas of a service on so many nodes would not all see the same jobs and files."""
+        if nodes > 1 and self.database == "embedded":
+            raise Split(f"This Ray cluster has {nodes} nodes, and each would start its own database: set `database` to a URL.")
+        if nodes > 1 and not self.files_shared and get_protocol(self.files_url) in ("file", "local", "memory"):
+            raise Split(
+                f"This Ray cluster has {nodes} nodes, and each would keep its own files in {self.files_url}: set `files` to an"
+                " object store's URL, or files_shared: true if it is a folder that every node mounts."
+            )
+
     def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
         """Model name -> its config, with "demo" and what lies below `home` turned into folders. Models left out are absent."""
         configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
@@ -181,6 +198,10 @@ class Settings(_Strict):
 
 class Exposed(ReelrayError):
     """An open service would listen on the network."""
+
+
+class Split(ReelrayError):
+    """The nodes of a cluster would not share their jobs or files."""
 
 
 def is_loopback(host: str) -> bool:

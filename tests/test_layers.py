@@ -52,7 +52,7 @@ def rooms(*names: str) -> tuple[str, ...]:
 ROOMS = {
     "schemas": Room((ERRORS, SPEC, "engines.*.config", "engines.*.spec"), light=True),
     "jobs": Room((*rooms("schemas"), ERRORS), light=True),
-    "files": Room((*rooms("schemas"), SETTINGS, ERRORS), light=True, heavy=("checkpoints",)),
+    "files": Room((*rooms("schemas"), SETTINGS, ERRORS, "engines.temporary"), light=True, heavy=("checkpoints",)),
     "webhooks": Room((*rooms("jobs", "files.download", "schemas"), ERRORS), light=True),
     "ingress": Room((*rooms("schemas", "jobs", "files", "webhooks"), SETTINGS, ERRORS), light=True),
     "playground": Room(()),

@@ -9,6 +9,8 @@ import httpx
 from engines.errors import RequestError
 
 POLL_INTERVAL_S = 0.25
+NO_PROXY: dict[str, httpx.BaseTransport | None] = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+"""Hosts that are called directly. A proxy from the shell's environment is for others: this machine's loopback is not its own."""
 
 
 class CallFailed(RequestError):
@@ -20,7 +22,7 @@ class QueueClient:
 
     def __init__(self, url: str, key: str | None = None):
         headers = {"authorization": f"Key {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=60.0)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=60.0, mounts=NO_PROXY)
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +60,8 @@ class QueueClient:
     def download(self, url: str) -> bytes:
         """A generated file. The API key is not sent: another host may keep the files."""
         try:
-            return httpx.get(url, timeout=60.0).raise_for_status().content
+            with httpx.Client(timeout=60.0, mounts=NO_PROXY) as http:
+                return http.get(url).raise_for_status().content
         except httpx.HTTPError as exc:
             raise CallFailed(f"{url} cannot be downloaded: {exc}") from exc
 

@@ -50,7 +50,10 @@ def job_id_of(request_id: str) -> UUID:
 
 def in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
     """What `work` returns, given the open job store of the service in `config`. Exits with an error if there is no database."""
-    from deployments.hosting.embedded_postgres import database_for_command
+    import asyncpg
+
+    from deployments.hosting.embedded_postgres import PostgresFailed, database_for_command
+    from deployments.jobs.database import StoreAway
     from deployments.jobs.store import JobStore
 
     async def run(url: str) -> T:
@@ -63,7 +66,7 @@ def in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
     try:
         with database_for_command(load_settings(config)) as url:
             return asyncio.run(run(url))
-    except (OSError, RuntimeError) as exc:
+    except (OSError, RuntimeError, PostgresFailed, StoreAway, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
         raise typer.Exit(fail(f"the database cannot be reached: {exc}")) from exc
 
 

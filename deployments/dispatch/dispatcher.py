@@ -160,7 +160,8 @@ class Dispatcher:
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()
-            except StoreAway:
+                await self.files.delete_incomplete()
+            except (StoreAway, StorageFailed):
                 logger.exception("nothing expired could be deleted", extra={"action": "expiry_failed"})
                 files = jobs = 0
             await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
@@ -240,13 +241,11 @@ class Dispatcher:
         return output.model_dump(mode="json")
 
     async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
-        name = self.files.new_name("video", "video/mp4")
-        if (keep_s := self.retention.keep_file_s(claim.files_s)) is not None:
+        keep_s = self.retention.keep_file_s(claim.files_s)
+        name = self.files.new_name("video", "video/mp4", keep_s)
+        if keep_s is not None:
             await self.store.retention.add_file(name, keep_s)
-        try:
-            return await self.files.put("video", clip.mp4, "video/mp4", name)
-        except OSError as exc:  # e.g. a full disk, or a bucket that does not answer: worth another attempt
-            raise StorageFailed from exc
+        return await self.files.put("video", clip.mp4, "video/mp4", name)
 
     async def _renew_lease(
         self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog

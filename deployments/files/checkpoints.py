@@ -12,7 +12,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from deployments.files.file_store import FileStore
+from deployments.files.file_store import FileStore, Part
 from engines.checkpoint_file import pack, unpack
 from engines.fingerprint import arithmetic_of, fingerprint_of
 from engines.spec import CallEngines, Checkpoint, Conditioning, Latents
@@ -20,7 +20,7 @@ from engines.spec import CallEngines, Checkpoint, Conditioning, Latents
 logger = logging.getLogger(__name__)
 
 WRITE_TIMEOUT_S = 30.0
-"""A bucket that does not answer delays a finished job no longer than this."""
+"""How long a job waits for a write of its own. A bucket that does not answer delays a finished job by twice this at most."""
 
 T = TypeVar("T", bound=Checkpoint | Latents)
 
@@ -40,19 +40,18 @@ class Checkpoints:
 
     async def latents(self, name: str) -> Latents | None:
         """The job's finished latents, if there are any."""
-        return await self._read(name, Latents, lambda: self.of_latents(name))
+        return await self._read(name, "latents", Latents, lambda: self.of_latents(name))
 
     async def step(self, name: str, conditioning: Conditioning) -> Checkpoint | None:
         """The last step that was stored, if it was computed from the same conditioning in the same arithmetic."""
-        return await self._read(name, Checkpoint, lambda: self.of_steps(name, conditioning))
+        return await self._read(name, "step", Checkpoint, lambda: self.of_steps(name, conditioning))
 
     async def write(self, name: str, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
-        """Stores `value` in place of the previous checkpoint. fingerprint: called in a thread, as it may hash a whole video."""
+        """Stores `value` in place of the previous step or latents. fingerprint: called in a thread, as it may hash a video."""
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                data = await asyncio.to_thread(lambda: pack(value, fingerprint()))
-                await self._files.put_checkpoint(name, data)
-        except Exception:  # each kind of file store has errors of its own
+            data = await asyncio.to_thread(lambda: pack(value, fingerprint()))
+            await self._files.put_checkpoint(name, "step" if isinstance(value, Checkpoint) else "latents", data)
+        except Exception:
             logger.warning("checkpoint not written", exc_info=True, extra={"action": "checkpoint_failed", "file": name})
 
     def of_latents(self, name: str) -> str:
@@ -63,9 +62,9 @@ class Checkpoints:
         """The fingerprint of a step. Hashes the conditioning, which takes some tenths of a second for a long video."""
         return fingerprint_of(name, self._model, arithmetic_of(self._config.device), self._engines(), conditioning)
 
-    async def _read(self, name: str, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
+    async def _read(self, name: str, part: Part, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
         try:
-            data = await self._files.get_checkpoint(name)
+            data = await self._files.get_checkpoint(name, part)
             return None if data is None else await asyncio.to_thread(lambda: unpack(data, kind, fingerprint()))
         except Exception:
             logger.warning("checkpoint not used", exc_info=True, extra={"action": "checkpoint_unusable", "file": name})
@@ -76,7 +75,8 @@ class Saving:
     """Stores one call's progress while it works: a step at most every `every_s` seconds, and the finished latents.
 
     At its end, `async with` waits for the write that is under way. After a cancel it also writes the newest step: perhaps this
-    replica is shutting down, and the job will go on elsewhere.
+    replica is shutting down, and the job will go on elsewhere. A write that stalls cannot be taken back, only left alone; nothing
+    is written while it lives, because it could replace that later.
     """
 
     def __init__(self, checkpoints: Checkpoints, name: str, conditioning: Conditioning, every_s: float):
@@ -86,6 +86,7 @@ class Saving:
         self._every_s = every_s
         self._newest: Checkpoint | None = None  # not being written yet
         self._writing: asyncio.Task[None] | None = None
+        self._stalled = False
         self._due = inf
 
     async def __aenter__(self) -> Self:
@@ -101,15 +102,15 @@ class Saving:
         self._loop.call_soon_threadsafe(self._offered, step)
 
     async def finish(self, latents: Latents) -> None:
-        """Stores the finished latents in place of the last step."""
-        await self._written()
-        self._newest = None
-        self._write(latents, lambda: self._checkpoints.of_latents(self._name))
-        await self._written()
+        """Stores the finished latents."""
+        if await self._written():
+            self._newest = None
+            self._write(latents, lambda: self._checkpoints.of_latents(self._name))
+            await self._written()
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        await self._written()
-        if self._newest is not None and exc_type is not None and issubclass(exc_type, asyncio.CancelledError | GeneratorExit):
+        over = await self._written()
+        if over and self._newest and exc_type and issubclass(exc_type, asyncio.CancelledError | GeneratorExit):
             self._write(self._newest, self._of_steps)
             await self._written()
 
@@ -123,6 +124,12 @@ class Saving:
     def _write(self, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
         self._writing = self._loop.create_task(self._checkpoints.write(self._name, value, fingerprint))
 
-    async def _written(self) -> None:
-        if self._writing is not None:
-            await asyncio.wait([self._writing])  # not the task itself: a cancel of ours must not end the write
+    async def _written(self) -> bool:
+        """Waits for the write that is under way. False: it stalls, and is not waited for again."""
+        if self._writing is not None and not self._stalled:
+            # not for the task itself: a cancel of ours must not end the write
+            _, pending = await asyncio.wait([self._writing], timeout=WRITE_TIMEOUT_S)
+            if pending:
+                self._stalled = True
+                logger.warning("checkpoint write stalls", extra={"action": "checkpoint_stalled", "file": self._name})
+        return not self._stalled

@@ -18,9 +18,8 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
@@ -28,6 +27,7 @@ import httpx
 
 from deployments.settings import FetchSettings
 from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
+from engines.temporary import temporary_folder
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -55,10 +55,10 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 @contextmanager
 def download_folder() -> Iterator[Path]:
     """A temporary folder, deleted at the end with everything in it. Raises `StorageFailed`."""
-    with _storing():
-        folder = TemporaryDirectory(prefix="reelray-")
-    with folder as name:
-        yield Path(name)
+    with ExitStack() as stack:
+        with _storing():
+            folder = stack.enter_context(temporary_folder())
+        yield folder
 
 
 async def download(url: str, settings: FetchSettings, field: str, into: Path) -> None:

@@ -1,25 +1,27 @@
 """Bytes to URL: where finished files are kept, and how they are read back in pieces.
 
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
-may be cached for ever. Any fsspec URL will do; a local folder is the default.
+may be cached as long as the file is kept. The name says how long that is. Any fsspec URL will do; a local folder is the default.
 
-The checkpoints of jobs are stored beside them: one per job, overwritten again and again, and never served.
+The checkpoints of jobs are stored beside them, a folder each: overwritten again and again, and never served.
 """
 
 import asyncio
 import os
 import re
 import secrets
-import shutil
-from collections.abc import AsyncIterator
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from deployments.schemas.responses import URL_PREFIX
+from engines.errors import StorageFailed
 
 CHUNK_BYTES = 1 << 20
 """Read at once: large enough that an object store's round trip does not dominate, small enough for hundreds of readers."""
@@ -35,8 +37,16 @@ CONTENT_TYPES = {
 """Suffix -> type of the files with it. All other types get the suffix `.bin`, which no browser interprets."""
 
 _SUFFIXES = {content_type: suffix for suffix, content_type in CONTENT_TYPES.items()}
-_NAME = re.compile(r"[0-9a-f]{32}/[A-Za-z0-9_-]+\.[a-z0-9]+")
-_CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}/latents\.safetensors")
+LEFT_AFTER_S = 3600.0
+"""The age in seconds from which on a file that is not complete is taken for a killed writer's."""
+
+Part = Literal["step", "latents"]
+"""The files of a checkpoint: its last step and, later, the finished latents, which no stalled write of a step can replace."""
+
+_NAME = re.compile(r"[0-9a-f]{32}(?:-(\d{1,12}))?/[A-Za-z0-9_-]+\.[a-z0-9]+")
+_CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}")
+_INCOMPLETE = "incomplete"
+"""The folder of files that are being written, in a local file store."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +57,27 @@ class StoredFile:
     size: int
 
 
+def expires_at(name: str) -> float | None:
+    """When the time of a file is over, in seconds since 1970; None: it is kept for ever."""
+    match = _NAME.fullmatch(name)
+    return float(match[1]) if match and match[1] else None
+
+
 class FileStore:
-    """The files under one fsspec URL."""
+    """The files under one fsspec URL. Every call may raise `StorageFailed`."""
 
     def __init__(self, url: str):
         self._fs, self._root = fsspec.core.url_to_fs(url)
 
-    def new_name(self, name_hint: str, content_type: str) -> str:
+    def new_name(self, name_hint: str, content_type: str, keep_s: float | None = None) -> str:
         """A name for `put` that nobody can guess.
 
         name_hint: what the download should be called, e.g. "video.mp4"; its suffix is replaced by that of `content_type`.
+        keep_s: how long the file is served, in seconds; None is for ever.
         """
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name_hint).stem).strip("-")[:64] or "file"
-        return f"{secrets.token_hex(16)}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
+        until = "" if keep_s is None else f"-{int(time.time() + keep_s)}"
+        return f"{secrets.token_hex(16)}{until}/{stem}{_SUFFIXES.get(content_type, '.bin')}"
 
     async def put(self, name_hint: str, data: bytes, content_type: str, name: str | None = None) -> StoredFile:
         """Stores `data`. On return it is durable; no reader ever sees half of it.
@@ -67,17 +85,21 @@ class FileStore:
         name: from `new_name`, if it had to be known beforehand; else a new one is made from `name_hint`.
         """
         name = name or self.new_name(name_hint, content_type)
-        await asyncio.to_thread(self._write, self._path(name), data)
+        with _translated():
+            await asyncio.to_thread(self._write, self._path(name), data)
         return StoredFile(URL_PREFIX + name, len(data))
 
     async def size(self, name: str) -> int | None:
-        """The size in bytes of the file at "/files/<name>"; None if there is none, or the name is malformed."""
+        """The size in bytes of the file at "/files/<name>"; None if there is none, its time is over, or the name is malformed."""
         if not _NAME.fullmatch(name):  # so no name ever leads out of the folder
             return None
-        try:
-            info = await asyncio.to_thread(self._fs.info, self._path(name))
-        except FileNotFoundError:
+        if (until := expires_at(name)) is not None and until <= time.time():
             return None
+        with _translated():
+            try:
+                info = await asyncio.to_thread(self._fs.info, self._path(name))
+            except FileNotFoundError:
+                return None
         return int(info["size"]) if info["type"] == "file" else None
 
     async def read(self, name: str, start: int, stop: int) -> AsyncIterator[bytes]:
@@ -85,54 +107,84 @@ class FileStore:
         for begin in range(start, stop, CHUNK_BYTES):
             # No handle stays open between chunks, so a reader who leaves mid-file leaks nothing.
             end = min(begin + CHUNK_BYTES, stop)
-            yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
+            with _translated():
+                chunk = await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
+            yield chunk
 
     async def delete(self, name: str) -> None:
         """Deletes the file at "/files/<name>", or the checkpoint of that name, if there is one."""
-        if _NAME.fullmatch(name) or _CHECKPOINT.fullmatch(name):
-            await asyncio.to_thread(self._delete, self._path(name))
+        with _translated():
+            if _NAME.fullmatch(name):
+                await asyncio.to_thread(self._delete, self._path(name))
+            elif _CHECKPOINT.fullmatch(name):
+                for part in get_args(Part):
+                    await asyncio.to_thread(self._delete, self._path(f"{name}/{part}.safetensors"))
 
-    async def put_checkpoint(self, name: str, data: bytes) -> None:
+    async def delete_incomplete(self) -> None:
+        """Deletes what killed writers have left. An object store has nothing of the kind."""
+        if isinstance(self._fs, LocalFileSystem):
+            with _translated():
+                await asyncio.to_thread(_delete_incomplete, Path(self._root, _INCOMPLETE))
+
+    async def put_checkpoint(self, name: str, part: Part, data: bytes) -> None:
         """Stores `data` in place of what was stored before; a reader finds either of the two, whole.
 
-        name: "checkpoints/<job id>/latents.safetensors", as for `delete`. Raises the file system's errors.
+        name: "checkpoints/<job id>", as for `delete`.
         """
         assert _CHECKPOINT.fullmatch(name)
-        await asyncio.to_thread(self._write, self._path(name), data)
+        with _translated():
+            await asyncio.to_thread(self._write, self._path(f"{name}/{part}.safetensors"), data)
 
-    async def get_checkpoint(self, name: str) -> bytes | None:
+    async def get_checkpoint(self, name: str, part: Part) -> bytes | None:
         """What was stored last; None if there is nothing."""
         assert _CHECKPOINT.fullmatch(name)
-        try:
-            data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
-        except FileNotFoundError:
-            return None
+        with _translated():
+            try:
+                data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(f"{name}/{part}.safetensors"))
+            except FileNotFoundError:
+                return None
         return data
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            if isinstance(self._fs, LocalFileSystem):
-                # each file has a folder of its own, where a killed process may have left a temporary file
-                shutil.rmtree(Path(path).parent)
-            else:
-                self._fs.rm_file(path)
+            self._fs.rm_file(path)
+        if isinstance(self._fs, LocalFileSystem):
+            with suppress(OSError):  # the other part of a checkpoint is there
+                Path(path).parent.rmdir()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _write(self, path: str, data: bytes) -> None:
         if isinstance(self._fs, LocalFileSystem):
-            _write_durably(Path(path), data)
+            _write_durably(Path(path), data, Path(self._root, _INCOMPLETE))
         else:
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, data)  # object stores show an object only when it is complete
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turns a file system's errors into `StorageFailed`. Each kind has errors of its own: botocore's are no `OSError`."""
+    try:
+        yield
+    except Exception as exc:
+        raise StorageFailed from exc
+
+
+def _delete_incomplete(folder: Path) -> None:
+    for file in folder.glob("*"):
+        with suppress(FileNotFoundError):  # its writer has ended, or another process was faster
+            if time.time() - file.stat().st_mtime > LEFT_AFTER_S:
+                file.unlink()
+
+
+def _write_durably(path: Path, data: bytes, incomplete: Path) -> None:
     """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
+    incomplete.mkdir(parents=True, exist_ok=True)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two writers at once have one each
+    temporary = incomplete / secrets.token_hex(8)  # two writers at once have one each
     try:
         with temporary.open("xb") as file:
             file.write(data)

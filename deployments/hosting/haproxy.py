@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from deployments.hosting import haproxy_launch
+from engines.temporary import delete_left_folders, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,13 @@ def fronted() -> Iterator[None]:
         return
     # Not in TMPDIR, whose path may be long: Serve adds a folder of 56 characters, and a socket's path may have only 97. Nor in
     # Serve's default folder: it belongs to the machine's first user of Serve, and its admin socket takes anybody's commands.
-    with TemporaryDirectory(prefix="reelray-", dir="/tmp") as folder:
+    delete_left_folders("/tmp")
+    with temporary_folder("/tmp") as folder:
         wanted = {SWITCH: "1", **LIMITS}
-        wanted |= {name: os.path.join(folder, file) for name, file in FILES.items()}
+        wanted |= {name: str(folder / file) for name, file in FILES.items()}
         wanted |= {name: str(_free(port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free())}
         if BINARY not in os.environ:
-            wanted[BINARY] = _launcher(Path(folder))
+            wanted[BINARY] = _launcher(folder)
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)
         try:

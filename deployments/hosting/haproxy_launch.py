@@ -8,11 +8,18 @@ No variable of Serve's sets these two:
   their requests. fal's Python client repeats a 503 only if it takes the server for nginx, hence the text.
 
 Lines that another version of Serve writes differently stay as they are. Standard library only: this runs at every reload.
+
+HAProxy also ends with the process that has started it, however that ends. Alone, it would keep the port and answer 500.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
 
 NOT_YET = 'http-request return status 503 content-type text/plain hdr retry-after 1 string "503, not up yet (this is no nginx)"'
 
@@ -32,7 +39,17 @@ def mended(config: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def end_with_parent() -> None:
+    """Has Linux kill this process when its parent dies, also after it has become another program."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died just before
+        sys.exit(1)
+
+
 if __name__ == "__main__":
+    end_with_parent()
     haproxy, arguments = sys.argv[1], sys.argv[2:]
     path = Path(arguments[arguments.index("-f") + 1])  # in place: Serve knows its own processes by this path
     path.write_text(mended(path.read_text()))

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +22,11 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from deployments.hosting import haproxy
 from deployments.hosting.embedded_postgres import database_url, stop_embedded
+from deployments.hosting.guardian import guarded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
+
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 180.0
 PORT_TIMEOUT_S = 5.0
@@ -47,13 +50,17 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     schema.http_options.port = schema.http_options.port if port is None else port
     settings = load_settings(config)
     settings.refuse_exposure(schema.http_options.host)
+    address = address_of(schema.http_options.host, schema.http_options.port)
     _check_free(schema.http_options.host, schema.http_options.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
-    signal.signal(signal.SIGTERM, _exit)
-    database_url(settings)
-    front = ExitStack()
-    try:
-        front.enter_context(haproxy.fronted())
+    names = [app.name for app in schema.applications]
+    _exit_on_signals()
+    with ExitStack() as stack:  # at the end every step is taken back, whichever of them fails
+        stack.enter_context(guarded(settings))
+        stack.callback(stop_embedded, settings)
+        database_url(settings)
+        stack.enter_context(haproxy.fronted())
+        stack.callback(_shut_down, names)
         ray.init(
             address="local",
             namespace="serve",
@@ -62,33 +69,33 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-        signal.signal(signal.SIGTERM, _exit)  # again: Ray has replaced it by one that aborts
+        _exit_on_signals()  # again: Ray has replaced SIGTERM's handler by one that aborts
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
-        url = f"http://{schema.http_options.host}:{schema.http_options.port}"
-        _wait_until_ready([app.name for app in schema.applications], url)
+        url = f"http://{address}"
+        _wait_until_ready(names, url)
         yield url
-    finally:
-        try:
-            _shut_down([app.name for app in schema.applications])
-        finally:  # even if Ray does not answer any more
-            front.close()
-            stop_embedded(settings)
+
+
+def address_of(host: str, port: int) -> str:
+    """Host and port as they stand in a URL, where an IPv6 address is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_free(host: str, port: int) -> None:
     """Raises `ServiceFailed` for a taken port, where Serve would wait until its timeout. A killed service frees its port soon."""
     deadline = time.monotonic() + PORT_TIMEOUT_S
     while True:
-        with socket.socket() as listener:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, port))
                 return
             except OSError as exc:
                 if time.monotonic() > deadline:
-                    raise ServiceFailed(f"{host}:{port} cannot be listened on: {exc.strerror}. Give another --port.") from exc
+                    where = address_of(host, port)
+                    raise ServiceFailed(f"{where} cannot be listened on: {exc.strerror}. Give another --port.") from exc
         time.sleep(0.2)
 
 
@@ -107,22 +114,34 @@ def _wait_until_ready(names: list[str], url: str) -> None:
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
 
 
+def _exit_on_signals() -> None:
+    """Has the signals that would end this process unwind its `with` blocks, as Ctrl-C does. SIGHUP: the terminal closes."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _exit)
+
+
 def _exit(*_: object) -> NoReturn:
-    """Unwinds the `with` blocks, as Ctrl-C does."""
     raise SystemExit(0)
 
 
 def _shut_down(names: list[str]) -> None:
     """Ends the applications first, so that dispatchers give their jobs back, then Ray with the rest of Serve."""
     if ray.is_initialized():
-        with suppress(RayServeException):  # Serve had not started
+        try:
             for name in names:
                 serve.delete(name)
-        ray.shutdown()
+        except RayServeException:  # Serve had not started
+            pass
+        except Exception:  # it does not answer; Ray's end is then its end too
+            logger.warning("Serve's applications were not stopped", exc_info=True, extra={"action": "serve_not_stopped"})
+        finally:
+            ray.shutdown()
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=2.0).is_success
+        # trust_env=False: a proxy from the shell's environment knows nothing of this machine's loopback
+        return httpx.get(f"{url}/health", timeout=2.0, trust_env=False).is_success
     except httpx.HTTPError:
         return False

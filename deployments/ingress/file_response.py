@@ -5,11 +5,12 @@ others, and no file can run as a page of this origin. Ranges: RFC 9110 section 1
 """
 
 import re
+import time
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from deployments.files.file_store import CONTENT_TYPES, FileStore
+from deployments.files.file_store import CONTENT_TYPES, FileStore, expires_at
 from engines.errors import NotFound
 
 HEADERS = {
@@ -18,7 +19,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 CACHE_S = 3600
-"""In seconds. A file never changes, but it expires, and caches should not keep it much longer. Asking again costs a 304."""
+"""The longest, in seconds. A file never changes, but it expires, and no cache may keep it longer. Asking again costs a 304."""
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -47,15 +48,17 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-async def file_response(files: FileStore, name: str, request: Request, keep_s: float | None) -> Response:
-    """The file at "/files/<name>", or the requested part. keep_s: how long files are kept, in seconds. Raises `NotFound`."""
+async def file_response(files: FileStore, name: str, request: Request) -> Response:
+    """The file at "/files/<name>", or the requested part. Raises `NotFound`."""
     size = await files.size(name)
     if size is None:
         raise NotFound("There is no such file.")
     folder, _, file_name = name.partition("/")
     content_type = CONTENT_TYPES.get("." + file_name.rpartition(".")[2])
     headers = {**HEADERS, "etag": f'"{folder}"'}
-    headers["cache-control"] = f"public, max-age={min(CACHE_S, int(keep_s or CACHE_S))}, immutable"
+    until = expires_at(name)
+    max_age_s = CACHE_S if until is None else max(0, min(CACHE_S, int(until - time.time())))
+    headers["cache-control"] = f"public, max-age={max_age_s}, immutable"
     headers["content-disposition"] = f'{"inline" if content_type else "attachment"}; filename="{file_name}"'
     if headers["etag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)

@@ -53,7 +53,7 @@ async def token(request: Request) -> Response:
 async def file(request: Request, name: str) -> Response:
     """A generated file, or the byte range asked for."""
     files: FileStore = request.app.state.files
-    return await file_response(files, name, request, settings_of(request).retention.files_s)
+    return await file_response(files, name, request)
 
 
 @router.get("/health")

@@ -3,12 +3,10 @@
 import logging
 from collections.abc import Awaitable, Callable
 
-import asyncpg
-
 from deployments.jobs.database import QUERIES, Database
 
 EXPIRY_BATCH = 100
-"""How much is deleted in one transaction: an input may be megabytes, and a file costs a round trip to an object store."""
+"""How much is deleted at once: an input may be megabytes, and a file costs a round trip to an object store."""
 UNSTORED_S = 3600.0
 """How long the result of a job whose payloads are not to be stored can be fetched; the same as at fal (protocol page 2.4)."""
 
@@ -30,23 +28,16 @@ class Retention:
 
         delete: deletes one file, which may be gone already. If it raises, the file is tried again later.
         """
-
-        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            async with connection.transaction():  # holds the rows: no other process deletes the same files meanwhile
-                rows = list(await connection.fetch(QUERIES["expired_files"], EXPIRY_BATCH))
-                gone, stuck = list[str](), list[str]()
-                for name in (row["name"] for row in rows):
-                    try:
-                        await delete(name)
-                        gone.append(name)
-                    except Exception:  # each kind of file store has errors of its own, and none may stop the dispatcher
-                        logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
-                        stuck.append(name)
-                await connection.fetch(QUERIES["forget_files"], gone)
-                await connection.fetch(QUERIES["postpone_files"], stuck)
-                return rows
-
-        return len(await self._database.run(expire))
+        rows = await self._database.fetch(QUERIES["take_expired_files"], EXPIRY_BATCH)
+        gone = list[str]()
+        for name in (row["name"] for row in rows):
+            try:
+                await delete(name)
+                gone.append(name)
+            except Exception:
+                logger.warning("a file could not be deleted", exc_info=True, extra={"action": "expiry", "file": name})
+        await self._database.fetch(QUERIES["forget_files"], gone)
+        return len(rows)
 
     async def expire_jobs(self, jobs_s: float | None) -> int:
         """Deletes jobs that ended `jobs_s` seconds ago (None: no such jobs) and, sooner, those that are not to be stored.

@@ -11,12 +11,14 @@ from deployments.stages.protocol import Done, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
+from engines.temporary import delete_left_folders
 
 
 class Decode:
     """One replica. config: the model's."""
 
     def __init__(self, model: str, config: Any):
+        delete_left_folders()
         self.stage = build_stage(model, "decode", config)
         self.turn = asyncio.Lock()
 

@@ -14,12 +14,14 @@ from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stre
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
+from engines.temporary import delete_left_folders
 
 
 class Preprocess:
     """One replica, which works on as many calls at once as it is given. config: of the endpoint's model."""
 
     def __init__(self, endpoint: Endpoint, config: Any, fetch_settings: FetchSettings, files_url: str):
+        delete_left_folders()
         self.endpoint = endpoint
         self.fetch_settings = fetch_settings
         self.stage = build_stage(endpoint.model, "preprocess", config)

@@ -1,4 +1,4 @@
-"""Delivers the webhook outbox: at least once, by any number of couriers, and no receiver waits because another is slow.
+"""Delivers the webhook outbox: at least once, by any number of couriers. No owner and no receiver waits because another is slow.
 
 Any 2xx acknowledges a webhook; after anything else it is tried again, ten times in about two hours. So are refused addresses:
 neither words nor behaviour show whether a name leads into the operator's network or nowhere. Bodies of answers are not read.
@@ -51,7 +51,12 @@ class DeliveryLimits(Protocol):
 
     @property
     def max_per_receiver(self) -> int:
-        """Concurrent deliveries to one host and port, of all couriers together."""
+        """Concurrent deliveries to one host and port for one owner, of all couriers together."""
+        ...
+
+    @property
+    def max_per_owner(self) -> int:
+        """Concurrent deliveries for one owner, of all couriers together."""
         ...
 
 
@@ -108,9 +113,10 @@ class Courier:
                 raise
 
     async def _claim(self) -> list[Delivery]:
-        room = self.limits.max_in_flight - len(self._in_hand)
+        limits = self.limits
+        room = limits.max_in_flight - len(self._in_hand)
         try:
-            return await self.outbox.claim(room, self.limits.max_per_receiver, LEASE_S) if room else []
+            return await self.outbox.claim(room, limits.max_per_receiver, limits.max_per_owner, LEASE_S) if room else []
         except StoreAway:
             logger.exception("no webhooks could be claimed", extra={"action": "webhook_claim_failed"})
             await asyncio.sleep(OUTAGE_PAUSE_S)

@@ -4,6 +4,7 @@ A courier holds a row by a lease and writes with that delivery's token. The body
 every delivery of a job, by whichever courier, sends the same bytes.
 """
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -88,9 +89,14 @@ class Outbox:
 
     # For couriers.
 
-    async def claim(self, at_most: int, per_receiver: int, lease_s: float) -> list[Delivery]:
-        """Takes webhooks that are due, of all receivers in turn. per_receiver: how many of one receiver all couriers may hold."""
-        rows = await self._fetch("claim", uuid4(), at_most, per_receiver, lease_s)
+    async def claim(self, at_most: int, per_receiver: int, per_owner: int, lease_s: float) -> list[Delivery]:
+        """Takes webhooks that are due, of all owners in turn, and of an owner's receivers in turn.
+
+        per_receiver, per_owner: how many of one receiver of an owner, and of one owner, all couriers may hold.
+        """
+        await self._fetch("wake")
+        begin_with = random.randrange(-(2**62), 2**62)
+        rows = await self._fetch("claim", uuid4(), at_most, per_receiver, per_owner, lease_s, begin_with)
         return [Delivery(**row) for row in rows]
 
     async def keep_body(self, delivery: Delivery, body: bytes) -> bytes | None:
@@ -102,7 +108,7 @@ class Outbox:
         self, delivery: Delivery, status: int | None, error: str | None, duration_s: float, retry_in_s: float | None
     ) -> None:
         """Logs the attempt. error: None if it was acknowledged. retry_in_s: None ends it. No effect if the lease was lost."""
-        await self._fetch("finish", delivery.job_id, delivery.token, status, error, duration_s, retry_in_s)
+        await self._fetch("finish", delivery.job_id, delivery.token, status, error, duration_s, retry_in_s, delivery.tries)
 
     async def release(self, delivery: Delivery) -> None:
         """Gives back a delivery that was interrupted; it does not count as a try."""

@@ -69,19 +69,20 @@ def signed_headers(key: SigningKey, job_id: UUID, owner: str | None, body: bytes
 def jwks(keys: list[SigningKey]) -> dict[str, Any]:
     """The public keys as a JSON Web Key Set (RFC 7517, 8037).
 
-    `x` keeps its padding, against RFC 7515: the verifier in fal's documentation decodes it with Python's `urlsafe_b64decode`,
-    which raises without the padding, and then it skips the key.
+    Each key is there twice, because no one `x` suits all receivers. Strict readers (browsers' `importKey`, go-jose) follow RFC
+    7515 and refuse padding. The verifier in fal's documentation decodes `x` with Python's `urlsafe_b64decode`, which raises
+    without the padding, and then it skips the key. Receivers try every key, so each of them finds one that it can read.
     """
+    return {"keys": [_jwk(key, padded) for key in keys for padded in (False, True)]}
+
+
+def _jwk(key: SigningKey, padded: bool) -> dict[str, str]:
+    x = base64.urlsafe_b64encode(key.public_key).decode()
     return {
-        "keys": [
-            {
-                "kty": "OKP",
-                "crv": "Ed25519",
-                "x": base64.urlsafe_b64encode(key.public_key).decode(),
-                "kid": key.id,
-                "use": "sig",
-                "alg": "EdDSA",
-            }
-            for key in keys
-        ]
+        "kty": "OKP",
+        "crv": "Ed25519",
+        "x": x if padded else x.rstrip("="),
+        "kid": f"{key.id}-padded" if padded else key.id,
+        "use": "sig",
+        "alg": "EdDSA",
     }

@@ -1,13 +1,13 @@
 """Frames to an H.264 file, encoded as they come so that memory does not grow with their number."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
+
+from engines.temporary import temporary_folder
 
 Frames = Iterator[NDArray[np.uint8]]
 """Consecutive chunks of frames, each (n, H, W, 3), RGB."""
@@ -30,8 +30,8 @@ def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[byte
     a temporary folder, because moving the index to the front needs to read it back.
     """
     count = 0
-    with tempfile.TemporaryDirectory(prefix="reelray-") as folder:
-        path = Path(folder) / "video.mp4"
+    with temporary_folder() as folder:
+        path = folder / "video.mp4"
         with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=fps, options=X264_OPTIONS)
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from deployments.settings import Exposed, Settings, load_settings
+from deployments.settings import Exposed, Settings, Split, load_settings
 from engines.source import Source
 
 CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
@@ -68,6 +69,33 @@ def test_what_serve_deploy_builds_is_refused_where_serve_listens_on_the_network(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ({}, "database"),
+        ({"files": "s3://bucket/files"}, "database"),
+        ({"database": "postgresql://db.example/reelray"}, "files"),
+        ({"database": "postgresql://db.example/reelray", "files": "/srv/files"}, "files"),
+        ({"database": "postgresql://db.example/reelray", "files": "file:///srv/files"}, "files"),
+    ],
+)
+def test_a_service_that_several_nodes_would_split_is_not_built(
+    args: dict[str, Any], word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    settings = Settings(home=tmp_path, **args)
+    settings.refuse_split(1)
+    monkeypatch.setattr("deployments.app._nodes", lambda: 2)
+    with pytest.raises(Split, match=f"set `{word}`"):
+        build(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nodes_may_share_a_bucket_or_a_folder():
+    shared = {"database": "postgresql://db.example/reelray"}
+    Settings(**shared, files="s3://bucket/files").refuse_split(3)
+    Settings(**shared, files="/mnt/files", files_shared=True).refuse_split(3)
+
+
 def test_the_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("REELRAY_HOME", str(tmp_path))
     assert Settings().files_url == str(tmp_path / "files")
@@ -108,4 +136,19 @@ def deployments_of(application: Any) -> set[str]:
 
 def test_real_weights_are_read_from_the_gpu_configuration():
     weights = load_settings(Path("cluster/serve_config.gpu.yaml")).model_configs()["animatediff-sparsectrl-lcm"].weights
-    assert weights.vae == Source(repo="stabilityai/sd-vae-ft-mse", revision="main")
+    assert weights.vae == Source(repo="stabilityai/sd-vae-ft-mse", revision="31f26fdeee1355a5c34592e401dd41e45d25a493")
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_replica_that_dies_is_noticed_within_seconds(path: str):
+    (application,) = yaml.safe_load(Path(path).read_text())["applications"]
+    assert {deployment.get("health_check_period_s") for deployment in application["deployments"]} == {2}
+
+
+def test_weights_are_pinned_but_for_those_the_file_names_as_not():
+    text = Path("cluster/serve_config.gpu.yaml").read_text()
+    head, body = text.split("proxy_location", 1)
+    pinned = dict(re.findall(r"repo: (\S+), revision: (\w+)", body))
+    moving = {repo for repo, revision in pinned.items() if not re.fullmatch("[0-9a-f]{40}", revision)}
+    assert moving == {repo for repo in pinned if f"{repo.partition('/')[0]}'s" in head}
+    assert len(pinned) - len(moving) == 5

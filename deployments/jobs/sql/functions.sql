@@ -59,9 +59,9 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The one file in which a job's attempts keep how far they came: its name within the file store, see `files/file_store.py`.
+-- The one folder in which a job's attempts keep how far they came: its name within the file store, see `files/file_store.py`.
 CREATE OR REPLACE FUNCTION checkpoint_name(job_id uuid) RETURNS text LANGUAGE sql IMMUTABLE AS $$
-    SELECT 'checkpoints/' || job_id || '/latents.safetensors'
+    SELECT 'checkpoints/' || job_id
 $$;
 
 -- The checkpoint goes when the job ends, whoever ends it. The minutes are for a worker that was stopped and still writes.

@@ -185,17 +185,16 @@ SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 -- A file that is about to be written. A repeated call has no effect, because names are not used twice.
 INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2)) ON CONFLICT (name) DO NOTHING
 
--- name: expired_files
--- Files whose time is over and which no other process is deleting.
-SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+-- name: take_expired_files
+-- Files whose time is over, for this process to delete: no other gets them within an hour. After that, those that could not be
+-- deleted are tried again. No transaction stays open while files are deleted, however slow the file store is.
+UPDATE stored_files SET expires_at = now() + interval '1 hour'
+WHERE name IN (SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+RETURNING name
 
 -- name: forget_files
 -- Those that are gone.
 DELETE FROM stored_files WHERE name = ANY ($1::text[])
-
--- name: postpone_files
--- Those that could not be deleted are tried again in an hour, so that they do not hold up the others.
-UPDATE stored_files SET expires_at = now() + interval '1 hour' WHERE name = ANY ($1::text[])
 
 -- name: expire_jobs
 -- Deletes jobs that ended $1 seconds ago (null: none), with all that belongs to them; not while their webhook is still to be

@@ -7,7 +7,6 @@ shapes, and the module's layers with their settings and weights. Hashing 2.5 GB 
 
 import ast
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -32,6 +31,7 @@ from engines.backends.trt.stream import Stream
 from engines.backends.unet_call import UNetCall
 from engines.errors import EngineError
 from engines.fingerprint import fingerprint_of
+from engines.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,8 @@ def _exporting(
     Raises `EngineError` at once for plugins that cannot be used.
     """
     frames = frames_of(library, options.plugins, families, call.example["latents"].dtype)
-    with tempfile.TemporaryDirectory(prefix="reelray-onnx-") as folder:
-        path = Path(folder) / f"{call.name}.onnx"
+    with temporary_folder() as folder:
+        path = folder / f"{call.name}.onnx"
 
         def graph() -> Path:
             if not path.exists():

@@ -19,7 +19,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
-from tests.conftest import embedded
+from tests.conftest import embedded, of_database
 from tests.engines.animatediff.media import png, scribble
 
 runner = CliRunner()
@@ -148,6 +148,15 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
+def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, embedded_server: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
+    for url in ("postgresql://postgres@127.0.0.1:1/reelray", of_database(embedded_server, "nothing")):
+        told = run("keys", "list", "--config", config(tmp_path, database=url))
+        assert told.exit_code == 1
+        assert told.stderr.startswith("the database cannot be reached: ")
+        assert "Traceback" not in told.output
+
+
 def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
     with embedded() as settings:
         options = ("--config", config(tmp_path, home=str(settings.home)))
@@ -165,7 +174,7 @@ def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path)
         store = await JobStore.open(url)
         job = await store.submit(NewJob("e", {}, webhook_url="http://h.example/hook"))
         await store.request_cancel(job.id)
-        [delivery] = await Outbox(store.database).claim(1, 1, 60)
+        [delivery] = await Outbox(store.database).claim(1, 1, 1, 60)
         await Outbox(store.database).finish(delivery, 500, "The receiver answered 500.", 0.25, None)
         await store.close()
         return job.id

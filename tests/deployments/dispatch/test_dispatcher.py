@@ -201,7 +201,7 @@ async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(stor
 async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
     store: JobStore, files: FileStore, database: str, monkeypatch
 ):
-    monkeypatch.setattr(files, "put", _full)
+    monkeypatch.setattr(files, "_write", _unreachable)
     stages = ScriptedStages(nothing)
     async with dispatching(store, files, stages):
         job_id = await submit(store)
@@ -237,15 +237,15 @@ async def test_a_file_is_kept_as_long_as_its_caller_wished_and_then_deleted(
 
 
 async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store: JobStore, files: FileStore, monkeypatch):
-    monkeypatch.setattr(files, "put", _full)
+    monkeypatch.setattr(files, "_write", _unreachable)
     async with dispatching(store, files, ScriptedStages(nothing)):
         job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
     assert job.failure is not None
     assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
 
 
-async def _full(*_: object) -> NoReturn:
-    raise OSError("No space left on device")
+def _unreachable(*_: object) -> NoReturn:
+    raise Exception("EndpointConnectionError: botocore's errors are no OSErrors")
 
 
 def with_deadlines(**deadlines: float) -> QueueSettings:

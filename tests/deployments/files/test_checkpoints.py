@@ -1,6 +1,7 @@
 """Which checkpoints a denoise replica writes, and how it uses those that it finds."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from deployments.files.checkpoints import Checkpoints
+from deployments.files.file_store import FileStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings
 from deployments.stages.denoise import Denoise
@@ -21,7 +23,7 @@ from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Conditioning, Latents, Progress
 from tests.fakes import ENDPOINT
 
-NAME = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
+NAME = "checkpoints/0190aaaa-0000-7000-8000-000000000001"
 FIRST, AGAIN = CheckpointRef(NAME, used=False), CheckpointRef(NAME, used=True)
 STATE = torch.Generator().get_state()
 STEPS = 6
@@ -257,9 +259,10 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
     other = replica(stage, config=AnimateDiffConfig(dtype="float64"))
     files = one.checkpoints._files
     if isinstance(found, bytes):
-        await files.put_checkpoint(NAME, found)
+        await files.put_checkpoint(NAME, "step", found)
     elif found == "latents":
-        await listen(other, FIRST)
+        latents = Latents(torch.zeros(1, 4, 2, 2, 2), 1)
+        await other.checkpoints.write(NAME, latents, lambda: other.checkpoints.of_latents(NAME))
     elif found is not None:
         other_stage = Stage()
         other_stage.engines = (("motion-1", "inductor"),)
@@ -268,9 +271,9 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
         by = asked(seed=2 if found == "of another request" else 1)
         await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by))
         if found == "half":
-            data = await files.get_checkpoint(NAME)
+            data = await files.get_checkpoint(NAME, "step")
             assert data is not None
-            await files.put_checkpoint(NAME, data[:-10])
+            await files.put_checkpoint(NAME, "step", data[:-10])
     stage.began_at.clear()
     *_, done = await listen(one, AGAIN)
     assert stage.began_at == [0]
@@ -304,6 +307,33 @@ async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
     assert isinstance(done.product, Latents)
 
 
+async def test_a_write_that_stalls_is_left_alone_and_replaces_no_finished_latents(
+    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.1)
+    write, go_on, began = FileStore._write, threading.Event(), list[str]()
+
+    def stalls_once(self: FileStore, path: str, data: bytes) -> None:
+        began.append(Path(path).name)
+        if len(began) == 1:
+            assert go_on.wait(20)
+        write(self, path, data)
+
+    monkeypatch.setattr(FileStore, "_write", stalls_once)
+    *_, done = await listen(replica(Stage(slowly)), FIRST)
+    assert isinstance(done.product, Latents)
+    assert began == ["step.safetensors"], "nothing more is written beside it"
+
+    again = replica(Stage(), checkpoint_s=60)  # another replica, for another attempt
+    await listen(again, FIRST)
+    assert written == ["latents"]
+    go_on.set()
+    async with asyncio.timeout(5):
+        while written != ["latents", 1]:  # noqa: ASYNC110  (the stalled call has long ended and tells nobody)
+            await asyncio.sleep(0.01)
+    assert await again.checkpoints.latents(NAME) is not None
+
+
 async def test_finished_latents_are_found_without_the_conditioning(
     replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, url: str
 ):
@@ -323,8 +353,8 @@ async def test_finished_latents_are_found_without_the_conditioning(
     assert (turn, note, found.seconds) == (Started(), Note("resumed after the last step"), 0.0)
     assert torch.equal(found.product.values, done.product.values)
     assert await saved(AnimateDiffConfig(dtype="float64")) == [Started(), Done(None, 0.0)], "the latents belong to another model"
-    data = await one.checkpoints._files.get_checkpoint(NAME)
+    data = await one.checkpoints._files.get_checkpoint(NAME, "latents")
     assert data is not None
-    another = NAME.replace("01/", "02/")
-    await one.checkpoints._files.put_checkpoint(another, data)
+    another = NAME[:-1] + "2"
+    await one.checkpoints._files.put_checkpoint(another, "latents", data)
     assert await saved(name=another) == [Started(), Done(None, 0.0)], "the latents belong to another job"

@@ -1,12 +1,19 @@
 import asyncio
 import os
 import re
+import signal
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from deployments.files.file_store import CHUNK_BYTES, FileStore, StoredFile
+from deployments.files.file_store import CHUNK_BYTES, LEFT_AFTER_S, FileStore, StoredFile
+from engines.errors import StorageFailed
 
 
 @pytest.fixture(params=["folder", "file://", "memory://"])
@@ -100,65 +107,79 @@ async def test_an_unknown_name_has_no_size(files: FileStore) -> None:
     assert await files.size("0" * 32 + "/video.mp4") is None
 
 
-CHECKPOINT = "checkpoints/0190aaaa-0000-7000-8000-000000000001/latents.safetensors"
+CHECKPOINT = "checkpoints/0190aaaa-0000-7000-8000-000000000001"
 
 
 async def test_a_checkpoint_takes_the_place_of_the_one_before(files: FileStore) -> None:
-    assert await files.get_checkpoint(CHECKPOINT) is None
+    assert await files.get_checkpoint(CHECKPOINT, "step") is None
     for data in (b"step 1", b"step 2, and longer", b""):
-        await files.put_checkpoint(CHECKPOINT, data)
-        assert await files.get_checkpoint(CHECKPOINT) == data
+        await files.put_checkpoint(CHECKPOINT, "step", data)
+        assert await files.get_checkpoint(CHECKPOINT, "step") == data
 
 
 async def test_a_checkpoint_is_nobodys_to_fetch(files: FileStore) -> None:
-    await files.put_checkpoint(CHECKPOINT, b"latents")
-    assert await files.size(CHECKPOINT) is None
+    await files.put_checkpoint(CHECKPOINT, "latents", b"latents")
+    assert await files.size(f"{CHECKPOINT}/latents.safetensors") is None
 
 
 async def test_a_deleted_checkpoint_is_gone_and_may_be_deleted_again(files: FileStore) -> None:
-    other = CHECKPOINT.replace("01/", "02/")
+    other = CHECKPOINT[:-1] + "2"
     for name in (CHECKPOINT, other):
-        await files.put_checkpoint(name, b"latents")
+        await files.put_checkpoint(name, "step", b"step")
+        await files.put_checkpoint(name, "latents", b"latents")
     for _ in range(2):
         await files.delete(CHECKPOINT)
-        assert await files.get_checkpoint(CHECKPOINT) is None
-    assert await files.get_checkpoint(other) == b"latents"
+        assert await files.get_checkpoint(CHECKPOINT, "step") is None
+        assert await files.get_checkpoint(CHECKPOINT, "latents") is None
+    assert await files.get_checkpoint(other, "latents") == b"latents"
 
 
 async def test_readers_of_a_checkpoint_that_two_write_find_one_of_them_whole(tmp_path: Path) -> None:
     files = FileStore(str(tmp_path))
     contents = [bytes([i]) * 100_000 for i in range(8)]
-    await files.put_checkpoint(CHECKPOINT, contents[0])
+    await files.put_checkpoint(CHECKPOINT, "step", contents[0])
 
     async def write(data: bytes) -> None:
         for _ in range(5):
-            await files.put_checkpoint(CHECKPOINT, data)
+            await files.put_checkpoint(CHECKPOINT, "step", data)
 
     async with asyncio.TaskGroup() as group:
         writers = [group.create_task(write(data)) for data in contents]
         while not all(writer.done() for writer in writers):
-            assert await files.get_checkpoint(CHECKPOINT) in contents
-    assert os.listdir(tmp_path / CHECKPOINT.rpartition("/")[0]) == ["latents.safetensors"]
+            assert await files.get_checkpoint(CHECKPOINT, "step") in contents
+    assert files_in(tmp_path) == [f"{CHECKPOINT}/step.safetensors"]
 
 
-async def test_what_a_killed_writer_has_left_goes_with_the_file(tmp_path: Path) -> None:
+def files_in(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+async def test_what_a_killed_writer_has_left_is_deleted_and_what_is_being_written_stays(tmp_path: Path) -> None:
     files = FileStore(str(tmp_path))
-    await files.put_checkpoint(CHECKPOINT, b"latents")
-    name = name_of(await files.put("video.mp4", b"x", "video/mp4"))
-    for whole in (CHECKPOINT, name):
-        (tmp_path / whole).with_name(".video.mp4.0123").write_bytes(b"half")
-        await files.delete(whole)
-        assert not (tmp_path / whole).parent.exists()
+    await files.delete_incomplete()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from deployments.files.file_store import FileStore;"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL);"
+        "import asyncio; asyncio.run(FileStore(sys.argv[1]).put('video.mp4', b'half', 'video/mp4'))"
+    )
+    writer = await asyncio.create_subprocess_exec(sys.executable, "-c", code, tmp_path)
+    assert await writer.wait() == -signal.SIGKILL
+    [left] = files_in(tmp_path)
+    await files.delete_incomplete()
+    assert files_in(tmp_path) == [left], "its writer may be at work"
+    os.utime(tmp_path / left, times=(0, time.time() - LEFT_AFTER_S - 1))
+    await files.delete_incomplete()
+    assert files_in(tmp_path) == []
 
 
 async def test_a_failed_write_leaves_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = FileStore(str(tmp_path))
-    await files.put_checkpoint(CHECKPOINT, b"step 1")
+    await files.put_checkpoint(CHECKPOINT, "step", b"step 1")
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(OSError, match="no space left"):
-        await files.put_checkpoint(CHECKPOINT, b"step 2")
-    assert await files.get_checkpoint(CHECKPOINT) == b"step 1"
-    assert os.listdir(tmp_path / CHECKPOINT.rpartition("/")[0]) == ["latents.safetensors"]
+    with pytest.raises(StorageFailed):
+        await files.put_checkpoint(CHECKPOINT, "step", b"step 2")
+    assert await files.get_checkpoint(CHECKPOINT, "step") == b"step 1"
+    assert files_in(tmp_path) == [f"{CHECKPOINT}/step.safetensors"]
 
 
 def full(self: Path, target: Path) -> Path:
@@ -169,6 +190,54 @@ async def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "rename", full)
     files = FileStore(str(tmp_path))
     assert isinstance(files._fs, LocalFileSystem)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StorageFailed):
         await files.put("video.mp4", b"x", "video/mp4")
-    assert os.listdir(tmp_path) == []
+    assert files_in(tmp_path) == []
+
+
+class Unreachable(Exception):
+    """Like botocore's `EndpointConnectionError`, which is no `OSError`."""
+
+
+class Bucket(AbstractFileSystem):
+    protocol = "unreachable"
+
+    def _away(self, *_: Any, **__: Any) -> Any:
+        raise Unreachable
+
+    info = cat_file = pipe_file = rm_file = _away
+
+
+fsspec.register_implementation("unreachable", Bucket, clobber=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda files: files.put("video.mp4", b"x", "video/mp4"),
+        lambda files: files.size("0" * 32 + "/video.mp4"),
+        lambda files: anext(files.read("0" * 32 + "/video.mp4", 0, 1)),
+        lambda files: files.delete("0" * 32 + "/video.mp4"),
+        lambda files: files.put_checkpoint(CHECKPOINT, "step", b"x"),
+        lambda files: files.get_checkpoint(CHECKPOINT, "step"),
+        lambda files: files.delete(CHECKPOINT),
+    ],
+)
+async def test_a_bucket_that_cannot_be_reached_is_a_storage_failure_whatever_its_library_raises(call: Any) -> None:
+    with pytest.raises(StorageFailed) as raised:
+        await call(FileStore("unreachable://bucket"))
+    assert isinstance(raised.value.__cause__, Unreachable)
+
+
+async def test_a_file_is_gone_when_its_time_is_over_even_if_it_is_not_deleted_yet(
+    files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = files.new_name("video.mp4", "video/mp4", keep_s=60)
+    await files.put("video.mp4", b"x", "video/mp4", name)
+    assert await files.size(name) == 1
+    now = time.time()
+    monkeypatch.setattr("deployments.files.file_store.time.time", lambda: now + 61)
+    assert await files.size(name) is None
+    await files.delete(name)
+    monkeypatch.undo()
+    assert await files.size(name) is None

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import asyncpg
 import psutil
 import pytest
 
-from deployments.hosting.embedded_postgres import SERVICE_USER, database_url, stop_embedded
+from deployments.hosting.embedded_postgres import SERVICE_USER, PostgresFailed, database_url, stop_embedded
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import JobState, LeaseLost, NewJob
 from deployments.jobs.store import JobStore
@@ -212,10 +213,52 @@ def test_server_too_busy_to_answer_keeps_its_pid_file(home: Settings, monkeypatc
     monkeypatch.setattr("deployments.hosting.embedded_postgres.START_TIMEOUT_S", 1.0)
     with monkeypatch.context() as deaf:
         deaf.setattr("deployments.hosting.embedded_postgres._readiness", lambda folder: 2)
-        with pytest.raises(RuntimeError, match="another server might be running"):
+        with pytest.raises(PostgresFailed, match="another server might be running"):
             database_url(home)
     assert postmaster(home) == server
     assert database_url(home)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_whose_number_has_no_name_starts_it_too() -> None:
+    code = (
+        "import asyncio, os, sys; from pathlib import Path; import asyncpg; from deployments.settings import Settings;"
+        "from deployments.hosting.embedded_postgres import database_url, stop_embedded;"
+        "os.setgroups([]); os.setgid(54321); os.setuid(54321);"  # late: root's own Python may be closed to others
+        "settings = Settings(home=Path(sys.argv[1]));"
+        "asyncio.run(asyncpg.connect(database_url(settings))); stop_embedded(settings)"
+    )
+    with TemporaryDirectory(prefix="reelray-") as home:
+        os.chown(home, 54_321, 54_321)
+        command, env = [sys.executable, "-c", code, home], {**os.environ, "HOME": "/"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_server_whose_service_is_killed_is_stopped_and_not_if_a_new_service_has_it(home: Settings) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from deployments.settings import Settings;"
+        "from deployments.hosting.embedded_postgres import database_url; from deployments.hosting.guardian import guarded\n"
+        "settings = Settings(home=Path(sys.argv[1]))\n"
+        "with guarded(settings): print(database_url(settings), flush=True); time.sleep(60)"
+    )
+
+    def service() -> subprocess.Popen[bytes]:
+        started = subprocess.Popen([sys.executable, "-c", code, home.home], stdout=subprocess.PIPE)
+        assert started.stdout is not None
+        assert started.stdout.readline()
+        return started
+
+    first = service()
+    server, [guardian] = postmaster(home), psutil.Process(first.pid).children()
+    with first:
+        first.kill()
+    with service() as second:
+        guardian.wait(20)
+        assert second.poll() is None
+        assert server.is_running()
+        second.kill()
+    server.wait(20)
 
 
 def test_first_start_killed_halfway_starts_over(home: Settings) -> None:

@@ -2,11 +2,13 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from deployments.hosting import haproxy
+from deployments.hosting import haproxy, haproxy_launch
 from deployments.hosting.haproxy import BINARY, FALLBACK_PORT, PORTS, SWITCH, fronted
 from deployments.hosting.haproxy_launch import mended
 
@@ -63,6 +65,21 @@ def test_two_services_of_a_machine_share_no_port():
         assert first.getsockname()[1] not in ports
     assert len(set(ports)) == 3
     assert 8500 not in ports
+
+
+def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
+    """The starter is killed; a shell script that sleeps stands for HAProxy."""
+    stand_in, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
+    stand_in.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    stand_in.chmod(0o700)
+    config.write_text("defaults\n")
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    launch = [sys.executable, "-IS", haproxy_launch.__file__, stand_in, "-db", "-f", config]
+    with subprocess.Popen([sys.executable, "-c", code, *launch], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        process = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+        process.wait(10)
 
 
 def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path):

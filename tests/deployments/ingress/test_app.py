@@ -788,6 +788,14 @@ async def test_a_file_is_shown_but_never_run(video: str, alone: httpx.AsyncClien
     assert response.headers["accept-ranges"] == "bytes"
 
 
+async def test_no_cache_keeps_a_file_longer_than_its_caller_wants(settings: Settings, alone: httpx.AsyncClient) -> None:
+    files = FileStore(settings.files_url)
+    name = files.new_name("video.mp4", "video/mp4", keep_s=60)
+    response = await alone.get((await files.put("video.mp4", b"x", "video/mp4", name)).path)
+    max_age = int(response.headers["cache-control"].removeprefix("public, max-age=").removesuffix(", immutable"))
+    assert 50 < max_age <= 60
+
+
 async def test_what_a_browser_could_run_is_a_download(settings: Settings, alone: httpx.AsyncClient) -> None:
     kept = await FileStore(settings.files_url).put("page.html", b"<script>", "text/html")
     response = await alone.get(kept.path)
@@ -844,8 +852,8 @@ async def test_no_other_file_is_served(name: str, settings: Settings, alone: htt
 
 
 async def test_no_checkpoint_is_served(settings: Settings, alone: httpx.AsyncClient) -> None:
-    name = f"checkpoints/{uuid4()}/latents.safetensors"
-    await FileStore(settings.files_url).put_checkpoint(name, b"latents")
+    name = f"checkpoints/{uuid4()}"
+    await FileStore(settings.files_url).put_checkpoint(name, "latents", b"latents")
     for asked in (name, f"{'0' * 32}/../{name}", name.replace("/", "%2F"), f"./{name}"):
         assert (await alone.get(f"/files/{asked}")).status_code == 404
 

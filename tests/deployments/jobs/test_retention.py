@@ -173,6 +173,19 @@ async def test_file_that_cannot_be_deleted_is_tried_again_later_and_stops_no_oth
     assert [row["name"] for row in await sql.fetch("SELECT name FROM stored_files WHERE expires_at > now()")] == ["a"]
 
 
+async def test_no_transaction_stays_open_while_files_are_deleted(store: JobStore, sql: asyncpg.Connection) -> None:
+    open_ones: list[int] = []
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
+
+    async def delete(name: str) -> None:
+        open_ones.append(await sql.fetchval(others))
+
+    await store.retention.add_file("a", DAY_S)
+    await sql.execute("UPDATE stored_files SET expires_at = now()")
+    assert await store.retention.expire_files(delete) == 1
+    assert open_ones == [0]
+
+
 async def test_concurrent_sweeps_delete_each_file_once(database: str, store: JobStore, sql: asyncpg.Connection) -> None:
     deleted: list[str] = []
 
@@ -202,7 +215,7 @@ async def left_s(sql: asyncpg.Connection, claim: Claim) -> float | None:
 
 async def test_first_attempt_notes_a_checkpoint_and_later_ones_find_it(store: JobStore, sql: asyncpg.Connection) -> None:
     first = await running(store)
-    assert first.checkpoint == f"checkpoints/{first.job_id}/latents.safetensors"
+    assert first.checkpoint == f"checkpoints/{first.job_id}"
     assert not first.resumes
     assert await left_s(sql, first) == inf
     for counted in (True, False):

@@ -15,6 +15,7 @@ from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import Done, Note, Started, Stream
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError
 from engines.spec import Progress
+from engines.temporary import PREFIX
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
 
 INPUT = {"prompt": "a", "seed": 1, "keyframe_0_image_url": "data:;base64,aGk=", "keyframe_0_index": 0}
@@ -105,6 +106,14 @@ async def test_a_call_that_fails_leaves_no_files(
 
     with pytest.raises(error):
         await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": url}))
+    assert left(temporary) == []
+
+
+async def test_what_a_killed_replica_has_left_is_deleted_by_the_next(replica: Callable[[Any], Preprocess], temporary: Path):
+    folder = temporary / f"{PREFIX}0"
+    folder.mkdir()
+    (folder / "video_url").write_bytes(b"a long video")
+    replica(None)
     assert left(temporary) == []
 
 

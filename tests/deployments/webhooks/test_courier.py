@@ -1,6 +1,7 @@
 import asyncio
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import FetchSettings, Settings, WebhookSettings
 from deployments.webhooks import courier as courier_module
+from deployments.webhooks import outbox as outbox_module
 from deployments.webhooks.courier import RETRIES, retry_delay_s
 from deployments.webhooks.outbox import Outbox, Webhook
 from deployments.webhooks.signing import jwks
@@ -235,13 +237,103 @@ async def test_a_webhook_that_arrived_can_be_sent_again(store: JobStore, outbox:
 
 async def test_a_webhook_that_is_being_sent_is_not_sent_twice_for_a_request_to_send_it(store: JobStore, outbox: Outbox) -> None:
     job_id = await ended(store, "http://h.example/")
-    [delivery] = await outbox.claim(1, 1, 60)
+    [delivery] = await outbox.claim(1, 1, 1, 60)
     assert await outbox.redeliver(job_id)
-    assert not await outbox.claim(1, 1, 60)
+    assert not await outbox.claim(1, 1, 1, 60)
     await outbox.finish(delivery, 200, None, 0.1, None)
     await outbox.finish(delivery, 200, None, 0.1, None)  # the answer to the first was lost
     assert (await read(outbox, job_id)).status == "delivered"
     assert len(await outbox.attempts(job_id)) == 1
+
+
+async def test_a_webhook_asked_for_during_its_last_try_is_sent_again_with_all_its_retries(
+    store: JobStore, outbox: Outbox
+) -> None:
+    job_id = await ended(store, "http://h.example/")
+    [last] = await outbox.claim(1, 1, 1, 60)
+    assert await outbox.redeliver(job_id)
+    await outbox.finish(last, 500, "The receiver answered 500.", 0.1, None)
+    [again] = await outbox.claim(1, 1, 1, 60)
+    assert again.tries == 1
+    await outbox.redeliver(job_id)
+    await outbox.release(again)
+    [again] = await outbox.claim(1, 1, 1, 60)
+    assert again.tries == 1
+    await outbox.finish(again, 500, "The receiver answered 500.", 0.1, None)
+    assert (await read(outbox, job_id)).status == "failed"
+
+
+# Fairness, and what a claim costs
+
+
+async def fill(database: str, owner: str, receivers: int, *, each: int = 1, waiting: bool = False) -> None:
+    """Puts webhooks of an owner into the outbox, `each` for every receiver. waiting: they are due in an hour."""
+    connection = await asyncpg.connect(database)
+    try:
+        await connection.execute("SET session_replication_role = replica")  # without triggers and foreign keys it is quick
+        await connection.execute(
+            f"""
+            WITH made AS (
+                INSERT INTO jobs (id, endpoint, owner, priority, turn, state, input, max_attempts, finished_at, result)
+                SELECT gen_random_uuid(), 'e', '{owner}', 0, 0, 'succeeded', '{{}}', 1, now(), '{{}}'
+                FROM generate_series(1, {0 if waiting else receivers * each})
+                RETURNING id
+            ), numbered AS (
+                SELECT id, row_number() OVER () AS n FROM made
+                UNION ALL SELECT gen_random_uuid(), n FROM generate_series(1, {receivers * each if waiting else 0}) AS n
+            )
+            INSERT INTO webhook_outbox (job_id, owner, url, due, next_attempt_at)
+            SELECT id, '{owner}', 'http://' || n % {receivers} || '.example', {not waiting}, now() + interval '{int(waiting)} h'
+            FROM numbered
+            """
+        )
+    finally:
+        await connection.close()
+
+
+async def test_an_owner_with_a_thousand_dead_receivers_delays_no_other(store: JobStore, outbox: Outbox, database: str) -> None:
+    await fill(database, "many", 1000, each=2)
+    await fill(database, "one", 1)
+    first = await outbox.claim(128, 4, 64, 60)
+    assert sorted(delivery.owner or "" for delivery in first) == ["many"] * 64 + ["one"]
+    assert len({delivery.url for delivery in first if delivery.owner == "many"}) == 64, "its receivers have their turns"
+    await fill(database, "one", 1)
+    assert [delivery.owner for delivery in await outbox.claim(64, 4, 64, 60)] == ["one"]
+    await outbox.finish(first[0], 200, None, 0.1, None)
+    assert len(await outbox.claim(64, 4, 64, 60)) == 1
+
+
+async def test_of_an_owners_receivers_all_have_their_turn(store: JobStore, outbox: Outbox, database: str) -> None:
+    await fill(database, "many", 3, each=100)
+    assert len(await outbox.claim(2, 4, 64, 60)) == 2
+    second = await outbox.claim(64, 4, 64, 60)
+    held = Counter(delivery.url for delivery in second)
+    assert len(second) == 10
+    assert len(held) == 3, "no more than four of each"
+    await fill(database, "few at a time", 300)
+    seen: set[str] = set()
+    for _ in range(20):
+        for delivery in await outbox.claim(64, 4, 16, 60):
+            seen |= {delivery.url}
+            await outbox.finish(delivery, 200, None, 0.1, None)
+    assert len(seen) == 300, "wherever they lie in the order"
+
+
+async def test_a_claim_walks_due_rows_only_and_few_of_one_owner(store: JobStore, database: str) -> None:
+    async def pages(name: str, *args: object) -> int:
+        [row] = await store.database.fetch(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {outbox_module._SQL[name]}", *args)
+        [explained] = row[0]
+        return int(explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"])
+
+    async def claim() -> int:
+        return await pages("wake") + await pages("claim", UUID(int=0), 64, 4, 64, 60.0, 0)
+
+    await fill(database, "many", 100_000, waiting=True)
+    await execute(database, "VACUUM ANALYZE webhook_outbox")
+    assert await claim() < 20
+    await fill(database, "many", 5000)
+    assert await claim() < 4000, "64 receivers on each side of the place, a few pages for each, and 64 webhooks taken"
+    assert await claim() < 100, "an owner who may hold no more is not looked at"
 
 
 # Receivers that are malicious or broken
@@ -404,9 +496,9 @@ async def test_two_couriers_deliver_each_webhook_once(store: JobStore, outbox: O
 async def test_the_webhook_of_a_courier_that_died_is_sent_by_another(store: JobStore, outbox: Outbox) -> None:
     async with receiving(answering(200)) as receiver:
         job_id = await ended(store, receiver.url())
-        [lost] = await outbox.claim(10, 4, 0.2)
+        [lost] = await outbox.claim(10, 4, 10, 0.2)
         assert await outbox.keep_body(lost, b'{"first":"word"}') is not None
-        assert not await outbox.claim(10, 4, 60), "it is held"
+        assert not await outbox.claim(10, 4, 10, 60), "it is held"
         async with couriers(outbox):
             await delivered(outbox, job_id)
         assert await outbox.keep_body(lost, b"{}") is None, "a late write changes nothing"

@@ -58,9 +58,10 @@ def test_where_there_are_no_users_the_user_has_a_name_all_the_same():
     assert headers["x-fal-webhook-user-id"] == "anonymous"
 
 
-def test_a_published_key_keeps_the_padding_that_fals_verifier_needs():
+def test_a_key_is_published_for_strict_readers_and_for_fals_verifier():
     key = SigningKey.generate()
-    [published] = jwks([key])["keys"]
-    assert published["x"].endswith("=")
-    assert base64.urlsafe_b64decode(published["x"]) == key.public_key
-    assert (published["kty"], published["crv"]) == ("OKP", "Ed25519")
+    strict, padded = jwks([key])["keys"]
+    assert strict["kid"] == key.id != padded["kid"]
+    assert "=" not in strict["x"]
+    assert base64.urlsafe_b64decode(strict["x"] + "=") == base64.urlsafe_b64decode(padded["x"]) == key.public_key
+    assert (strict["kty"], strict["crv"]) == ("OKP", "Ed25519")

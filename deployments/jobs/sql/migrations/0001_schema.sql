@@ -137,14 +137,15 @@ CREATE TABLE webhook_outbox (
     url text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     owner text,
-    -- Host and port, only used to keep receivers apart. Cut, because an index takes no more than 2,704 bytes, and a caller's absurd
-    -- URL must not keep a job from ending.
-    receiver text NOT NULL
-        GENERATED ALWAYS AS (left(coalesce(lower(substring(url FROM '^[^:]*://(?:[^/?#]*@)?([^/?#]*)')), ''), 255)) STORED,
+    -- Host and port as a hash, only used to keep an owner's receivers apart and to begin with a random one of them.
+    receiver bigint NOT NULL GENERATED ALWAYS AS (
+        hashtextextended(coalesce(lower(substring(url FROM '^[^:]*://(?:[^/?#]*@)?([^/?#]*)')), ''), 0)
+    ) STORED,
     -- The bytes of every delivery: stored before the first is sent, so that no later one can differ.
     body bytea,
     -- Null: nothing is left to do. While a courier holds the row, it is the end of its lease, so a courier that dies loses nothing.
     next_attempt_at timestamptz DEFAULT now(),
+    due boolean NOT NULL DEFAULT true,  -- that time has come, as a courier has found. Claims look at no other rows.
     lease_until timestamptz,
     token uuid,  -- of the delivery in hand
     attempts integer NOT NULL DEFAULT 0,
@@ -154,8 +155,9 @@ CREATE TABLE webhook_outbox (
     last_error text
 );
 
-CREATE INDEX webhook_outbox_due ON webhook_outbox (receiver, next_attempt_at) WHERE next_attempt_at IS NOT NULL;
-CREATE INDEX webhook_outbox_in_hand ON webhook_outbox (receiver) WHERE lease_until IS NOT NULL;
+CREATE INDEX webhook_outbox_due ON webhook_outbox ((coalesce(owner, '')), receiver, next_attempt_at) WHERE due;
+CREATE INDEX webhook_outbox_not_yet_due ON webhook_outbox (next_attempt_at) WHERE NOT due AND next_attempt_at IS NOT NULL;
+CREATE INDEX webhook_outbox_in_hand ON webhook_outbox ((coalesce(owner, '')), receiver) WHERE lease_until IS NOT NULL;
 CREATE INDEX webhook_outbox_by_owner ON webhook_outbox ((coalesce(owner, '')), created_at, job_id);
 
 CREATE TABLE webhook_deliveries (
