@@ -23,8 +23,6 @@ REOPEN_S = 0.5
 PROBE_S = 30.0
 """How often a silent connection is checked: a host that vanishes closes nothing."""
 
-_BROKEN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-
 logger = logging.getLogger(__name__)
 
 
@@ -129,12 +127,12 @@ class Listener:
             except TimeoutError:
                 try:
                     await connection.execute("SELECT 1", timeout=10)
-                except _BROKEN:
+                except Exception:  # whatever it is, another connection is the remedy
                     return
 
     async def _reopen(self) -> asyncpg.Connection:
         while True:
             try:
                 return await self._open()
-            except _BROKEN:
+            except Exception:  # notifications only save time: nothing ends because there are none
                 await asyncio.sleep(REOPEN_S)
