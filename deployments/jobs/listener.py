@@ -72,6 +72,7 @@ class Listener:
     async def stop(self) -> None:
         """Closes the connection."""
         if self._task is not None:
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun would not close it
             self._task.cancel()
             await asyncio.wait([self._task])
 

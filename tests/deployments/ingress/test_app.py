@@ -362,6 +362,7 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
     code, body = await status()
     [line] = body["logs"]
     assert (code, line["message"], line["level"], line["source"], line["seq"]) == (202, "step 1/4", "INFO", "USER", 1)
+    assert line["labels"] == {"level": "INFO", "source": "USER"}
     assert "progress" not in line
     assert line["timestamp"].endswith("+00:00")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from uuid import UUID, uuid4
 
 import asyncpg
+import pytest
 
 from deployments.jobs.claims import LOW_SHARE
 from deployments.jobs.database import QUERIES
@@ -187,9 +188,7 @@ async def test_claim_reads_as_little_of_a_long_line_as_of_a_short_one(store: Job
     assert after - before < 100
 
 
-async def test_submission_reads_as_little_beside_many_delayed_jobs_as_beside_few(
-    store: JobStore, sql: asyncpg.Connection
-) -> None:
+async def test_submission_reads_as_little_beside_many_delayed_jobs(store: JobStore, sql: asyncpg.Connection) -> None:
     await sql.execute(
         "INSERT INTO jobs (id, endpoint, owner, priority, turn, state, input, max_attempts, not_before)"
         " SELECT gen_random_uuid(), $1, 'key ' || n, 0, n, 'queued', '{}', 9, 'infinity' FROM generate_series(1, 20000) AS n",
