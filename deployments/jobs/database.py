@@ -192,7 +192,7 @@ def _outage(exc: Exception) -> StoreAway | None:
         return StoreRefused(str(exc))
     # asyncpg 0.32 raises InternalClientError where it reads between the server's last message and the end of the stream
     if state.startswith(_AWAY) or isinstance(exc, OSError | asyncpg.InternalClientError):
-        return StoreAway(f"{type(exc).__name__}: {exc}")
+        return StoreAway(f"{type(exc).__name__}: {exc}".removesuffix(": "))
     return None
 
 

@@ -189,6 +189,7 @@ async def test_a_call_does_not_wait_for_ever_for_a_free_connection(database: str
     monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.05)
     store = await JobStore.open(database, max_connections=1)
     busy = asyncio.create_task(store.database.fetch("SELECT pg_sleep(30)"))
+    await asyncio.sleep(0.1)
     async with asyncio.timeout(10):
         with pytest.raises(StoreAway):
             await store.queued("fal-ai/fake")
