@@ -183,16 +183,17 @@ def _outage(exc: Exception) -> StoreAway | None:
     """What an error means; None: it is a bug of ours."""
     if isinstance(exc, StoreAway):
         return exc
+    text = str(exc.args[-1]) if exc.args else ""  # OSError: number, then text
     state = (exc.sqlstate or "") if isinstance(exc, asyncpg.PostgresError) else ""
     if state in _LOST_STATEMENT:
         return StoreRefused(_TRANSACTION_POOLER)
-    if state.startswith("08") and "startup parameter" in str(exc):
-        return StoreRefused(f"{exc}: leave it out of the database's URL, or add it to PgBouncer's ignore_startup_parameters")
+    if state.startswith("08") and "startup parameter" in text:
+        return StoreRefused(f"{text}: leave it out of the database's URL, or add it to PgBouncer's ignore_startup_parameters")
     if state.startswith(_REFUSED) or isinstance(exc, asyncpg.ClientConfigurationError):
-        return StoreRefused(str(exc))
+        return StoreRefused(text)
     # asyncpg 0.32 raises InternalClientError where it reads between the server's last message and the end of the stream
     if state.startswith(_AWAY) or isinstance(exc, OSError | asyncpg.InternalClientError):
-        return StoreAway(f"{type(exc).__name__}: {exc}".removesuffix(": "))
+        return StoreAway(f"{type(exc).__name__}: {text}")
     return None
 
 
