@@ -69,6 +69,7 @@ bench-gpu: install ## measure kernels, UNets and jobs at full size, the most val
 .PHONY: chaos
 chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
 	$(BIN)/python -m tests.chaos --save
+	$(BIN)/python -m tests.chaos.outages --save
 	$(BIN)/python -m tests.chaos.cancels --save
 	$(BIN)/python -m tests.wire.lost_answers --save
 

@@ -45,7 +45,8 @@ class DispatcherReplica:
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        store = await JobStore.open(await asyncio.to_thread(database_url, self.settings))
+        url = await asyncio.to_thread(database_url, self.settings)
+        store = await JobStore.open(url, upgrades=self.settings.database == "embedded")
         try:
             settings, files = self.settings, FileStore(self.settings.files_url)
             dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)

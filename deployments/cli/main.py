@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `reelray status` starts at once
 
 import typer
 
+from deployments.cli.database_commands import database
 from deployments.cli.engine_commands import engines
 from deployments.cli.job_commands import jobs
 from deployments.cli.key_commands import keys
@@ -22,3 +23,4 @@ app.add_typer(queue, name="queue")
 app.add_typer(jobs, name="jobs")
 app.add_typer(webhooks, name="webhooks")
 app.add_typer(engines, name="engines")
+app.add_typer(database, name="database")

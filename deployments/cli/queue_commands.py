@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deployments.cli.shared import DEFAULT_CONFIG, Config, EndpointId, endpoint_named, fail, in_store, print_line
+from deployments.cli.shared import DEFAULT_CONFIG, Config, EndpointId, endpoint_named, in_store, print_line
 
 if TYPE_CHECKING:
     from deployments.jobs.store import JobStore, QueueStatus
@@ -39,8 +39,12 @@ def pause(
 def resume(endpoint: EndpointId, config: Config = DEFAULT_CONFIG) -> None:
     """Start jobs of a paused endpoint again."""
     endpoint_id = endpoint_named(endpoint).id
-    if not in_store(config, lambda store: store.resume(endpoint_id)):
-        raise typer.Exit(fail(f"{endpoint_id} is not paused"))
+
+    async def resume_and_look(store: "JobStore") -> "QueueStatus":
+        await store.resume(endpoint_id)
+        return await store.queue_status(endpoint_id)
+
+    print_line(_described(endpoint_id, in_store(config, resume_and_look)))
 
 
 @queue.command()

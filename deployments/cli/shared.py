@@ -1,7 +1,7 @@
 """What more than one command needs: common options, the consoles, an open store, and errors in one line."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,7 +15,7 @@ from deployments.cli.client import QueueClient
 from deployments.cli.terminal import Terminal
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import validation_failure
-from deployments.settings import load_settings
+from deployments.settings import Settings, load_settings
 from engines.errors import ReelrayError
 
 if TYPE_CHECKING:
@@ -48,26 +48,34 @@ def job_id_of(request_id: str) -> UUID:
         raise typer.Exit(fail(f"{request_id} is not a request's id")) from exc
 
 
-def in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
-    """What `work` returns, given the open job store of the service in `config`. Exits with an error if there is no database."""
+def in_database(settings: Settings, work: Callable[[str], Coroutine[Any, Any, T]]) -> T:
+    """What `work` returns, given the URL of the service's database. Exits with an error if there is none."""
     import asyncpg
 
     from deployments.hosting.embedded_postgres import PostgresFailed, database_for_command
     from deployments.jobs.database import StoreAway
+
+    try:
+        with database_for_command(settings) as url:
+            return asyncio.run(work(url))
+    except (OSError, RuntimeError, PostgresFailed, StoreAway, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        raise typer.Exit(fail(f"the database cannot be used: {exc}")) from exc
+
+
+def in_store(config: Path, work: "Callable[[JobStore], Awaitable[T]]") -> T:
+    """What `work` returns, given the open job store of the service in `config`. Exits with an error if there is no database."""
     from deployments.jobs.store import JobStore
 
+    settings = load_settings(config)
+
     async def run(url: str) -> T:
-        store = await JobStore.open(url)
+        store = await JobStore.open(url, upgrades=settings.database == "embedded")
         try:
             return await work(store)
         finally:
             await store.close()
 
-    try:
-        with database_for_command(load_settings(config)) as url:
-            return asyncio.run(run(url))
-    except (OSError, RuntimeError, PostgresFailed, StoreAway, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-        raise typer.Exit(fail(f"the database cannot be reached: {exc}")) from exc
+    return in_database(settings, run)
 
 
 def show_progress(client: QueueClient, endpoint_id: str, request_id: str) -> None:

@@ -3,19 +3,24 @@
 
 A claimed job is held by a lease that `_renew_lease` renews. If this process dies, the lease runs out and a sweep puts the job
 back into the queue. If this process is only late, the store refuses its writes: they carry the token of an attempt that is over.
+
+While the database is away, renders go on and what they have to write waits. No error ends one of the loops here: each logs it,
+pauses and goes on.
 """
 
 import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
-from deployments.jobs.database import StoreAway
+from deployments.jobs import database
+from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
 from deployments.jobs.retry import next_attempt_in
@@ -23,8 +28,8 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
-from deployments.stages.protocol import CheckpointRef, Done, Note, Stages, Started
-from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed, StorageFailed
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled, StorageFailed
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
@@ -36,8 +41,6 @@ EXPIRY_INTERVAL_S = 60.0
 IDLE_WAIT_S = 5.0
 """How long to wait for a notification of new work before looking anyway."""
 
-OUTAGE_PAUSE_S = 1.0
-
 RELEASE_S = 2.0
 """How long a job that we give back waits for its next attempt, so that its stage can stop and store the last step.
 
@@ -45,6 +48,8 @@ The stage cannot tell us when it has: Serve ends the stream of a cancelled call 
 while the stage's own code ran on for 3 s), and a deployment that shuts down accepts no calls. If the stage takes longer, the
 steps since the previous checkpoint are done again.
 """
+SHUTDOWN_S = 10.0
+"""How long a dispatcher that shuts down waits for a database that is away. Jobs that it cannot give back wait for their lease."""
 
 
 class QueueLimits(Protocol):
@@ -85,10 +90,14 @@ class Retention(Protocol):
 
 @dataclass
 class AttemptMetrics:
-    """What one attempt took. seconds: of work in each stage that ran, without waiting. engine: what ran the UNet, once known."""
+    """What one attempt took. seconds: of work in each stage that ran, without waiting. engine: what ran the UNet, once known.
+
+    at_work: the stage that works on the job now; None while it waits for a stage's turn.
+    """
 
     seconds: dict[Stage, float] = field(default_factory=dict)
     engine: str | None = None
+    at_work: Stage | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -140,18 +149,21 @@ class Dispatcher:
                 if claim := await self.store.claims.take([endpoint], self.queue.lease_s, run_s, self.queue.low_after_s):
                     return claim
                 await work.changed(IDLE_WAIT_S)
-            except StoreAway:
+            except Exception:
                 logger.exception("no job could be claimed", extra={"action": "claim_failed"})
-                await asyncio.sleep(OUTAGE_PAUSE_S)
+                await asyncio.sleep(database.OUTAGE_PAUSE_S)
 
     async def _sweep_forever(self) -> None:
+        """After an outage the workers come first: they live, and only could not renew their leases."""
         while True:
+            pause_s = SWEEP_INTERVAL_S
             try:
                 if swept := await self.store.claims.sweep():
                     logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
-            except StoreAway:
+            except Exception:
                 logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
-            await asyncio.sleep(SWEEP_INTERVAL_S)
+                pause_s = max(pause_s, self.queue.lease_s)
+            await asyncio.sleep(pause_s)
 
     async def _expire_forever(self) -> None:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
@@ -161,7 +173,7 @@ class Dispatcher:
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()
                 await self.files.delete_incomplete()
-            except (StoreAway, StorageFailed):
+            except Exception:
                 logger.exception("nothing expired could be deleted", extra={"action": "expiry_failed"})
                 files = jobs = 0
             await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
@@ -177,9 +189,12 @@ class Dispatcher:
             result = await render
         except asyncio.CancelledError:
             if not renewing.done():
-                await self._close(
-                    claim, lambda: store.claims.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
-                )
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(SHUTDOWN_S):
+                        await self._close(
+                            claim,
+                            lambda: store.claims.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S),
+                        )
                 raise
             reason = renewing.result()
             if reason == "cancelled":
@@ -187,7 +202,7 @@ class Dispatcher:
             elif reason != "lost":
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
                 await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
-        except (LeaseLost, StoreAway):  # the job is tried again when its lease ends, here or elsewhere
+        except LeaseLost:  # the job is tried again, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
         except Exception as exc:
             # the caller is not told of any other error, e.g. weights that do not fit the model
@@ -201,11 +216,14 @@ class Dispatcher:
 
     async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
         """After an error: queues another attempt, or fails the job."""
-        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, random.random())
+        losses, lost_in = 0, dict(claim.lost_in)
+        if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled):
+            losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random())
         if wait_s is None:
             await self.store.claims.fail(claim, error_failure(error), metrics.fields)
         else:
-            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s)
+            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """Renders the job and writes the stages' notes to its log; returns its output."""
@@ -215,25 +233,31 @@ class Dispatcher:
     async def _render(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog, job_log: JobLog) -> dict[str, Any]:
         """Calls the stages, stores the file and returns the job's output. metrics: is filled."""
 
-        async def on_note(item: Started | Note) -> None:
-            watchdog.working()
-            if isinstance(item, Note):
-                job_log.note(item)
+        def notes_of(stage: Stage) -> OnNote:
+            async def on_note(item: Started | Note) -> None:
+                watchdog.working()
+                metrics.at_work = stage
+                if isinstance(item, Note):
+                    job_log.note(item)
+
+            return on_note
 
         def product_of(stage: Stage, done: Done[T]) -> T:
             watchdog.waiting()
             job_log.stage_ended()
+            metrics.at_work = None
             metrics.seconds[stage] = done.seconds
             return done.product
 
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
-        latents = await stages.saved(checkpoint, on_note) if checkpoint.used else None
+        latents = await stages.saved(checkpoint, notes_of("preprocess")) if checkpoint.used else None
         watchdog.waiting()
+        metrics.at_work = None
         if latents is None:
-            conditioning = product_of("preprocess", await stages.preprocess(claim.input, on_note))
-            latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, on_note))
-        clip = product_of("decode", await stages.decode(latents, on_note))
+            conditioning = product_of("preprocess", await stages.preprocess(claim.input, notes_of("preprocess")))
+            latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
+        clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine
         file = await self._keep_file(claim, clip)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
@@ -244,7 +268,7 @@ class Dispatcher:
         keep_s = self.retention.keep_file_s(claim.files_s)
         name = self.files.new_name("video", "video/mp4", keep_s)
         if keep_s is not None:
-            await self.store.retention.add_file(name, keep_s)
+            await patiently(lambda: self.store.retention.add_file(name, keep_s))
         return await self.files.put("video", clip.mp4, "video/mp4", name)
 
     async def _renew_lease(
@@ -261,18 +285,20 @@ class Dispatcher:
                         await changes.changed(min(self.queue.lease_s / 3, watchdog.due_in_s()))
                 except LeaseLost:
                     reason = "lost"
-                except StoreAway:
+                except Exception:
                     logger.exception("the lease could not be renewed", extra=_fields(claim, "heartbeat_failed"))
+                    await asyncio.sleep(database.OUTAGE_PAUSE_S)
         render.cancel()
         return reason
 
     async def _close(self, claim: Claim, write: Callable[[], Awaitable[None]]) -> None:
-        """Writes the attempt's outcome. If that fails, the lease runs out and the job is tried again."""
+        """Writes the attempt's outcome, however long the database is away. If it cannot be written, the lease runs out and the
+        job is tried again."""
         try:
-            await write()
+            await patiently(write)
         except LeaseLost:
             logger.warning("the lease was lost before the outcome was written", extra=_fields(claim, "lease_lost"))
-        except StoreAway:
+        except Exception:
             logger.exception("the outcome of an attempt was not written", extra=_fields(claim, "close_failed"))
 
 

@@ -2,7 +2,7 @@
 
 Lines for the caller are written in order; if too many wait, the rest is left out and counted. Progress is written less often the
 older the attempt is (600 lines in two hours), and of the progress held back only the latest waits. The first and the last
-progress of each stage are always written.
+progress of each stage are always written. While the database is away the lines wait.
 """
 
 import asyncio
@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
+from uuid import uuid4
 
 from deployments.jobs.claims import Claims
-from deployments.jobs.job import Claim
+from deployments.jobs.database import patiently
+from deployments.jobs.job import Claim, LeaseLost
 from deployments.stages.protocol import Note
 from deployments.stages.token_bucket import TokenBucket
 
@@ -48,7 +50,7 @@ class JobLog:
         return self
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Raises `LeaseLost` or `StoreAway` where a line could not be written, unless there is another error."""
+        """Raises `LeaseLost` where a line met it, unless there is another error."""
         self.stage_ended()
         self._ending = True
         try:
@@ -64,7 +66,7 @@ class JobLog:
             raise error
 
     def note(self, note: Note) -> None:
-        """Takes a note without waiting. Raises `LeaseLost` or `StoreAway` if an earlier one could not be written."""
+        """Takes a note without waiting. Raises `LeaseLost` if an earlier one met it."""
         if self._writing.done():
             self._writing.result()
         if self._full:
@@ -99,8 +101,7 @@ class JobLog:
     async def _write(self) -> None:
         while True:
             if note := self._next():
-                progress = None if note.progress is None else note.progress.fields()
-                self._full = not await self._claims.log(self._claim, note.message, note.level, progress)
+                self._full = not await self._write_line(note)
             elif self._ending:
                 return
             else:
@@ -109,6 +110,18 @@ class JobLog:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(due_in_s):
                         await self._told.wait()
+
+    async def _write_line(self, note: Note) -> bool:
+        """False: the log is full."""
+        progress = None if note.progress is None else note.progress.fields()
+        line_id = uuid4()
+        try:
+            return await patiently(lambda: self._claims.log(self._claim, note.message, note.level, progress, line_id))
+        except LeaseLost:
+            raise
+        except Exception:  # one line is no reason to stop a render
+            logger.exception("a log line was not written", extra={"action": "line_lost", "job_id": str(self._claim.job_id)})
+            return True
 
     def _next(self) -> Note | None:
         """The next note, if one may be written now."""

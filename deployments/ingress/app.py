@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -17,9 +18,10 @@ from starlette.requests import ClientDisconnect
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
 from deployments.ingress.middleware import add_middleware, failure_response
-from deployments.ingress.request_context import OUTAGES, UnknownRequest
-from deployments.jobs.database import StoreAway
+from deployments.ingress.request_context import UnknownRequest
+from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.store import JobStore
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import Settings
 from engines.errors import ReelrayError
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 START_S = 10.0
 """How long the app waits for its database before it starts anyway, and answers 503 until the database is there."""
+REFUSED_PAUSE_S = 5.0
+"""How long the app waits before it tries a database again that has refused it."""
 
 
 def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
@@ -62,8 +66,7 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(UnknownRequest, _on_unknown_request)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    for outage in OUTAGES:
-        app.add_exception_handler(outage, _on_outage)
+    app.add_exception_handler(StoreAway, _on_outage)
     return app
 
 
@@ -71,13 +74,13 @@ async def _open_store(app: FastAPI, url: str) -> None:
     """Tries until it succeeds. Failing the start instead would end the other workers too: uvicorn takes the app for broken."""
     while app.state.store is None:
         try:
-            app.state.store = await JobStore.open(url)
+            app.state.store = await JobStore.open(url, upgrades=app.state.settings.database == "embedded")
+        except StoreRefused:  # e.g. a wrong password: its operator has to do something
+            event = "the database refuses the service: every answer is 503 until that has changed"
+            logger.critical(event, exc_info=True, extra={"action": "store_refused"})
+            await asyncio.sleep(REFUSED_PAUSE_S)
         except StoreAway:
             logger.exception("the database is not available yet", extra={"action": "store_away"})
-        except Exception:  # e.g. a wrong password or a newer schema: waiting does not help
-            event = "the database cannot be used: every answer is 503 until a restart"
-            logger.critical(event, exc_info=True, extra={"action": "store_unusable"})
-            raise
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:
@@ -89,10 +92,17 @@ async def _on_http_error(request: Request, exc: Exception) -> Response:
     """The router's own answers, mostly 404 and 405."""
     assert isinstance(exc, HTTPException)
     if exc.status_code == 404:
-        failure = request_failure(404, "not_found", f"Path {request.url.path} not found")
+        failure = request_failure(404, "not_found", f"Path {request.url.path} not found. {_right_path(request)}")
     else:
         failure = request_failure(exc.status_code, "bad_request", exc.detail)
     return failure_response(failure, exc.headers)
+
+
+def _right_path(request: Request) -> str:
+    """Says where to submit: at the path most like the request's, which often lacks only /queue, or at any."""
+    paths = [f"/queue/{each.id}" for each in ENDPOINTS.values() if each.model in request.app.state.settings.model_configs()]
+    likely = get_close_matches(request.url.path, paths, n=1) or paths
+    return f"Submit with POST to {' or '.join(likely)}; GET /docs describes every path."
 
 
 async def _on_unknown_request(request: Request, exc: Exception) -> Response:

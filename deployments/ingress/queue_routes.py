@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from deployments.ingress.access import Caller, caller_of, job_of
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import OUTAGES, TextRoute, UnknownRequest, json_answer, read_body, settings_of, store_of
+from deployments.ingress.request_context import TextRoute, UnknownRequest, json_answer, read_body, settings_of, store_of
 from deployments.ingress.target_routing import queue_base, service_base
-from deployments.jobs.job import Idempotency, NewJob
+from deployments.jobs.database import StoreAway
+from deployments.jobs.job import Idempotency, JobState, NewJob
 from deployments.jobs.keys import Scope
 from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
@@ -39,6 +40,7 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
     async def submit(request: Request) -> Response:
         return await _submit(request, endpoint)
 
+    app.router.add_api_route(f"/queue/{endpoint.id}/", submit, methods=["POST"], include_in_schema=False)
     app.router.add_api_route(
         f"/queue/{endpoint.id}",
         submit,
@@ -108,7 +110,7 @@ async def _write(request: Request, new: NewJob, failure: Failure | None) -> Resp
     store = store_of(request)
     try:
         job = await (store.submit(new) if failure is None else store.submit_failed(new, failure))
-    except OUTAGES:
+    except StoreAway:
         # The job may have been committed although the database's answer was lost. On 503 the JavaScript client would submit
         # again, as a new job, and the GPUs would render twice; on 500 neither client repeats a submission.
         logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
@@ -142,11 +144,11 @@ async def result(request: Request, app: str, request_id: str) -> Response:
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
-    """Takes a waiting request out of the queue, and asks a running one to stop."""
+    """Takes a waiting request out of the queue, and asks a running one to stop. A repeated call gets the same answer."""
     job = await job_of(request, app, request_id, Scope.SUBMIT)
     found = await store_of(request).request_cancel(job.id)
     if found is None:
         raise UnknownRequest
-    if found.ended:
+    if found.ended and found is not JobState.CANCELLED:
         return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
     return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)

@@ -19,9 +19,6 @@ from engines.errors import BadRequest, BodyTooLarge
 
 BODY_TIMEOUT_S = 60.0
 
-OUTAGES = (StoreAway, TimeoutError)
-"""What a call of the store raises while the database is not available."""
-
 
 class TextRoute(APIRoute):
     """Passes path and query parameters to the endpoint as text.

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from deployments.ingress.access import job_of
-from deployments.ingress.request_context import OUTAGES, TextRoute, settings_of, store_of
+from deployments.ingress.request_context import TextRoute, settings_of, store_of
 from deployments.ingress.target_routing import queue_base
 from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
@@ -66,8 +66,8 @@ async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_u
                         return
                     if not await changes.changed(STREAM_PAUSE_S):
                         await (lines_too if with_logs else changes).changed(STREAM_INTERVAL_S)
-        except OUTAGES:
+        except Exception:
             # The JavaScript client takes the last status that it received for the final one: a stream must outlast its job.
-            logger.warning("status stream waits for the database", exc_info=True, extra={"action": "stream_outage"})
+            logger.warning("status stream interrupted", exc_info=True, extra={"action": "stream_outage"})
             yield ": still here\n\n"
             await asyncio.sleep(1.0)

@@ -3,16 +3,17 @@
 A worker writes with its attempt's token, so a worker that comes too late changes nothing and is told so by `LeaseLost`.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 
-from deployments.jobs.database import QUERIES, Database, storable
+from deployments.jobs.database import QUERIES, Database, StoreAway, storable
 from deployments.jobs.job import Claim, JobState, LeaseLost
 from deployments.jobs.listener import WORK, Changes
 from deployments.schemas.failures import Failure, error_failure
@@ -44,15 +45,31 @@ class Claims:
         run_s: how long the attempt may take; if its worker dies, the job is not tried again after that. low_after_s: low priority
         goes behind all others, but once the first such job has waited this long, every `LOW_SHARE`th claim takes it before them.
         So neither can keep the other waiting for ever: a flood of low jobs gets that share and no more.
-        A claim whose answer was lost is swept up when its lease ends; the repeated call takes the job after it.
+        A call that is cancelled leaves no job behind.
         """
-        served = tuple(endpoints)
+        served, token = tuple(endpoints), uuid4()
         low_first = (self._taken[served] + 1) % LOW_SHARE == 0
-        while rows := await self._fetch("claim", served, uuid4(), lease_s, run_s, low_first, low_after_s):
-            if rows[0]["job_id"] is not None:
-                self._taken[served] += 1
-                return Claim(**rows[0])
+        try:
+            while rows := await self._fetch("claim", served, token, lease_s, run_s, low_first, low_after_s):
+                if rows[0]["job_id"] is not None:
+                    self._taken[served] += 1
+                    return Claim(**rows[0])
+        except asyncio.CancelledError:
+            with suppress(StoreAway):
+                await self._give_back(token)
+            raise
         return None
+
+    async def _give_back(self, token: UUID) -> None:
+        """A claim may have been committed although its caller was cancelled before the answer came."""
+
+        async def requeue(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            for row in await connection.fetch(QUERIES["claimed"], token):
+                args = (row["id"], token, "the worker stopped", False, _lost_attempt_failures(), 0.0, None)
+                await connection.fetch(QUERIES["requeue"], *args)
+            return []
+
+        await self._database.run(requeue, ride_out_s=0.0)
 
     async def heartbeat(self, claim: Claim, lease_s: float) -> bool:
         """Keeps the job for `lease_s` more seconds. True: its caller wants it cancelled. Raises `LeaseLost`."""
@@ -60,11 +77,21 @@ class Claims:
         cancel_requested: bool = _held(rows)[0]["cancel_requested"]
         return cancel_requested
 
-    async def log(self, claim: Claim, message: str, level: str = "INFO", progress: Mapping[str, Any] | None = None) -> bool:
-        """Adds a line for the caller. False: the log is full, with 2,000 lines and one that says so. Raises `LeaseLost`."""
+    async def log(
+        self,
+        claim: Claim,
+        message: str,
+        level: str = "INFO",
+        progress: Mapping[str, Any] | None = None,
+        line_id: UUID | None = None,
+    ) -> bool:
+        """Adds a line for the caller. False: the log is full, with 2,000 lines and one that says so. Raises `LeaseLost`.
+
+        line_id: a repeated call with the same one adds nothing.
+        """
         if len(message) > MAX_MESSAGE:
             message = message[: MAX_MESSAGE - 1] + "…"
-        rows = await self._fetch("log", claim.job_id, claim.token, level, storable(message), progress)
+        rows = await self._fetch("log", claim.job_id, claim.token, level, storable(message), progress, line_id or uuid4())
         added: bool = _held(rows)[0]["added"]
         return added
 
@@ -80,27 +107,33 @@ class Claims:
         """Closes the job as its caller asked. Raises `LeaseLost`."""
         await self._close(claim, JobState.CANCELLED, None, _failure(Cancelled), {})
 
-    async def requeue(self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0) -> None:
+    async def requeue(
+        self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0, lost_in: Mapping[str, int] | None = None
+    ) -> None:
         """Gives the job back, to its old place in the order; cancels it if that was asked for.
 
         counted: the attempt failed, and the last one fails the job; otherwise it does not count (we are shutting down).
-        wait_s: seconds for which it is not tried again. Raises `LeaseLost`.
+        wait_s: seconds for which it is not tried again. lost_in: replaces the claim's, if given. Raises `LeaseLost`.
         """
-        args = (claim.job_id, claim.token, storable(reason), counted, _lost_attempt_failures(), wait_s)
+        args = (claim.job_id, claim.token, storable(reason), counted, _lost_attempt_failures(), wait_s, lost_in)
         _held(await self._fetch("requeue", *args))
 
     async def sweep(self) -> int:
         """Takes jobs from workers that fell silent and fails those past a deadline, 1,000 of each at most.
 
         It also returns jobs that have waited for their next attempt, and forgets idempotency keys that have ended. Any number of
-        processes may sweep at once. Returns how many jobs it took or failed.
+        processes may sweep at once. Returns how many jobs it took or failed. It does not wait for a database that is away.
         """
-        overran = {"overran": _failure(GenerationTimeout)}
-        expired = await self._fetch("sweep_leases", _lost_attempt_failures() | overran)
-        overdue = await self._fetch("sweep_deadlines", _failure(StartTimeout))
-        await self._fetch("sweep_delays")
-        await self._fetch("sweep_keys")
-        return len(expired) + len(overdue)
+        failures = _lost_attempt_failures() | {"overran": _failure(GenerationTimeout)}
+
+        async def sweep_all(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            expired = await connection.fetch(QUERIES["sweep_leases"], failures)
+            overdue = await connection.fetch(QUERIES["sweep_deadlines"], _failure(StartTimeout))
+            await connection.fetch(QUERIES["sweep_delays"])
+            await connection.fetch(QUERIES["sweep_keys"])
+            return [*expired, *overdue]
+
+        return len(await self._database.run(sweep_all, ride_out_s=0.0))
 
     @asynccontextmanager
     async def watch_work(self) -> AsyncIterator[Changes]:

@@ -1,52 +1,73 @@
-"""The PostgreSQL database of the jobs: connections, the statements in `sql/`, outages, and the schema.
+"""The PostgreSQL database of the jobs: connections, the statements in `sql/`, what its errors mean, and the schema.
 
-A call that finds the database away waits for it, up to `RIDE_OUT_S` seconds, and is repeated: a restart of the database only
-delays callers. So every statement and every transaction must be safe to run twice.
+This is the only place that sorts the database's errors, into three kinds:
+
+- *away*: broken connections, a failover, a restart, a full disk, a cancelled statement. The call waits, up to `RIDE_OUT_S`
+  seconds, and is repeated, so such a thing only delays callers. After that it raises `StoreAway`.
+- *refused*: a wrong password, a newer schema, an unsuitable pooler. Waiting alone does not help; the call raises `StoreRefused`.
+- anything else is a bug of ours and is raised as it is.
+
+So every statement and every transaction must be safe to run twice.
 """
 
 import asyncio
+import hashlib
 import json
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from importlib.resources import files
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import asyncpg
 
 from deployments.jobs.listener import Changes, Listener
 
+T = TypeVar("T")
+
 RIDE_OUT_S = 10.0
 """How long a call waits for a database that is away; a killed embedded server is back within two seconds."""
+OUTAGE_PAUSE_S = 1.0
+"""How long to pause after a call that failed, before the next one."""
+CONNECT_S = 10.0
 OLDEST_SERVER = 15
 """The oldest major version of PostgreSQL that the store's tests run on. Older ones might work; nobody has tried."""
 CONNECTIONS = 8
 
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
 _AWAY = (
-    OSError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
+    "08",  # connections
+    "25006",  # read-only: connected to the old primary after a failover
+    "25P",  # ended by the server's time limits for transactions
+    "40001",  # serialization failure
+    "40P01",  # deadlock
+    "53",  # disk full, out of memory, too many connections
+    "55P03",  # lock_timeout
+    "57",  # shutdown, crash, statement_timeout
+    "58",  # a file of the server could not be read or written
 )
-"""The errors that mean the database is away. All others are raised to the caller at once."""
+_REFUSED = (
+    "28",  # wrong password or user
+    "3D",  # no such database
+    "42501",  # the user lacks a privilege
+)
+_LOST_STATEMENT = ("26000", "42P05")  # a statement that another session has prepared
+_TRANSACTION_POOLER = (
+    "a pooler gives every transaction another session of the database, and LISTEN needs one of its own: set PgBouncer's pool_mode"
+    " to session for this user or database, or connect to PostgreSQL directly"
+)
 _MIGRATION_LOCK = 0x7265656C
 _WITH_TRIGGERS = ("jobs", "job_logs", "webhook_outbox")
 _TRIGGERS = """
 SELECT tgname FROM pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
 WHERE relname = ANY ($1::text[]) AND pg_table_is_visible(tgrelid)
 """
-_SESSION = {
-    # Every statement of ours is written to read by an index, whatever is in the tables. So it is planned once, and never as a
-    # scan because the tables were small or unvacuumed at that moment. Planned at every call, a status read took 300 µs of the
-    # database's time instead of 80.
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "random_page_cost": "1.1",
-    "jit": "off",
-}
+# Every statement of ours is written to read by an index, whatever is in the tables. So it is planned once, and never as a scan
+# because the tables were small or unvacuumed at that moment. Planned at every call, a status read took 300 µs of the database's
+# time instead of 80. They are no startup parameters, because PgBouncer refuses those.
+_SESSION = "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET random_page_cost = 1.1; SET jit = off"
 SQL = files("deployments.jobs").joinpath("sql")
 
 
@@ -65,16 +86,15 @@ QUERIES = load_statements("queries.sql")
 """Every statement of the job store, by name."""
 
 
+logger = logging.getLogger(__name__)
+
+
 class StoreAway(Exception):
-    """The database cannot be reached, and has not been for `RIDE_OUT_S` seconds."""
+    """The database cannot be used now, and could not be for `RIDE_OUT_S` seconds."""
 
 
-class ServerTooOld(RuntimeError):
-    """The database server is older than the ones that the tests run on."""
-
-
-class UnknownSchema(RuntimeError):
-    """The database has tables of a Reelray from before its first release."""
+class StoreRefused(StoreAway):
+    """The database cannot be used until its operator changes something; the message says what."""
 
 
 class Json(str):
@@ -89,31 +109,26 @@ class Database:
         self._listener = listener
 
     @classmethod
-    async def open(cls, url: str, *, max_connections: int = CONNECTIONS) -> Self:
-        """Connects, brings the schema up to date and listens, with `max_connections` and one more.
+    async def open(cls, url: str, *, max_connections: int = CONNECTIONS, upgrades: bool = False) -> Self:
+        """Connects, checks the schema and listens, with `max_connections` and one more.
 
-        Raises `StoreAway` as calls do, `ServerTooOld`, `UnknownSchema`.
+        An empty database gets the schema. One with an older schema is refused, or with `upgrades` it is brought up to date.
+        Raises `StoreAway`, `StoreRefused`.
         """
-        deadline = time.monotonic() + RIDE_OUT_S
-        while True:
-            try:
-                return await cls._open(url, max_connections)
-            except _AWAY as exc:
-                if time.monotonic() > deadline:
-                    raise StoreAway(str(exc)) from exc
-                await asyncio.sleep(0.1)
+        return await _riding_out(lambda: cls._open(url, max_connections, upgrades), RIDE_OUT_S)
 
     @classmethod
-    async def _open(cls, url: str, max_connections: int) -> Self:
-        await migrate(url)
+    async def _open(cls, url: str, max_connections: int, upgrades: bool) -> Self:
+        if not await _has_current_schema(url, upgrades):
+            await _migrate(url)
         pool = await asyncpg.create_pool(
             url,
             min_size=1,
             max_size=max_connections,
-            init=_use_json,
+            init=_prepare_session,
             reset=_keep_session,
+            timeout=CONNECT_S,
             command_timeout=60,
-            server_settings=_SESSION,
         )
         listener = Listener(url)
         try:
@@ -132,28 +147,78 @@ class Database:
         """The rows of one statement. Raises `StoreAway`."""
         return await self.run(lambda connection: connection.fetch(statement, *args))
 
-    async def run(self, work: Callable[[asyncpg.Connection], Any]) -> list[asyncpg.Record]:
-        """Does `work` on a connection, and again if that breaks or there is none. Raises `StoreAway` after `RIDE_OUT_S`."""
-        deadline = time.monotonic() + RIDE_OUT_S
-        while True:
+    async def run(self, work: Callable[[asyncpg.Connection], Any], *, ride_out_s: float | None = None) -> list[asyncpg.Record]:
+        """Does `work` on a connection, and again while the database is away. Raises `StoreAway` after `ride_out_s`."""
+        patience_s = RIDE_OUT_S if ride_out_s is None else ride_out_s
+        return await _riding_out(lambda: self._run(work, patience_s), patience_s)
+
+    async def _run(self, work: Callable[[asyncpg.Connection], Any], patience_s: float) -> list[asyncpg.Record]:
+        async with self._pool.acquire(timeout=max(1.0, patience_s)) as connection:
             try:
-                async with self._pool.acquire() as connection:
-                    return list(await work(connection))
-            except (*_AWAY, asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
-                if not isinstance(exc, _AWAY) and not self._broke_before_use(exc):
-                    raise
-                if time.monotonic() > deadline:
-                    raise StoreAway(str(exc)) from exc
-                await asyncio.sleep(0.1)
+                return list(await work(connection))
+            except asyncpg.InterfaceError as exc:
+                if connection.is_closed():  # it was just closing when it was taken from the pool
+                    raise ConnectionResetError(str(exc)) from exc
+                raise
+            except asyncpg.ReadOnlySQLTransactionError:
+                await self._pool.expire_connections()  # the URL may lead to another server by now
+                raise
+
+    async def check(self) -> None:
+        """Raises `StoreAway` unless the database answers and is not read-only."""
+
+        async def look(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            if await connection.fetchval("SELECT current_setting('transaction_read_only')::boolean"):
+                raise asyncpg.ReadOnlySQLTransactionError("the database is read-only")
+            return []
+
+        await self.run(look, ride_out_s=0.0)
 
     def watch(self, *subjects: str) -> AbstractContextManager[Changes]:
         """Hears every notification about any of the subjects from now on; `listener.py` has them."""
         return self._listener.subscribed(*subjects)
 
-    def _broke_before_use(self, exc: Exception) -> bool:
-        """Whether the connection was just closing when it was taken from the pool. asyncpg 0.32 has no error of its own for that:
-        it raises `InternalClientError` between the server's last message and the end of the stream, `InterfaceError` after it."""
-        return type(exc) in (asyncpg.InterfaceError, asyncpg.InternalClientError) and not self._pool.is_closing()
+
+def _outage(exc: Exception) -> StoreAway | None:
+    """What an error means; None: it is a bug of ours."""
+    if isinstance(exc, StoreAway):
+        return exc
+    text = str(exc.args[-1]) if exc.args else ""  # OSError: number, then text
+    state = (exc.sqlstate or "") if isinstance(exc, asyncpg.PostgresError) else ""
+    if state in _LOST_STATEMENT:
+        return StoreRefused(_TRANSACTION_POOLER)
+    if state.startswith("08") and "startup parameter" in text:
+        return StoreRefused(f"{text}: leave it out of the database's URL, or add it to PgBouncer's ignore_startup_parameters")
+    if state.startswith(_REFUSED) or isinstance(exc, asyncpg.ClientConfigurationError):
+        return StoreRefused(text)
+    # asyncpg 0.32 raises InternalClientError where it reads between the server's last message and the end of the stream
+    if state.startswith(_AWAY) or isinstance(exc, OSError | asyncpg.InternalClientError):
+        return StoreAway(f"{type(exc).__name__}: {text}")
+    return None
+
+
+async def _riding_out(call: Callable[[], Awaitable[T]], patience_s: float) -> T:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return await call()
+        except Exception as exc:
+            outage = _outage(exc)
+            if outage is None:
+                raise
+            if isinstance(outage, StoreRefused) or time.monotonic() >= deadline:
+                raise outage from (None if outage is exc else exc)
+        await asyncio.sleep(0.1)
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's answer, however long the database is away."""
+    while True:
+        try:
+            return await call()
+        except StoreAway:
+            logger.exception("the database is away; the call is repeated", extra={"action": "outage"})
+            await asyncio.sleep(OUTAGE_PAUSE_S)
 
 
 async def migrate(url: str) -> None:
@@ -161,36 +226,93 @@ async def migrate(url: str) -> None:
 
     It applies the migrations that this database does not have yet. Each is remembered by its name, so one that was written beside
     a later one is also applied where the later one was first, and must not rely on it. Then it applies the current functions and
-    makes the triggers that are missing. A database with migrations that this version does not know belongs to a newer version:
-    its functions and triggers are left alone.
+    makes the triggers that are missing.
 
-    Raises `ServerTooOld` or `UnknownSchema`, and has then changed nothing.
+    Raises `StoreAway`, `StoreRefused`, and has then changed nothing.
     """
-    connection = await asyncpg.connect(url)
+    await _riding_out(lambda: _migrate(url), RIDE_OUT_S)
+
+
+async def _migrate(url: str) -> None:
+    connection = await asyncpg.connect(url, timeout=CONNECT_S)
     try:
-        if (version := connection.get_server_version()).major < OLDEST_SERVER:
-            raise ServerTooOld(f"PostgreSQL {version.major} is too old: Reelray needs {OLDEST_SERVER} or newer")
+        _refuse_old_server(connection)
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
             await connection.execute(
                 "CREATE TABLE IF NOT EXISTS schema_migrations (name text PRIMARY KEY, applied_at timestamptz DEFAULT now())"
             )
-            applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
-            migrations = _migrations()
-            if applied and next(iter(migrations)) not in applied:
-                raise UnknownSchema(
-                    "this database was made before Reelray's first release and cannot be converted: use an empty one"
-                    " (for the embedded database delete the folder postgres in the service's home)"
-                )
-            for name, script in migrations.items():
-                if name not in applied:
+            missing = await _missing(connection)
+            for name, script in _migrations().items():
+                if name in missing:
                     await connection.execute(script)
                     await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
-            if applied <= migrations.keys():
-                await connection.execute(SQL.joinpath("functions.sql").read_text())
-                await _make_missing_triggers(connection)
+            await connection.execute(SQL.joinpath("functions.sql").read_text())
+            await _make_missing_triggers(connection)
+            await connection.execute("DELETE FROM schema_migrations WHERE name NOT LIKE '%.sql'")
+            await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", _code_name())
     finally:
         await connection.close()
+
+
+async def _has_current_schema(url: str, upgrades: bool) -> bool:
+    """Whether the database has this version's schema. False: it may be migrated. Raises `StoreRefused`."""
+    connection = await asyncpg.connect(url, timeout=CONNECT_S)
+    try:
+        _refuse_old_server(connection)
+        await _refuse_transaction_pooler(connection, url)
+        if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
+            return False
+        missing = await _missing(connection)
+    finally:
+        await connection.close()
+    if missing and not upgrades:
+        raise StoreRefused("the database has another version's schema: run `reelray database migrate` of this version")
+    return not missing
+
+
+def _refuse_old_server(connection: asyncpg.Connection) -> None:
+    if (version := connection.get_server_version()).major < OLDEST_SERVER:
+        raise StoreRefused(f"PostgreSQL {version.major} is too old: Reelray needs {OLDEST_SERVER} or newer")
+
+
+async def _refuse_transaction_pooler(connection: asyncpg.Connection, url: str) -> None:
+    """A pooler tells its clients another pid than the server process has. With one session for each client, two clients have a
+    process each, at any time; a pooler in transaction mode mostly gives both the process that was used last."""
+
+    async def pid(client: asyncpg.Connection) -> int:
+        found: int = await client.fetchval("SELECT pg_backend_pid()")
+        return found
+
+    if await pid(connection) == connection.get_server_pid():
+        return
+    other = await asyncpg.connect(url, timeout=CONNECT_S)
+    try:
+        pairs = {(await pid(connection), await pid(other)) for _ in range(5)}
+    finally:
+        await other.close()
+    if len(pairs) > 1 or any(one == another for one, another in pairs):
+        raise StoreRefused(_TRANSACTION_POOLER)
+
+
+async def _missing(connection: asyncpg.Connection) -> set[str]:
+    """The names of what a database's schema lacks. Raises `StoreRefused` for a schema that this version does not know."""
+    applied = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
+    migrations = _migrations()
+    if applied and next(iter(migrations)) not in applied:
+        raise StoreRefused(
+            "this database was made before Reelray's first release and cannot be converted: use an empty one"
+            " (for the embedded database delete the folder postgres in the service's home)"
+        )
+    if newer := sorted(name for name in applied - migrations.keys() if name.endswith(".sql")):
+        raise StoreRefused(f"the database belongs to a newer Reelray, with {', '.join(newer)}: use that version")
+    return {*migrations, _code_name()} - applied
+
+
+def _code_name() -> str:
+    """A name that changes with the functions and triggers."""
+    code = "".join(SQL.joinpath(file).read_text() for file in ("functions.sql", "triggers.sql"))
+    return f"functions {hashlib.sha256(code.encode()).hexdigest()[:16]}"
 
 
 def _migrations() -> dict[str, str]:
@@ -206,8 +328,9 @@ async def _make_missing_triggers(connection: asyncpg.Connection) -> None:
             await connection.execute(statement)
 
 
-async def _use_json(connection: asyncpg.Connection) -> None:
-    """Escapes everything beyond ASCII: PostgreSQL stores a lone surrogate or NUL only as its escape."""
+async def _prepare_session(connection: asyncpg.Connection) -> None:
+    """Escapes everything beyond ASCII in JSON: PostgreSQL stores a lone surrogate or NUL only as its escape."""
+    await connection.execute(_SESSION)
     await connection.set_type_codec("json", schema="pg_catalog", encoder=to_json, decoder=json.loads)
 
 

@@ -146,6 +146,7 @@ class Claim:
     """One attempt at a job. Only the holder of `token` may report on it.
 
     checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier attempt.
+    lost_in: stage -> how many earlier attempts were lost while it worked.
     """
 
     job_id: UUID
@@ -157,3 +158,4 @@ class Claim:
     files_s: float | None
     checkpoint: str
     resumes: bool
+    lost_in: dict[str, int]

@@ -102,7 +102,7 @@ class Keys:
         return [ApiKey(**row) for row in await self._database.fetch(QUERIES["list_keys"])]
 
     async def revoke(self, key_id: str) -> bool:
-        """Ends a key, within `CACHE_S` everywhere. False: there is no such key, or it has ended."""
+        """Ends a key, within `CACHE_S` everywhere, if it has not ended before. False: there is no such key."""
         revoked = await self._database.fetch(QUERIES["revoke_key"], storable(key_id))
         self._known.clear()
         return bool(revoked)

@@ -23,8 +23,6 @@ REOPEN_S = 0.5
 PROBE_S = 30.0
 """How often a silent connection is checked: a host that vanishes closes nothing."""
 
-_BROKEN = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +72,7 @@ class Listener:
     async def stop(self) -> None:
         """Closes the connection."""
         if self._task is not None:
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun would not close it
             self._task.cancel()
             await asyncio.wait([self._task])
 
@@ -129,12 +128,12 @@ class Listener:
             except TimeoutError:
                 try:
                     await connection.execute("SELECT 1", timeout=10)
-                except _BROKEN:
+                except Exception:  # whatever it is, another connection is the remedy
                     return
 
     async def _reopen(self) -> asyncpg.Connection:
         while True:
             try:
                 return await self._open()
-            except _BROKEN:
+            except Exception:  # notifications only save time: nothing ends because there are none
                 await asyncio.sleep(REOPEN_S)

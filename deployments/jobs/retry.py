@@ -1,11 +1,14 @@
 """Which errors are tried again, how often and after how long: every such decision, as pure functions of one table.
 
     what went wrong      attempts at most   waits before attempt 2, 3, 4, ... (in seconds, plus or minus a quarter)
-    RunnerDisconnected   max_attempts       0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
-    RunnerStalled        3, max_attempts    as above; each attempt may cost the whole idle deadline
+    RunnerDisconnected   max_attempts, 3*   0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
+    RunnerStalled        max_attempts, 3*   as above; each attempt may cost the whole idle deadline
     StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not fixed in a second; ten attempts last 20 min
     lost lease           max_attempts       0: the end of the lease was wait enough
     all else             1                  what the model or we refuse once is refused again
+
+* Three attempts that were lost while the same stage worked on the job: its input kills or hangs replicas. An attempt that no
+replica had begun to work on does not count for this.
 
 `max_attempts` is the job's own (`queue.max_attempts`), and 1 if its caller sent `X-Fal-No-Retry`: then nothing is tried
 again, not even after a lost lease. An attempt that we gave up ourselves, at a shutdown, does not count. What follows a lost
@@ -24,18 +27,18 @@ JITTER = 0.25
 class Policy:
     """first_s, second_s: waits before the second and third attempt; then they double, up to `longest_s`. All in seconds.
 
-    attempts: no more than these, however many the job has left.
+    losses: so many attempts that ended with the error while the same stage worked are the last, whatever attempts are left.
     """
 
     first_s: float
     second_s: float
     longest_s: float
-    attempts: int = 1_000_000
+    losses: int = 1_000_000
 
 
 POLICIES: dict[type[ReelrayError], Policy] = {
-    RunnerDisconnected: Policy(first_s=0.0, second_s=1.0, longest_s=30.0),
-    RunnerStalled: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, attempts=3),
+    RunnerDisconnected: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, losses=3),
+    RunnerStalled: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, losses=3),
     StorageFailed: Policy(first_s=5.0, second_s=10.0, longest_s=300.0),
 }
 
@@ -52,9 +55,12 @@ def wait_s(policy: Policy, attempt: int, draw: float = 0.5) -> float:
     return min(usual, policy.longest_s) * (1 + JITTER * (2 * draw - 1))
 
 
-def next_attempt_in(error: ReelrayError, attempt: int, max_attempts: int, draw: float = 0.5) -> float | None:
-    """Seconds until a job whose `attempt`, from 1, ended in `error` is tried again; None: never, the job ends with the error."""
+def next_attempt_in(error: ReelrayError, attempt: int, max_attempts: int, losses: int = 0, draw: float = 0.5) -> float | None:
+    """Seconds until a job whose `attempt`, from 1, ended in `error` is tried again; None: never, the job ends with the error.
+
+    losses: how many attempts, with this one, were lost while the stage worked that did now; 0: none did.
+    """
     policy = policy_of(error)
-    if policy is None or attempt >= min(max_attempts, policy.attempts):
+    if policy is None or attempt >= max_attempts or losses >= policy.losses:
         return None
     return wait_s(policy, attempt, draw)

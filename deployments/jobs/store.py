@@ -27,6 +27,8 @@ from deployments.jobs.retention import Retention
 from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, IdempotencyKeyReused
 
+UNWELL_S = 10.0
+"""For how long a submission that could not be stored means that others could not be either, until one has been."""
 COALESCED_BYTES = 65_536
 """An input above this is submitted by itself: it takes its time, and no other submission should wait for it."""
 
@@ -75,15 +77,22 @@ class JobStore:
         self._positions: dict[str, QueuePositions] = {}
         self._reads = Coalescer(self._read)
         self._submissions = Coalescer(self._insert)
+        self._unwell_until = 0.0
 
     @classmethod
-    async def open(cls, url: str, *, max_connections: int = CONNECTIONS) -> Self:
+    async def open(cls, url: str, *, max_connections: int = CONNECTIONS, upgrades: bool = False) -> Self:
         """A store on a database of its own; see `Database.open`."""
-        return cls(await Database.open(url, max_connections=max_connections))
+        return cls(await Database.open(url, max_connections=max_connections, upgrades=upgrades))
 
     async def close(self) -> None:
         """Closes the database."""
         await self.database.close()
+
+    async def check(self) -> None:
+        """Raises `StoreAway` if jobs cannot be submitted: the database is away, read-only, or has just failed to store one."""
+        if time.monotonic() < self._unwell_until:  # on a full disk it still answers
+            raise StoreAway("the last submission could not be stored")
+        await self.database.check()
 
     # For the door.
 
@@ -103,10 +112,16 @@ class JobStore:
 
     async def _submit(self, submission: _Submission) -> asyncpg.Record | None:
         """The new job's row, if it is new."""
-        if len(submission.input) <= COALESCED_BYTES:
-            return await self._submissions.ask(submission)
-        rows = await self._fetch("submit", *submission)
-        return rows[0] if rows else None
+        try:
+            if len(submission.input) <= COALESCED_BYTES:
+                row = await self._submissions.ask(submission)
+            else:
+                row = next(iter(await self._fetch("submit", *submission)), None)
+        except StoreAway:
+            self._unwell_until = time.monotonic() + UNWELL_S
+            raise
+        self._unwell_until = 0.0
+        return row
 
     async def _insert(self, submissions: Sequence[_Submission]) -> Sequence[asyncpg.Record | Exception | None]:
         """The same for several at once, in one transaction. If one of them cannot be written, each is tried by itself."""
@@ -114,7 +129,7 @@ class JobStore:
         ordered = sorted(submissions, key=lambda submission: (submission.owner or "", submission.key or ""))
         try:
             rows = await self.database.run(lambda connection: connection.fetchmany(QUERIES["submit"], ordered))
-        except (StoreAway, TimeoutError):
+        except StoreAway:
             raise
         except Exception as exc:
             if len(submissions) == 1:
@@ -206,9 +221,9 @@ class JobStore:
         """From now on no job of the endpoint starts, in any process. Running jobs go on, and new ones are accepted."""
         await self._fetch("pause", endpoint)
 
-    async def resume(self, endpoint: str) -> bool:
-        """Ends a pause. False: there was none."""
-        return bool(await self._fetch("resume", endpoint))
+    async def resume(self, endpoint: str) -> None:
+        """Ends a pause, if there is one."""
+        await self._fetch("resume", endpoint)
 
     async def queue_status(self, endpoint: str) -> QueueStatus:
         """An endpoint's queue. It counts the jobs, which takes 50 ms per million."""

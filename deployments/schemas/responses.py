@@ -75,7 +75,7 @@ def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> 
         "request_id": str(job.id),
         **_links(job, queue_url),
         "logs": None if lines is None else [_log_item(line) for line in lines],
-        "metrics": {} if job.state in STATUS else job.metrics,
+        "metrics": {} if job.state in STATUS else {"inference_time": None} | job.metrics,
     }
     if job.state == "queued":
         body["queue_position"] = job.position or 0
@@ -117,7 +117,9 @@ def _links(job: JobView, queue_url: str) -> dict[str, str]:
 
 
 def _log_item(line: LoggedLine) -> dict[str, Any]:
-    """fal's four keys and two of ours: the line's number within the request, and its progress for programs, if it has any."""
+    """fal's four keys, and `labels`, where older clients look for two of them; and two keys of ours: the line's number within the
+    request, and its progress for programs, if it has any."""
+    labels = {"level": line.level, "source": "USER"}
     timestamp = line.at.astimezone(UTC).isoformat()
-    item = {"message": line.message, "level": line.level, "source": "USER", "timestamp": timestamp, "seq": line.seq}
+    item = {"message": line.message, **labels, "labels": labels, "timestamp": timestamp, "seq": line.seq}
     return item if line.progress is None else item | {"progress": line.progress}

@@ -30,12 +30,15 @@ class Preprocess:
     async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
 
+        The input is not validated again: an upgrade may have changed the schema while the job waited. Fields that it has removed
+        are ignored, and those that it has added have their defaults.
+
         Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored. If cancelled,
         it returns when the stage has stopped and the files are deleted.
         """
         started = time.monotonic()
         yield Started()
-        parsed = self.endpoint.input.model_validate(job_input)
+        parsed = self.endpoint.input.model_construct(**job_input)
         with download_folder() as folder:
             media = await download_all(parsed.media(), self.fetch_settings, folder)
 

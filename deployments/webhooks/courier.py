@@ -117,7 +117,7 @@ class Courier:
         room = limits.max_in_flight - len(self._in_hand)
         try:
             return await self.outbox.claim(room, limits.max_per_receiver, limits.max_per_owner, LEASE_S) if room else []
-        except StoreAway:
+        except Exception:  # nothing ends a courier
             logger.exception("no webhooks could be claimed", extra={"action": "webhook_claim_failed"})
             await asyncio.sleep(OUTAGE_PAUSE_S)
             return []
@@ -134,7 +134,7 @@ class Courier:
             logger.warning("webhook postponed", exc_info=True, extra=_fields(delivery, "webhook_put_off"))
             return
         except asyncio.CancelledError:
-            with suppress(StoreAway):
+            with suppress(Exception):
                 await self.outbox.release(delivery)
             raise
         except Exception:  # a bug of ours in one webhook must not hold up the others
@@ -183,6 +183,9 @@ class Courier:
             except StoreAway:
                 logger.exception("the outcome of a webhook was not written", extra=_fields(delivery, "webhook_finish_failed"))
                 await asyncio.sleep(OUTAGE_PAUSE_S)
+            except Exception:  # it is sent again when its lease ends
+                logger.exception("the outcome of a webhook was not written", extra=_fields(delivery, "webhook_finish_failed"))
+                return
 
 
 def _fields(delivery: Delivery, action: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tests.deployments.webhooks.receiver import Received, is_signed
 
 RESTART_S = 20.0
 """99 of 100 dead attempts must be followed by another within this time."""
-EXHAUSTED = {"runner_connection_timeout": 3, "runner_disconnected": 10}
+EXHAUSTED = {"runner_connection_timeout": 3, "runner_disconnected": 3}
 """Error type with which a job may fail here -> the first attempt at which it may: see `jobs/retry.py`."""
 JITTER_S = 0.3
 """Greatest difference between an event's time in the database and in a trace."""

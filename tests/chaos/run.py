@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import httpx
 from rich.table import Table
@@ -17,13 +19,18 @@ from tests.load.report import percentile, table
 READY_S = 60.0
 
 
-async def unleash(settings: Settings, plan: Plan) -> tuple[Findings, list[Table]]:
-    """Findings and tables of one run. settings: their home must not exist yet; the caller stops the database server in it."""
+async def unleash(
+    settings: Settings, plan: Plan, rage_at: Callable[[System], Coroutine[Any, Any, None]] = System.rage
+) -> tuple[Findings, list[Table]]:
+    """Findings and tables of one run. settings: their home must not exist yet; the caller stops the database server in it.
+
+    rage_at: what happens to the system while callers wait for their jobs.
+    """
     async with callers.receivers(plan) as receivers, running(settings, plan) as system:
         async with httpx.AsyncClient(trust_env=False) as http:
             await asyncio.gather(*(_ready(http, port) for port in system.ports))
             began = time.monotonic()
-            rage = asyncio.create_task(system.rage())
+            rage = asyncio.create_task(rage_at(system))
             try:
                 outcome = await callers.Callers(system, receivers).run()
             finally:
@@ -45,7 +52,7 @@ async def unleash(settings: Settings, plan: Plan) -> tuple[Findings, list[Table]
         findings = await examine(url, system, outcome, received, jwks)
         findings.figures |= {"repeated requests of callers": outcome.retries.total()}
         findings.figures |= {"seconds of blows": round(chaos_s), "seconds in all": round(time.monotonic() - began)}
-        return findings, [_promises(findings, plan), _blows(system), _restarts(findings)]
+        return findings, [promises(findings, plan), _blows(system), _restarts(findings)]
 
 
 async def _ready(http: httpx.AsyncClient, port: int) -> None:
@@ -59,7 +66,7 @@ async def _ready(http: httpx.AsyncClient, port: int) -> None:
             await asyncio.sleep(0.1)
 
 
-def _promises(findings: Findings, plan: Plan) -> Table:
+def promises(findings: Findings, plan: Plan) -> Table:
     shown = table(f"{plan.jobs} jobs, seed {plan.seed}, leases of {plan.lease_s:g} s", "what", "count")
     for name, count in findings.figures.items():
         shown.add_row(name, f"{count:,}")

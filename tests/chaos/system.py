@@ -27,7 +27,7 @@ from tests.e2e.service import REELRAY, free_port
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 NO_DATABASE = 75
 """Exit status of a dispatcher that found no database when it started."""
-GATEWAYS, WORKERS, DISPATCHERS, REPLICAS = 2, 2, 3, 6
+GATEWAYS = 2
 DOWN_S = (0.1, 1.0)
 """How long a dead process stays down, as if a supervisor needed that time to notice."""
 
@@ -50,7 +50,7 @@ DECK = (
 class Plan:
     """Settings of a run. over_s: how long submissions take. pause_s: between blows. stop_s: how long a process is stopped.
 
-    webhook_lease_s, webhook_retry_s: for `courier.LEASE_S` and `courier.FIRST_RETRY_S`.
+    workers: of each gateway. webhook_lease_s, webhook_retry_s: for `courier.LEASE_S` and `courier.FIRST_RETRY_S`.
     """
 
     jobs: int
@@ -63,6 +63,9 @@ class Plan:
     webhook_lease_s: float = 60.0
     webhook_retry_s: float = 7.0
     patience_s: float = 300.0
+    workers: int = 2
+    dispatchers: int = 3
+    replicas: int = 6
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,13 @@ class System:
         for n in range(GATEWAYS):
             port = free_port()
             self.ports.append(port)
-            command = [REELRAY, "gateway", "--config", config, "--port", str(port), "--workers", str(WORKERS)]
+            command = [REELRAY, "gateway", "--config", config, "--port", str(port), "--workers", str(plan.workers)]
             self._add("gateway", n, command)
         words = ["--webhook-lease-s", str(plan.webhook_lease_s), "--webhook-retry-s", str(plan.webhook_retry_s)]
-        for n in range(DISPATCHERS):
+        for n in range(plan.dispatchers):
             paths = ["--sockets", sockets, "--trace", self.traces]
             self._add("dispatcher", n, [*python, "tests.chaos.dispatcher", config, *paths, *words])
-        for n in range(REPLICAS):
+        for n in range(plan.replicas):
             self._add("stage", n, [*python, "tests.chaos.stage", sockets / f"{n}.sock"])
 
     def _add(self, kind: str, n: int, command: list[Any]) -> None:

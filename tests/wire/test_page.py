@@ -98,9 +98,7 @@ async def test_cancel_while_queued(page: PageClient) -> None:
     result = await page("result", ENDPOINT, requestId=request_id)
     assert result.error is not None
     assert result.error["status"] == 499
-    again = await page("cancel", ENDPOINT, requestId=request_id)
-    assert again.error is not None
-    assert (again.error["status"], again.error["body"]) == (400, {"status": "ALREADY_COMPLETED"})
+    assert (await page("cancel", ENDPOINT, requestId=request_id)).error is None, "a repeat gets the same answer"
 
 
 async def test_client_timeout_cancels_a_running_job(page: PageClient, store: JobStore, files: FileStore) -> None:

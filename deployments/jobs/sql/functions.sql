@@ -1,7 +1,5 @@
--- Every function of the schema in its current form. The whole file is applied after the migrations, each time a process opens the
--- database, so a change here needs no migration. Two exceptions: a function whose arguments or result change must first be dropped
--- by a migration; and a change that older processes beside the new ones must not undo needs a migration, even an empty one, because
--- a process leaves the functions alone only if it finds migrations that it does not know.
+-- Every function of the schema in its current form. The whole file is applied after the migrations, so a change here needs no
+-- migration, except that a function whose arguments or result change must first be dropped by one.
 
 -- Refuses every transition that `job.py` does not draw, and keeps the columns that follow from the state.
 CREATE OR REPLACE FUNCTION jobs_before_transition() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -72,13 +70,16 @@ BEGIN
 END $$;
 
 -- Numbers the lines of a job's log. The writer has locked the job's row, so there is only one at a time; this statement begins after
--- the wait for that lock and so sees the line of the writer before. When the log is full, one line says so and later ones are dropped.
+-- the wait for that lock and so sees the line of the writer before. When the log is full, one line says so and later ones are dropped. So is a line that is there
+-- already, because its writer did not get the answer; a writer repeats only its last one, so a few lines are looked at.
 CREATE OR REPLACE FUNCTION job_logs_next() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     most CONSTANT integer := 2000;  -- also named in the docstring of Claims.log
 BEGIN
     SELECT coalesce(max(seq), 0) + 1 INTO NEW.seq FROM job_logs WHERE job_id = NEW.job_id;
-    IF NEW.seq > most + 1 THEN
+    IF NEW.seq > most + 1
+        OR EXISTS (SELECT FROM job_logs WHERE job_id = NEW.job_id AND seq >= NEW.seq - 10 AND line_id = NEW.line_id)
+    THEN
         RETURN NULL;
     ELSIF NEW.seq > most THEN
         NEW.level := 'WARN';
@@ -112,7 +113,7 @@ RETURNS TABLE (ahead bigint) LANGUAGE sql STABLE AS $$
 $$;
 
 -- Starts an attempt at the next job of some endpoints. Returns no row if there is none, and a row of nulls if the caller must ask
--- again, see below.
+-- again, see below. A repeated call, with the token of one whose answer was lost, returns that call's job.
 --
 -- The next job is the first in the order of `jobs_queued` that no other claim is taking: one index read, however long the queue is.
 -- With `low_first`, it is the first one of low priority, if that has waited for `low_after_s` seconds.
@@ -136,6 +137,10 @@ DECLARE
     head_created_at timestamptz;
     most integer;
 BEGIN
+    RETURN QUERY SELECT * FROM jobs WHERE state = 'running' AND token = new_token;
+    IF FOUND THEN
+        RETURN;
+    END IF;
     SELECT array_agg(served) INTO open_endpoints FROM unnest(endpoints) AS served
     WHERE NOT EXISTS (SELECT FROM paused_endpoints WHERE paused_endpoints.endpoint = served);
     LOOP

@@ -97,8 +97,12 @@ WITH claimed AS (
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
 SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s, checkpoint_name(id) AS checkpoint,
-    NOT EXISTS (SELECT FROM noted) AS resumes
+    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in
 FROM claimed
+
+-- name: claimed
+-- What a claim with this token took.
+SELECT id FROM jobs WHERE state = 'running' AND token = $1
 
 -- name: heartbeat
 -- Extends the lease. Not flushed to disk: a heartbeat that a crash undoes only makes the lease end a little earlier.
@@ -108,17 +112,18 @@ WHERE id = $1 AND token = $2 AND state = 'running'
 RETURNING cancel_requested
 
 -- name: log
--- Adds a line unless the log is full, and returns whether it did. The lock keeps the attempt from ending meanwhile, and makes the
+-- Adds a line unless the log is full, and returns whether it did; also true of a repeated line, which is not added again. The lock keeps the attempt from ending meanwhile, and makes the
 -- order of `seq` the order of commits, so a reader who asks for the lines after one misses none. The line is on disk before anyone
 -- reads it: if a crash lost lines, others would get their numbers, and readers who have seen those numbers would miss them.
 WITH attempt AS (
     SELECT id FROM jobs WHERE id = $1 AND token = $2 AND state = 'running' FOR NO KEY UPDATE
 ), line AS (
-    INSERT INTO job_logs (job_id, level, message, progress) SELECT id, $3, $4, $5 FROM attempt RETURNING job_id
+    INSERT INTO job_logs (job_id, level, message, progress, line_id) SELECT id, $3, $4, $5, $6 FROM attempt RETURNING job_id
 ), told AS (
     SELECT job_id, pg_notify('reelray', 'lines ' || job_id) FROM line
 )
-SELECT told.job_id IS NOT NULL AS added FROM attempt LEFT JOIN told ON told.job_id = attempt.id
+SELECT told.job_id IS NOT NULL OR NOT EXISTS (SELECT FROM job_logs WHERE job_id = attempt.id AND seq > 2000) AS added
+FROM attempt LEFT JOIN told ON told.job_id = attempt.id
 
 -- name: close
 -- Ends a job with its outcome. Returns a row also when the same attempt repeats the call because the answer was lost.
@@ -131,7 +136,7 @@ SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2
 
 -- name: requeue
 -- Gives a job back: its next state is that after a lost attempt ($5 holds the failures by state), and it is not tried again for $6
--- seconds. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
+-- seconds. $7: where its attempts were lost, if that has changed. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
 WITH returned AS (
     UPDATE jobs SET
         state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
@@ -139,6 +144,7 @@ WITH returned AS (
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
         start_by = CASE WHEN $4 THEN start_by END,
         not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
+        lost_in = coalesce($7, lost_in),
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id
@@ -222,7 +228,7 @@ DELETE FROM jobs USING due WHERE jobs.id = due.id RETURNING jobs.id
 INSERT INTO paused_endpoints (endpoint) VALUES ($1) ON CONFLICT (endpoint) DO NOTHING
 
 -- name: resume
--- Ends a pause and notifies those who wait for work.
+-- Ends a pause, if there is one, and notifies those who wait for work.
 WITH resumed AS (DELETE FROM paused_endpoints WHERE endpoint = $1 RETURNING endpoint)
 SELECT endpoint, pg_notify('reelray', 'work') FROM resumed
 
@@ -271,8 +277,8 @@ SELECT id, name, created_at, revoked_at, max_running, scopes,
 FROM api_keys ORDER BY created_at, id
 
 -- name: revoke_key
--- A key stays listed after its end.
-UPDATE api_keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL RETURNING id
+-- A key stays listed after its end. Returns the key also if it had ended before.
+UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 RETURNING id
 
 -- name: expire_secrets
 -- Forgets secrets that have ended.

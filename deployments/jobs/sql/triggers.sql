@@ -1,5 +1,5 @@
 -- Which function of `functions.sql` runs when. A trigger is made where it is missing and left alone where it is there: CREATE OR
--- REPLACE TRIGGER would stop all writes to the table each time a process opens the database. A migration that drops a trigger
+-- REPLACE TRIGGER would stop all writes to the table with every migration. A migration that drops a trigger
 -- has it made anew as it stands here.
 
 -- name: before_submit

@@ -19,7 +19,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
-from tests.conftest import embedded, of_database
+from tests.conftest import embedded, execute, of_database
 from tests.engines.animatediff.media import png, scribble
 
 runner = CliRunner()
@@ -142,8 +142,9 @@ def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp
         assert rotated.startswith(f"{key_id}:")
         assert rotated != secret
         assert run("keys", "revoke", key_id, *options).exit_code == 0
-        again = run("keys", "revoke", key_id, *options)
-        assert (again.exit_code, again.stderr) == (1, f"there is no key {key_id}\n")
+        assert run("keys", "revoke", key_id, *options).exit_code == 0, "it is revoked"
+        unknown = run("keys", "revoke", "nobody", *options)
+        assert (unknown.exit_code, unknown.stderr) == (1, "there is no key nobody\n")
         assert run("keys", "rotate", key_id, *options).exit_code == 1
         assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
 
@@ -153,8 +154,20 @@ def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, embedded_ser
     for url in ("postgresql://postgres@127.0.0.1:1/reelray", of_database(embedded_server, "nothing")):
         told = run("keys", "list", "--config", config(tmp_path, database=url))
         assert told.exit_code == 1
-        assert told.stderr.startswith("the database cannot be reached: ")
+        assert told.stderr.startswith("the database cannot be used: ")
         assert "Traceback" not in told.output
+
+
+def test_migrating_is_a_command_of_its_own(tmp_path: Path):
+    with embedded() as settings:
+        options = ("--config", config(tmp_path, home=str(settings.home)))
+        assert run("database", "migrate", *options).stdout == "the schema is up to date\n"
+        with database_for_command(settings) as url:
+            asyncio.run(execute(url, "INSERT INTO schema_migrations (name) VALUES ('9999_newer.sql')"))
+        for words in (("database", "migrate"), ("keys", "list")):
+            refused = run(*words, *options)
+            assert refused.exit_code == 1
+            assert refused.stderr.startswith("the database cannot be used: the database belongs to a newer Reelray")
 
 
 def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
@@ -164,9 +177,9 @@ def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
         paused = run("queue", "pause", "controlnext", "--drain", *options).stdout
         assert paused.startswith("fal-ai/controlnext: paused since 20")
         assert run("queue", "status", "controlnext", *options).stdout == paused
-        assert run("queue", "resume", "controlnext", *options).exit_code == 0
-        again = run("queue", "resume", "controlnext", *options)
-        assert (again.exit_code, again.stderr) == (1, "fal-ai/controlnext is not paused\n")
+        for _ in range(2):
+            resumed = run("queue", "resume", "controlnext", *options).stdout
+            assert resumed == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
 
 
 def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path):

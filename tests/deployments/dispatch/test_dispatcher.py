@@ -15,7 +15,7 @@ from deployments.jobs.store import JobStore
 from deployments.settings import QueueSettings, RetentionSettings, Settings
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages
-from engines.errors import FileDownloadError, RunnerDisconnected
+from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed
 from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
@@ -146,6 +146,28 @@ async def test_a_runner_that_dies_is_tried_again(store: JobStore, files: FileSto
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 3)
 
 
+async def test_an_input_that_kills_its_replica_gets_three_of_them(store: JobStore, files: FileStore, database: str):
+    async def die(_: dict[str, Any]) -> None:
+        raise RunnerDisconnected
+
+    class Unreachable(ScriptedStages):
+        async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+            if self.preprocessed < 2:  # nobody has begun to work on the job
+                self.preprocessed += 1
+                raise RunnerDisconnected
+            return await super().preprocess(job_input, on_note)
+
+        preprocessed = 0
+
+    async with dispatching(store, files, stages := Unreachable(die)):
+        job_id = (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=10))).id
+        while not (job := await until(store, job_id, lambda job: job.state is not JobState.RUNNING)).state.ended:
+            await execute(database, "UPDATE jobs SET not_before = NULL; NOTIFY reelray, 'work'")
+            await asyncio.sleep(0.05)
+    assert job.failure is not None
+    assert (job.attempt, stages.calls, job.failure.error_type) == (5, 3, "runner_disconnected")
+
+
 async def test_a_runner_that_always_dies_fails_the_job_in_the_end(store: JobStore, files: FileStore):
     async def die(_: dict[str, Any]) -> None:
         raise RunnerDisconnected
@@ -194,8 +216,84 @@ async def test_a_store_that_is_away_in_the_middle_of_a_job_does_not_fail_it(stor
         await asyncio.sleep(0.2)
         monkeypatch.undo()
         job = await ended(store, job_id)
-    assert job.state is JobState.SUCCEEDED
-    assert job.attempt > 1, "the lease expired and the job was run again"
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1), "its log waits for the store, and the render does not"
+
+
+async def test_a_database_that_is_read_only_for_a_while_costs_no_job_and_no_attempt(
+    store: JobStore, files: FileStore, database: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What a failover looks like, and longer than any call waits."""
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.2)
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.1)
+    go_on = asyncio.Event()
+
+    async def wait(_: dict[str, Any]) -> None:
+        await go_on.wait()
+
+    name = database.rpartition("/")[2].partition("?")[0]
+    async with dispatching(store, files, ScriptedStages(wait), QueueSettings(lease_s=3, max_in_flight=2)):
+        job_ids = [await submit(store) for _ in range(3)]
+        for job_id in job_ids[:2]:
+            await started(store, job_id)
+        await execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        others = "pid <> pg_backend_pid() AND datname = current_database()"
+        await execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        go_on.set()
+        await asyncio.sleep(1.5)
+        await execute(database, f"SET default_transaction_read_only = off; ALTER DATABASE {name} RESET ALL")
+        jobs = [await ended(store, job_id) for job_id in job_ids]
+    assert [(job.state, job.attempt) for job in jobs] == [(JobState.SUCCEEDED, 1)] * 3
+
+
+@pytest.mark.parametrize("call", ["fail", "take", "sweep", "heartbeat", "log"])
+async def test_a_mistake_of_ours_in_a_call_of_the_store_ends_at_most_that_call(
+    store: JobStore, files: FileStore, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.05)
+    right, mistakes = getattr(store.claims, call), iter([KeyError("ours")])
+
+    async def mistaken(*args: Any, **kwargs: Any) -> Any:
+        if mistake := next(mistakes, None):
+            raise mistake
+        return await right(*args, **kwargs)
+
+    async def fail_one(job_input: dict[str, Any]) -> None:
+        await asyncio.sleep(0.1)
+        if job_input["seed"] == 1:
+            raise RunnerFailed
+
+    monkeypatch.setattr(store.claims, call, mistaken)
+    async with dispatching(store, files, ScriptedStages(fail_one)):
+        failing, good = await submit(store, seed=1), await submit(store)
+        assert (await ended(store, good)).attempt == 1
+        assert (await ended(store, failing)).attempt == (2 if call == "fail" else 1)
+
+
+async def test_workers_renew_their_leases_after_an_outage_before_anybody_sweeps(
+    store: JobStore, files: FileStore, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.dispatch.dispatcher.SWEEP_INTERVAL_S", 0.05)
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.1)
+    sweep, heartbeat, away = store.claims.sweep, store.claims.heartbeat, True
+
+    async def sweep_or_not() -> int:
+        return await (_away() if away else sweep())
+
+    async def heartbeat_or_not(*args: Any) -> bool:
+        return await (_away() if away else heartbeat(*args))
+
+    stages = ScriptedStages(for_ever)
+    monkeypatch.setattr(store.claims, "sweep", sweep_or_not)
+    monkeypatch.setattr(store.claims, "heartbeat", heartbeat_or_not)
+    async with dispatching(store, files, stages, QueueSettings(lease_s=0.5)):
+        job_id = await submit(store)
+        await started(store, job_id)
+        await asyncio.sleep(0.7)
+        away = False
+        await asyncio.sleep(1.0)
+        job = await store.get(job_id)
+    assert job is not None
+    assert (job.state, job.attempt, stages.calls) == (JobState.RUNNING, 1, 1)
 
 
 async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
@@ -368,7 +466,7 @@ async def _away(*_: object) -> bool:
 
 
 async def test_a_store_that_is_away_for_a_while_stops_nothing(store: JobStore, files: FileStore, monkeypatch):
-    monkeypatch.setattr("deployments.dispatch.dispatcher.OUTAGE_PAUSE_S", 0.05)
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.05)
     monkeypatch.setattr(store.claims, "take", _away)
     monkeypatch.setattr(store.claims, "sweep", _away)
     async with dispatching(store, files, ScriptedStages(nothing)):

@@ -170,12 +170,29 @@ async def test_a_full_log_is_written_to_no_more(store: JobStore, claim: Claim, m
     assert tried == ["warning 0"]
 
 
-@pytest.mark.parametrize("trouble", [LeaseLost, StoreAway])
-async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the_end(
-    store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
+async def test_a_line_waits_for_the_database_and_one_that_cannot_be_written_is_left_out(
+    store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.01)
+    log, troubles = store.claims.log, iter([StoreAway(), StoreAway(), None, ValueError()])
+
+    async def troubled(*given: Any) -> bool:
+        if trouble := next(troubles, None):
+            raise trouble
+        return await log(*given)
+
+    monkeypatch.setattr(store.claims, "log", troubled)
+    async with JobLog(store.claims, claim) as job_log:
+        for message in ("one", "two", "three"):
+            job_log.note(Note(message))
+    assert await messages(store, claim) == ["one", "three"]
+
+
+async def test_a_lost_lease_is_told_at_the_next_note_and_at_the_end(
+    store: JobStore, claim: Claim, monkeypatch: pytest.MonkeyPatch
 ):
     async def fail(*_: object) -> bool:
-        raise trouble
+        raise LeaseLost
 
     async def work(*, notes: int, error: Exception | None = None) -> None:
         async with JobLog(store.claims, claim) as job_log:
@@ -187,9 +204,9 @@ async def test_a_line_that_cannot_be_written_is_told_at_the_next_note_and_at_the
                 raise error
 
     monkeypatch.setattr(store.claims, "log", fail)
-    with pytest.raises(trouble):
+    with pytest.raises(LeaseLost):
         await work(notes=1)
-    with pytest.raises(trouble):
+    with pytest.raises(LeaseLost):
         await work(notes=2)
     with pytest.raises(RunnerFailed):  # the stage's own error takes precedence
         await work(notes=1, error=RunnerFailed())

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 from uuid import UUID, uuid4
 
+import asyncpg
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes
 from deployments.ingress.app import create_app
-from deployments.jobs.database import StoreAway
+from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
@@ -26,6 +27,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import QueueSettings, Settings
 from engines.errors import InternalError, RunnerFailed
+from tests.conftest import execute
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
@@ -360,6 +362,7 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
     code, body = await status()
     [line] = body["logs"]
     assert (code, line["message"], line["level"], line["source"], line["seq"]) == (202, "step 1/4", "INFO", "USER", 1)
+    assert line["labels"] == {"level": "INFO", "source": "USER"}
     assert "progress" not in line
     assert line["timestamp"].endswith("+00:00")
 
@@ -399,8 +402,9 @@ async def test_cancel(client: httpx.AsyncClient, store: JobStore) -> None:
     assert (status.status_code, status.json()["error_type"]) == (200, "client_cancelled")
     result = await client.get(queued["response_url"])
     assert (result.status_code, result.json()["error_type"]) == (499, "client_cancelled")
-    again = await client.put(queued["cancel_url"])
-    assert (again.status_code, again.json()) == (400, {"status": "ALREADY_COMPLETED"})
+    again = await client.put(queued["cancel_url"])  # as after a lost answer
+    assert (again.status_code, again.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
+    assert (await client.get(queued["status_url"])).json()["metrics"] == {"inference_time": None}
 
     claim = await claimed(store)
     assert (await client.put(running["cancel_url"])).status_code == 202
@@ -464,7 +468,10 @@ async def test_stream_without_logs_says_null(client: httpx.AsyncClient, store: J
     assert event["logs"] is None
 
 
-async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [StoreAway, asyncpg.QueryCanceledError, KeyError])
+async def test_stream_outlives_every_error(
+    client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
+) -> None:
     links = await submitted(client)
     await store.claims.succeed(await claimed(store), {}, {})
     get, reads = store.get, list[UUID]()
@@ -472,7 +479,7 @@ async def test_stream_outlives_an_outage(client: httpx.AsyncClient, store: JobSt
     async def away_then_back(job_id: UUID, lines_after: int | None = None) -> Job | None:
         reads.append(job_id)
         if len(reads) == 2:
-            raise StoreAway
+            raise trouble
         return await get(job_id, lines_after)
 
     monkeypatch.setattr(store, "get", away_then_back)
@@ -653,7 +660,7 @@ async def test_a_rotated_key_keeps_its_jobs(closed: httpx.AsyncClient, store: Jo
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/queue/", 404), ("GET", SUBMIT, 405), ("POST", SUBMIT + "/", 404), ("POST", "/run/x", 404)],
+    [("GET", "/", 404), ("GET", "/queue/", 404), ("GET", SUBMIT, 405), ("POST", SUBMIT + "/x", 404), ("POST", "/run/x", 404)],
 )
 async def test_router_errors_are_in_fals_shape_and_never_redirects(
     method: str, path: str, status: int, alone: httpx.AsyncClient
@@ -662,6 +669,16 @@ async def test_router_errors_are_in_fals_shape_and_never_redirects(
     assert response.status_code == status
     assert set(response.json()) == {"detail", "error_type"}
     assert UUID(response.headers["x-fal-request-id"])
+
+
+async def test_a_wrong_path_is_told_the_right_one(alone: httpx.AsyncClient) -> None:
+    for path in (f"/{ENDPOINT}", "/queue/animatediff-sparsectrl-lcm"):
+        assert f"Submit with POST to {SUBMIT};" in (await alone.post(path)).json()["detail"]
+    assert all(f"/queue/{endpoint}" in (await alone.post("/v1/videos")).json()["detail"] for endpoint in ENDPOINTS)
+
+
+async def test_a_slash_at_the_end_of_a_submission_is_no_mistake(client: httpx.AsyncClient) -> None:
+    assert (await client.post(f"{SUBMIT}/", json=INPUT)).status_code == 200
 
 
 async def test_our_own_mistakes_say_nothing(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +698,7 @@ async def test_an_outage_is_told_as_one(client: httpx.AsyncClient, store: JobSto
         raise StoreAway("10.0.0.5:5432")
 
     monkeypatch.setattr(store, "get", away)
+    monkeypatch.setattr(store, "check", away)
     for path in (f"{SUBMIT}/requests/{uuid4()}/status", "/health"):
         response = await client.get(path)
         assert (response.status_code, response.json()["error_type"]) == (503, "internal_error")
@@ -688,11 +706,39 @@ async def test_an_outage_is_told_as_one(client: httpx.AsyncClient, store: JobSto
         assert UUID(response.headers["x-fal-request-id"])
 
 
+async def test_a_time_limit_of_something_else_is_no_outage_of_the_database(
+    client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*args: object, **kwargs: object) -> None:
+        raise TimeoutError("the object store did not answer")
+
+    monkeypatch.setattr(store, "get", slow)
+    assert (await client.get(f"{SUBMIT}/requests/{uuid4()}/status")).status_code == 500
+
+
+async def test_health_is_bad_after_a_submission_failed_until_one_succeeds(
+    client: httpx.AsyncClient, store: JobStore, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.1)
+    await execute(
+        database,
+        """
+        CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE SQLSTATE '53100'; END$$;
+        CREATE TRIGGER full_disk BEFORE INSERT ON jobs EXECUTE FUNCTION full_disk();
+        """,
+    )
+    assert (await client.post(SUBMIT, json=INPUT)).status_code == 500
+    assert (await client.get("/health")).status_code == 503
+    await execute(database, "DROP TRIGGER full_disk ON jobs")
+    assert (await client.post(SUBMIT, json=INPUT)).status_code == 200
+    assert (await client.get("/health")).status_code == 200
+
+
 async def test_health_does_not_wait_for_ever(client: httpx.AsyncClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hung(*args: object, **kwargs: object) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(store, "get", hung)
+    monkeypatch.setattr(store, "check", hung)
     monkeypatch.setattr(service_routes, "HEALTH_TIMEOUT_S", 0.05)
     assert (await client.get("/health")).status_code == 503
 
@@ -876,7 +922,7 @@ async def test_the_app_opens_and_closes_its_own_store(
 ) -> None:
     opened, closed = list[str](), list[bool]()
 
-    async def open_store(url: str) -> JobStore:
+    async def open_store(url: str, *, upgrades: bool) -> JobStore:
         opened.append(url)
         return store
 
@@ -910,34 +956,27 @@ async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_
         assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 200
 
 
-async def test_an_app_that_can_never_open_its_store_does_not_start(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def open_store(url: str) -> JobStore:
-        raise RuntimeError("a wrong password")
-
-    monkeypatch.setattr(JobStore, "open", open_store)
-    app = create_app(settings, NOWHERE)
-    with pytest.raises(RuntimeError):
-        async with app.router.lifespan_context(app):
-            pass
-
-
-async def test_a_database_that_turns_out_unusable_after_the_door_opened_is_told_in_the_log(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_database_that_refuses_the_door_is_told_in_the_log_and_tried_again(
+    settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    known = asyncio.Event()
+    refusals = [StoreRefused("a wrong password"), StoreRefused("a wrong password")]
 
-    async def open_store(url: str) -> JobStore:
-        await known.wait()
-        raise RuntimeError("a wrong password")
+    async def open_store(url: str, *, upgrades: bool) -> JobStore:
+        if refusals:
+            raise refusals.pop()
+        return store
 
     monkeypatch.setattr("deployments.ingress.app.START_S", 0.01)
+    monkeypatch.setattr("deployments.ingress.app.REFUSED_PAUSE_S", 0.05)
     monkeypatch.setattr(JobStore, "open", open_store)
     app = create_app(settings, NOWHERE)
     async with app.router.lifespan_context(app), calling(app) as client:
-        known.set()
-        await asyncio.sleep(0.01)
         assert (await client.get("/health")).status_code == 503
-    assert [record.levelname for record in caplog.records if record.__dict__.get("action") == "store_unusable"] == ["CRITICAL"]
+        async with asyncio.timeout(5):
+            while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    told = [record.levelname for record in caplog.records if record.__dict__.get("action") == "store_refused"]
+    assert told == ["CRITICAL", "CRITICAL"]
 
 
 def test_the_error_of_an_outage_is_the_one_of_any_failure() -> None:

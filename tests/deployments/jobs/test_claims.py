@@ -3,11 +3,13 @@
 import asyncio
 from collections import Counter
 from dataclasses import replace
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
+import pytest
 
 from deployments.jobs.claims import LOW_SHARE
+from deployments.jobs.database import QUERIES
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.store import JobStore
 
@@ -186,6 +188,69 @@ async def test_claim_reads_as_little_of_a_long_line_as_of_a_short_one(store: Job
     assert after - before < 100
 
 
+async def test_submission_reads_as_little_beside_many_delayed_jobs(store: JobStore, sql: asyncpg.Connection) -> None:
+    await sql.execute(
+        "INSERT INTO jobs (id, endpoint, owner, priority, turn, state, input, max_attempts, not_before)"
+        " SELECT gen_random_uuid(), $1, 'key ' || n, 0, n, 'queued', '{}', 9, 'infinity' FROM generate_series(1, 20000) AS n",
+        ENDPOINT,
+    )
+    await sql.execute("ANALYZE jobs")
+    read = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'jobs'"
+    transaction = sql.transaction()
+    await transaction.start()
+    before = await sql.fetchval(read)
+    nothing = [None] * 4
+    await sql.fetch(QUERIES["submit"], uuid4(), ENDPOINT, "me", 0, "{}", None, 9, *nothing, False, None, True, None)
+    after = await sql.fetchval(read)
+    await transaction.rollback()
+    assert after - before < 100
+
+
+# A claim that is cut off.
+
+
+async def test_claim_that_is_cancelled_after_its_commit_burns_no_attempt(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await store.submit(NEW)
+    fetch, committed = asyncpg.Connection.fetch, asyncio.Event()
+
+    async def slow(self: asyncpg.Connection, query: str, *args: object) -> object:
+        rows = await fetch(self, query, *args)
+        if "claim_job" in query:
+            committed.set()
+            await asyncio.Event().wait()
+        return rows
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", slow)
+    claiming = asyncio.create_task(store.claims.take([ENDPOINT], 60))
+    await committed.wait()
+    claiming.cancel()
+    await asyncio.wait([claiming])
+    monkeypatch.undo()
+    claim = await claimed(store)
+    assert (claim.job_id, claim.attempt) == (job.id, 1)
+
+
+async def test_claim_whose_answer_was_lost_gets_the_same_job_when_it_is_repeated(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = await submitted(store, NEW, 2)
+    fetch, lost = asyncpg.Connection.fetch, list[str]()
+
+    async def lose_once(self: asyncpg.Connection, query: str, *args: object) -> object:
+        rows = await fetch(self, query, *args)
+        if "claim_job" in query and not lost:
+            lost.append(query)
+            raise asyncpg.ConnectionDoesNotExistError
+        return rows
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", lose_once)
+    claim = await claimed(store)
+    assert lost
+    assert (claim.job_id, claim.attempt) == (first, 1)
+
+
 # Paused endpoints.
 
 
@@ -204,10 +269,10 @@ async def test_paused_endpoint_accepts_and_starts_nothing_until_it_is_resumed(st
     assert (status.queued, status.running, status.paused_at is None) == (1, 1, False)
     await store.claims.succeed(claim, {}, {})
     async with store.claims.watch_work() as work:
-        assert await store.resume(ENDPOINT) is True
+        await store.resume(ENDPOINT)
         assert await work.changed(5), "every dispatcher is notified at once"
     assert await claimed_ids(store, 1) == [job]
-    assert await store.resume(ENDPOINT) is False
+    await store.resume(ENDPOINT)
     assert (await store.queue_status(ENDPOINT)).paused_at is None
     assert running.id == claim.job_id
 

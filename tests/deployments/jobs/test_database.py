@@ -8,10 +8,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from deployments.jobs.database import SQL, ServerTooOld, UnknownSchema, load_statements, migrate
+from deployments.jobs.database import SQL, StoreAway, StoreRefused, load_statements, migrate
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
-from tests.conftest import execute, of_database
+from tests.conftest import drop, execute, of_database
+from tests.deployments.jobs.pooler import pooling
 
 NEW = NewJob("fal-ai/fake", {"prompt": "a cat"})
 CODE = """
@@ -52,7 +53,7 @@ async def test_stores_that_open_at_once_migrate_once(empty: str) -> None:
     job = await stores[0].submit(NEW)
     assert await stores[3].get(job.id)
     connection = await asyncpg.connect(empty)
-    applied = await connection.fetch("SELECT name FROM schema_migrations")
+    applied = await connection.fetch("SELECT name FROM schema_migrations WHERE name LIKE '%.sql'")
     await connection.close()
     names = [file.name for file in SQL.joinpath("migrations").iterdir() if file.name.endswith(".sql")]
     assert sorted(row["name"] for row in applied) == sorted(names)
@@ -105,7 +106,7 @@ async def test_the_triggers_of_another_applications_tables_are_not_taken_for_our
     assert {"trigger next_line on theirs", "trigger next_line on job_logs"} < (await code(empty)).keys()
 
 
-async def test_an_older_process_leaves_the_functions_of_a_newer_version_alone(empty: str) -> None:
+async def test_a_database_of_a_newer_version_is_refused_and_left_alone(empty: str) -> None:
     await migrate(empty)
     await execute(
         empty,
@@ -115,25 +116,121 @@ async def test_an_older_process_leaves_the_functions_of_a_newer_version_alone(em
         """,
     )
     newer = await code(empty)
-    await migrate(empty)
+    for use in (JobStore.open(empty), JobStore.open(empty, upgrades=True), migrate(empty)):
+        with pytest.raises(StoreRefused, match=r"newer Reelray, with 9999_newer\.sql"):
+            await use
     assert await code(empty) == newer
+
+
+@pytest.mark.parametrize("file", ["migrations/0002_b.sql", "functions.sql"])
+async def test_only_migrate_and_the_embedded_default_change_the_schema_of_a_database(
+    empty: str, scripts: Path, file: str
+) -> None:
+    (scripts / "migrations" / "0001_a.sql").write_text("CREATE TABLE a ()")
+    await (await JobStore.open(empty)).close()  # an empty database gets the schema
+    (scripts / file).write_text("CREATE TABLE b ()")
+    with pytest.raises(StoreRefused, match="run `reelray database migrate`"):
+        await JobStore.open(empty)
+    await (await JobStore.open(empty, upgrades=True)).close()
+    await execute(empty, "SELECT FROM b")
+    (scripts / file).write_text("CREATE TABLE IF NOT EXISTS b ()")
+    await migrate(empty)
+    await (await JobStore.open(empty)).close()
 
 
 async def test_a_database_from_before_the_first_release_is_refused_and_left_alone(empty: str) -> None:
     await execute(empty, "CREATE TABLE schema_migrations (name text PRIMARY KEY, applied_at timestamptz DEFAULT now())")
     await execute(empty, "INSERT INTO schema_migrations (name) VALUES ('0001_jobs.sql')")
-    with pytest.raises(UnknownSchema, match="before Reelray's first release"):
+    with pytest.raises(StoreRefused, match="before Reelray's first release"):
         await JobStore.open(empty)
     assert await code(empty) == {}
 
 
 async def test_server_older_than_tested_is_refused_and_left_alone(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.jobs.database.OLDEST_SERVER", 99)
-    with pytest.raises(ServerTooOld, match=r"^PostgreSQL \d\d is too old: Reelray needs 99 or newer$"):
+    with pytest.raises(StoreRefused, match=r"^PostgreSQL \d\d is too old: Reelray needs 99 or newer$"):
         await JobStore.open(empty)
     connection = await asyncpg.connect(empty)
     assert await connection.fetchval("SELECT to_regclass('schema_migrations')") is None
     await connection.close()
+
+
+# What an error means.
+
+
+async def test_errors_are_away_refused_or_our_own(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.0)
+    kinds = {
+        StoreAway: "08006 25006 25P03 40001 40P01 53100 53200 53300 55P03 57014 57P01 57P03 58030",
+        StoreRefused: "28P01 28000 3D000 42501 26000",
+        asyncpg.PostgresError: "22003 23505 42P01 42703 P0001 XX000",
+    }
+    for kind, states in kinds.items():
+        for state in states.split():
+            with pytest.raises(kind) as raised:
+                await store.database.fetch(f"DO $$ BEGIN RAISE SQLSTATE '{state}'; END $$")
+            assert raised.type is kind or kind is asyncpg.PostgresError, state
+
+
+async def test_a_mistake_of_ours_is_raised_at_once(store: JobStore) -> None:
+    calls = 0
+
+    async def mistaken(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+        nonlocal calls
+        calls += 1
+        return list(await connection.fetch("SELECT $1::text"))
+
+    with pytest.raises(asyncpg.InterfaceError):
+        await store.database.run(mistaken)
+    assert calls == 1
+
+
+async def test_a_call_does_not_wait_for_ever_for_a_free_connection(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.05)
+    store = await JobStore.open(database, max_connections=1)
+    busy = asyncio.create_task(store.database.fetch("SELECT pg_sleep(30)"))
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        with pytest.raises(StoreAway):
+            await store.queued("fal-ai/fake")
+    busy.cancel()
+    await asyncio.wait([busy])
+    await store.close()
+
+
+async def test_a_failover_only_delays_a_submission(store: JobStore, database: str) -> None:
+    """The server of the old connections stays read-only, as the old primary does; a new connection leads to the new one."""
+    name = database.rpartition("/")[2].partition("?")[0]
+    await execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    ours = "pid <> pg_backend_pid() AND datname = current_database()"
+    await execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
+    with pytest.raises(StoreAway, match="read-only"):
+        await store.check()
+    submitting = asyncio.create_task(store.submit(NEW))
+    await asyncio.sleep(0.3)
+    assert not submitting.done()
+    await execute(database, f"SET default_transaction_read_only = off; ALTER DATABASE {name} RESET default_transaction_read_only")
+    job = await submitting
+    assert await store.get(job.id)
+    await store.check()
+
+
+async def test_a_pooler_in_session_mode_works_and_one_in_transaction_mode_says_what_to_do(embedded_server: str) -> None:
+    await execute(embedded_server, "CREATE DATABASE pooled")
+    url = of_database(embedded_server, "pooled")
+    async with pooling(url, shared=False) as pooled:
+        store = await JobStore.open(pooled)
+        async with store.claims.watch_work() as work:
+            job = await store.submit(NEW)
+            assert await work.changed(5)
+        assert await store.get(job.id)
+        await store.close()
+        with pytest.raises(StoreRefused, match="ignore_startup_parameters"):
+            await JobStore.open(f"{pooled}&jit=off")
+    async with pooling(url, shared=True) as pooled:
+        with pytest.raises(StoreRefused, match="pool_mode to session"):
+            await JobStore.open(pooled)
+    await drop(embedded_server, "pooled")
 
 
 @pytest.mark.parametrize("file", ["queries.sql", "webhooks.sql"])

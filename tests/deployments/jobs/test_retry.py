@@ -14,15 +14,15 @@ ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
 
 
-def waits(error: ReelrayError, max_attempts: int, draw: float = 0.5) -> list[float | None]:
-    return [next_attempt_in(error, attempt, max_attempts, draw) for attempt in range(1, max_attempts + 1)]
+def waits(error: ReelrayError, max_attempts: int) -> list[float | None]:
+    return [next_attempt_in(error, attempt, max_attempts) for attempt in range(1, max_attempts + 1)]
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
         (RunnerDisconnected(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
-        (RunnerStalled(), [0, 1, *[None] * 8]),
+        (RunnerStalled(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
         (StorageFailed(), [5, 10, 20, 40, 80, 160, 300, 300, 300, None]),
         (RunnerFailed(), [None] * 10),
         (FileDownloadError(), [None] * 10),
@@ -32,13 +32,18 @@ def test_waits_of_a_job_with_ten_attempts(error: ReelrayError, expected: list[fl
     assert waits(error, 10) == expected
 
 
+@pytest.mark.parametrize("kind", [RunnerDisconnected, RunnerStalled])
+def test_the_third_attempt_that_is_lost_in_the_same_stage_is_the_last(kind: type[ReelrayError]) -> None:
+    assert [next_attempt_in(kind(), 4, 10, losses) for losses in (0, 1, 2, 3)] == [4, 4, 4, None]
+
+
 @pytest.mark.parametrize("kind", POLICIES)
 def test_a_job_with_one_attempt_is_never_tried_again(kind: type[ReelrayError]) -> None:
     assert waits(kind(), 1) == [None]
 
 
 def test_waits_differ_by_a_quarter_either_way_and_never_overflow() -> None:
-    assert [next_attempt_in(StorageFailed(), 2, 9, draw) for draw in (0.0, 0.5, 1.0)] == [7.5, 10.0, 12.5]
+    assert [next_attempt_in(StorageFailed(), 2, 9, draw=draw) for draw in (0.0, 0.5, 1.0)] == [7.5, 10.0, 12.5]
     assert wait_s(POLICIES[StorageFailed], 100_000) == 300
 
 

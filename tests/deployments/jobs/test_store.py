@@ -366,6 +366,15 @@ async def test_lines_are_counted_within_their_job_over_all_its_attempts(store: J
     assert [line.seq for line in await store.logs(beside.job_id)] == [1]
 
 
+async def test_line_whose_answer_was_lost_is_written_once(store: JobStore) -> None:
+    job, claim = await running(store)
+    line = uuid4()
+    for _ in range(2):
+        assert await store.claims.log(claim, "one", line_id=line) is True
+    await store.claims.log(claim, "one")
+    assert [(told.seq, told.message) for told in await store.logs(job.id)] == [(1, "one"), (2, "one")]
+
+
 async def test_lines_written_at_once_have_numbers_of_their_own(store: JobStore) -> None:
     job, claim = await running(store)
     said = {f"line {k}" for k in range(50)}

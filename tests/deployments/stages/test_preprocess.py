@@ -55,6 +55,20 @@ async def listen(stream: Stream[Any]) -> list[Any]:
     return [item async for item in stream]
 
 
+async def test_a_job_that_waited_while_the_schema_changed_is_not_refused(replica: Callable[[Any], Preprocess], temporary: Path):
+    specs: list[Any] = []
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            specs.append(spec)
+            return Conditioned()
+
+    stored = {"prompt": "a", "seed": 1, "num_inference_steps": 99, "a_field_of_yesterday": True}
+    *_, done = await listen(replica(Stage()).run(stored))
+    assert isinstance(done, Done)
+    assert (specs[0].seed, specs[0].guidance_scale) == (1, 1)
+
+
 async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any], Preprocess], temporary: Path):
     seen: list[bytes] = []
 

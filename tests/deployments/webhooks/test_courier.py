@@ -545,17 +545,18 @@ async def test_what_a_courier_that_stops_had_to_break_off_is_sent_again_at_once(
     assert first.body == second.body
 
 
-async def test_a_database_that_is_away_for_a_while_stops_nothing(
-    store: JobStore, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trouble", [StoreAway, KeyError])
+async def test_a_database_that_is_away_for_a_while_stops_nothing_nor_does_a_mistake_of_ours(
+    store: JobStore, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, trouble: type[Exception]
 ) -> None:
     monkeypatch.setattr(courier_module, "OUTAGE_PAUSE_S", 0.02)
-    failures = {"claim": 2, "finish": 2}
+    failures = {"claim": 2, "finish": 2} if trouble is StoreAway else {"claim": 2}
     fetch = outbox._fetch
 
     async def sometimes_away(name: str, *args: object) -> Any:
         if failures.get(name, 0):
             failures[name] -= 1
-            raise StoreAway
+            raise trouble
         return await fetch(name, *args)
 
     monkeypatch.setattr(outbox, "_fetch", sometimes_away)

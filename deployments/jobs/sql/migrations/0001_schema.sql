@@ -33,6 +33,7 @@ CREATE TABLE jobs (
     not_before timestamptz,
     run_by timestamptz,  -- when the running attempt must have ended: for the sweep, in case its dispatcher is dead
     files_s double precision,  -- how long its files are kept, where its caller said so
+    lost_in json NOT NULL DEFAULT '{}',  -- stage -> how many attempts were lost while it worked
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
     CHECK ((state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
@@ -53,8 +54,10 @@ CREATE INDEX jobs_queued ON jobs (endpoint, priority, turn, number) WHERE state 
 CREATE INDEX jobs_queued_by_owner ON jobs (endpoint, priority, (coalesce(owner, '')), turn, number) WHERE state = 'queued';
 CREATE INDEX jobs_queued_deadlines ON jobs (start_by) WHERE state = 'queued' AND start_by IS NOT NULL;
 CREATE INDEX jobs_delayed ON jobs (not_before) WHERE state = 'queued' AND not_before IS NOT NULL;
+CREATE INDEX jobs_delayed_by_turn ON jobs (endpoint, priority, turn) WHERE state = 'queued' AND not_before IS NOT NULL;
 CREATE INDEX jobs_running ON jobs (endpoint, priority, turn) WHERE state = 'running';
 CREATE INDEX jobs_running_by_owner ON jobs (owner) WHERE state = 'running' AND owner IS NOT NULL;
+CREATE INDEX jobs_running_by_token ON jobs (token) WHERE state = 'running';
 CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX jobs_ended_unstored ON jobs (finished_at) WHERE finished_at IS NOT NULL AND NOT store_io;
 
@@ -77,6 +80,7 @@ CREATE TABLE job_logs (
     level text NOT NULL,
     message text NOT NULL,
     progress json,  -- the same for programs, where the line tells of progress
+    line_id uuid NOT NULL DEFAULT gen_random_uuid(),  -- the writer's; a line that is written twice is kept once
     PRIMARY KEY (job_id, seq)
 );
 

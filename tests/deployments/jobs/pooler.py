@@ -1,0 +1,105 @@
+"""A connection pooler that treats its clients as PgBouncer does, in session or in transaction mode."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from tempfile import TemporaryDirectory
+from urllib.parse import parse_qs, quote, urlsplit
+
+ALLOWED = {b"user", b"database", b"client_encoding"}
+"""Startup parameters; PgBouncer refuses all others that it does not keep track of."""
+SYNC = b"SQ"
+"""Types of the messages that the server answers with ReadyForQuery."""
+
+Message = tuple[bytes, bytes]
+
+
+async def receive(reader: asyncio.StreamReader) -> Message:
+    head = await reader.readexactly(5)
+    return head[:1], await reader.readexactly(struct.unpack("!I", head[1:])[0] - 4)
+
+
+def sent(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+class Pooler:
+    """upstream: the path of the server's socket. shared: transaction mode, with one connection for all clients."""
+
+    def __init__(self, upstream: str, *, shared: bool):
+        self.upstream = upstream
+        self.shared = shared
+        self.turn = asyncio.Lock()
+        self.pool: tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes] | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened: list[asyncio.StreamWriter] = []
+        try:
+            startup = await reader.readexactly(struct.unpack("!I", await reader.readexactly(4))[0] - 4)
+            if unknown := set(startup[4:].rstrip(b"\0").split(b"\0")[::2]) - ALLOWED:
+                text = b"unsupported startup parameter: " + unknown.pop()
+                writer.write(sent(b"E", b"SFATAL\0VFATAL\0C08P01\0M" + text + b"\0\0"))
+                return
+            server = self.pool or await self.connect(startup)
+            if self.shared:
+                self.pool = server
+            else:
+                opened.append(server[1])
+            writer.write(server[2])
+            while True:
+                await self.transaction(reader, writer, server[0], server[1])
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            for each in (writer, *opened):
+                each.close()
+
+    async def connect(self, startup: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+        """A connection to the server, and the greeting for a client, with another key to cancel by."""
+        reader, writer = await asyncio.open_unix_connection(self.upstream)
+        writer.write(struct.pack("!I", len(startup) + 4) + startup)
+        greeting = b""
+        while True:
+            kind, body = await receive(reader)
+            greeting += sent(kind, struct.pack("!II", 1, 1) if kind == b"K" else body)
+            if kind == b"Z":
+                return reader, writer, greeting
+
+    async def transaction(
+        self,
+        client: asyncio.StreamReader,
+        to_client: asyncio.StreamWriter,
+        server: asyncio.StreamReader,
+        to_server: asyncio.StreamWriter,
+    ) -> None:
+        """Passes messages on until the server is outside a transaction; in transaction mode no other client is served then."""
+        kind, body = await receive(client)
+        async with self.turn if self.shared else asyncio.Lock():
+            state = b""
+            while state != b"I":
+                if kind == b"X":
+                    raise ConnectionError
+                to_server.write(sent(kind, body))
+                if kind in SYNC:
+                    answer = b""
+                    while answer != b"Z":
+                        answer, state = await receive(server)
+                        to_client.write(sent(answer, state))
+                if state != b"I":
+                    kind, body = await receive(client)
+
+
+@asynccontextmanager
+async def pooling(url: str, *, shared: bool) -> AsyncIterator[str]:
+    """The URL of a pooler in front of a server that listens on a socket."""
+    parts = urlsplit(url)
+    pooler = Pooler(parse_qs(parts.query)["host"][0] + "/.s.PGSQL.5432", shared=shared)
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        server = await asyncio.start_unix_server(pooler.serve, f"{folder}/.s.PGSQL.5432")
+        try:
+            yield parts._replace(query=f"host={quote(folder)}&port=5432").geturl()
+        finally:
+            server.close()
+            if pooler.pool is not None:
+                pooler.pool[1].close()
