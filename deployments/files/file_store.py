@@ -3,7 +3,8 @@
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
 may be cached for ever. Any fsspec URL will do; a local folder is the default.
 
-The checkpoints of jobs are stored beside them: one per job, overwritten again and again, and never served.
+The checkpoints of jobs are stored beside them: one per job, overwritten again and again, and never served. Nor are the files that
+came with an input.
 """
 
 import asyncio
@@ -37,6 +38,8 @@ CONTENT_TYPES = {
 _SUFFIXES = {content_type: suffix for suffix, content_type in CONTENT_TYPES.items()}
 _NAME = re.compile(r"[0-9a-f]{32}/[A-Za-z0-9_-]+\.[a-z0-9]+")
 _CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}/latents\.safetensors")
+
+_INPUT = re.compile(r"inputs/[0-9a-f]{32}/data")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class FileStore:
             yield await asyncio.to_thread(self._fs.cat_file, self._path(name), start=begin, end=end)
 
     async def delete(self, name: str) -> None:
-        """Deletes the file at "/files/<name>", or the checkpoint of that name, if there is one."""
-        if _NAME.fullmatch(name) or _CHECKPOINT.fullmatch(name):
+        """Deletes the file at "/files/<name>", or the checkpoint or input of that name, if there is one."""
+        if any(kind.fullmatch(name) for kind in (_NAME, _CHECKPOINT, _INPUT)):
             await asyncio.to_thread(self._delete, self._path(name))
 
     async def put_checkpoint(self, name: str, data: bytes) -> None:
@@ -108,6 +111,20 @@ class FileStore:
         except FileNotFoundError:
             return None
         return data
+
+    def new_input(self) -> str:
+        """A name for `put_input`."""
+        return f"inputs/{secrets.token_hex(16)}/data"
+
+    async def put_input(self, name: str, data: bytes) -> None:
+        """Stores a file that an input refers to. Raises the file system's errors."""
+        assert _INPUT.fullmatch(name)
+        await asyncio.to_thread(self._write, self._path(name), data)
+
+    async def copy_input(self, name: str, into: Path) -> None:
+        """Copies such a file to the disk. Raises the file system's errors."""
+        assert _INPUT.fullmatch(name)
+        await asyncio.to_thread(self._fs.get_file, self._path(name), str(into))
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
