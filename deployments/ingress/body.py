@@ -1,7 +1,7 @@
 """The bodies of requests: read within bounds, and split before they are parsed.
 
-A submission may be 64 MB, nearly all of it data URIs. Those are taken out first; what is parsed as JSON is short. Parsing holds the
-GIL, so it would stop the event loop from any thread: for 140 ms with 60 MB in one string, for 115 ms with 1 MB of small fields
+A submission may be 64 MB, nearly all of it data URIs. Those are taken out first, so what is parsed as JSON is short. Parsing holds
+the GIL and would stop the event loop from any thread: for 140 ms with 60 MB in one string, for 115 ms with 1 MB of small fields
 (2 cores). For the same reason everything here works on large bodies piece by piece.
 """
 
@@ -97,7 +97,7 @@ async def read_body(request: Request, max_bytes: int) -> bytearray:
 
 @dataclass(frozen=True)
 class SplitBody:
-    """A submission's body. fields: its JSON, in which a name stands for each large data URI. uris: name -> the URI as it was sent,
+    """A submission's body. fields: its JSON, with a name in place of each large data URI. uris: name -> the URI as it was sent,
     with JSON's escapes. The names are data URIs themselves, and cannot be guessed.
     """
 

@@ -6,9 +6,12 @@ So a claim and a poll cost the same whatever the input was. A file belongs to it
 import asyncio
 from dataclasses import replace
 
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails
+
 from deployments.files.download import decoded_data_uri, told_to_caller
 from deployments.files.file_store import FileStore
-from deployments.ingress.body import SplitBody, unescaped
+from deployments.ingress.body import INLINE_BYTES, SplitBody, unescaped
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from deployments.schemas.inputs import KEPT, EndpointInput
@@ -17,6 +20,18 @@ from engines.errors import StorageFailed
 
 UNCLAIMED_S = 3600.0
 """How long a file is kept whose job was not stored after it, in seconds."""
+
+
+def check_places(job_input: EndpointInput, body: SplitBody) -> None:
+    """Raises pydantic's `ValidationError` for a text, e.g. a prompt, that is as long as a file and looks like a data URI."""
+    media = job_input.media()
+    texts = [field for field, value in job_input if field not in media and isinstance(value, str) and value in body.uris]
+    if texts:
+        faults = [
+            InitErrorDetails(type="string_too_long", loc=(field,), input=None, ctx={"max_length": INLINE_BYTES})
+            for field in texts
+        ]
+        raise ValidationError.from_exception_data("input", faults)
 
 
 async def with_input(

@@ -101,8 +101,8 @@ class TrustedPages:
     The owner of any site can also point its name at this machine (DNS rebinding). To the browser its pages then call their own
     host, so they may read as well. But the name is in `Host`: this service answers to its own names only, and to addresses.
 
-    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network cannot
-    know its names: it answers to all of them, and trusts pages that call their own host, as fal's client does through a relative
+    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network does
+    not know its names: it answers to any, and trusts pages that call their own host, as fal's client does through a relative
     proxy URL.
     """
 

@@ -12,11 +12,10 @@ from urllib.parse import quote
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from pydantic_core import InitErrorDetails
 
 from deployments.ingress.access import Caller, caller_of, job_of
-from deployments.ingress.body import INLINE_BYTES, SplitBody, split
-from deployments.ingress.input_files import with_input
+from deployments.ingress.body import SplitBody, split
+from deployments.ingress.input_files import check_places, with_input
 from deployments.ingress.middleware import failure_response
 from deployments.ingress.request_context import (
     OUTAGES,
@@ -35,7 +34,6 @@ from deployments.jobs.keys import Scope
 from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import Failure, error_failure, request_failure, validation_failure
-from deployments.schemas.inputs import EndpointInput, Parsed
 from deployments.schemas.submission import SubmissionOptions, fingerprint, is_set, read_options
 from engines.errors import BadRequest, ModelError, QueueFull, RequestError
 
@@ -80,44 +78,33 @@ async def _submit(request: Request, endpoint: Endpoint) -> Response:
 
 
 async def _queue(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody) -> Response:
-    settings, store = settings_of(request), store_of(request)
-    parsed = _parsed(endpoint, body, refuse_unknown=settings.unknown_fields == "refuse")
+    settings, size = settings_of(request), body.size_bytes
     new = await _new_job(request, endpoint, caller, options, body)
-    refusal = await _refusal(request, new, options.max_queue_length, body.size_bytes)
+    try:
+        parsed = endpoint.input.parse(body.fields, refuse_unknown=settings.unknown_fields == "refuse")
+        check_places(parsed.input, body)
+    except ValidationError as exc:
+        return await _reject(request, new, validation_failure(exc))
+    refusal = await _refusal(request, new, options.max_queue_length, size)
     # a repeat adds no job, and its caller needs the job's id
-    if (refusal is not None or body.uris) and (job := await store.repeated(new)) is not None:
+    if (refusal is not None or body.uris) and (job := await store_of(request).repeated(new)) is not None:
         return _answer(request, job)
     if refusal is not None:
         raise refusal
-    failure = parsed if isinstance(parsed, Failure) else None
-    if isinstance(parsed, Parsed):
-        try:
-            new = await with_input(new, parsed.input.resolved(), body, files_of(request), store, settings.fetch)
-            new = replace(new, notes=parsed.notes)
-        except ModelError as exc:
-            failure = error_failure(exc)
-    if failure is not None and new.webhook_url is None:  # else there must be a job: only a job sends a webhook
-        return failure_response(failure)
-    answer = await _write(request, new, failure, body.size_bytes)
-    if isinstance(parsed, Parsed) and parsed.ignored:
+    try:
+        new = await with_input(new, parsed.input.resolved(), body, files_of(request), store_of(request), settings.fetch)
+    except ModelError as exc:  # a data URI that is none
+        return await _reject(request, new, error_failure(exc))
+    answer = await _write(request, replace(new, notes=parsed.notes))
+    quotas_of(request).accepted(new.owner, size)
+    if parsed.ignored:
         answer.headers[IGNORED_HEADER] = ", ".join(map(quote, parsed.ignored))
     return answer
 
 
-def _parsed(endpoint: Endpoint, body: SplitBody, *, refuse_unknown: bool) -> Parsed[EndpointInput] | Failure:
-    """The input, or the failure to answer if it is refused."""
-    try:
-        parsed = endpoint.input.parse(body.fields, refuse_unknown=refuse_unknown)
-        media = parsed.input.media()
-        too_long = [field for field, value in parsed.input if value in body.uris and field not in media]
-        if too_long:  # a text that looks like a data URI
-            faults = [
-                InitErrorDetails(type="string_too_long", loc=(f,), input=None, ctx={"max_length": INLINE_BYTES}) for f in too_long
-            ]
-            raise ValidationError.from_exception_data(endpoint.id, faults)
-        return parsed
-    except ValidationError as exc:
-        return validation_failure(exc)
+async def _reject(request: Request, new: NewJob, failure: Failure) -> Response:
+    """The answer to an input that was refused. With a webhook there must be a job: only a job sends one."""
+    return failure_response(failure) if new.webhook_url is None else await _write(request, new, failure)
 
 
 async def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody) -> NewJob:
@@ -142,14 +129,14 @@ async def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options
 
 
 async def _refusal(request: Request, new: NewJob, limit: int | None, size: int) -> RequestError | None:
-    """Why another job with files of `size` bytes is not queued: more than `limit` requests wait before it, or it exceeds a quota."""
+    """Why another job with files of `size` bytes is not queued: more than `limit` jobs wait already, or it exceeds a quota."""
     store = store_of(request)
     if limit is not None and await store.queued(new.endpoint, at_most=limit + 1) > limit:
         return QueueFull(f"More than {limit} requests are waiting already.")
     return await quotas_of(request).refusal(store, new.owner, size)
 
 
-async def _write(request: Request, new: NewJob, failure: Failure | None, size: int) -> Response:
+async def _write(request: Request, new: NewJob, failure: Failure | None = None) -> Response:
     """Stores the job, then answers. failure: of an input that was refused; the job is then stored as failed."""
     store = store_of(request)
     try:
@@ -160,8 +147,6 @@ async def _write(request: Request, new: NewJob, failure: Failure | None, size: i
         logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
         detail = "The service failed while it queued the request, which may or may not run."
         return failure_response(request_failure(500, "internal_error", detail))
-    if failure is None:
-        quotas_of(request).accepted(new.owner, size)
     logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": new.endpoint})
     return _answer(request, job)
 

@@ -1,4 +1,4 @@
-"""What one API key may have at once: jobs that wait, bytes stored, status streams open. An open service has no keys, so no quotas."""
+"""What one API key may have at once: jobs that wait, bytes stored, status streams. An open service has no keys, so no quotas."""
 
 import time
 from collections import Counter
@@ -35,9 +35,7 @@ class Quotas:
         if limits.waiting_jobs is not None and usage.waiting >= limits.waiting_jobs:
             return TooManyRequests(f"This key has {limits.waiting_jobs} jobs waiting, as many as it may have.")
         if limits.stored_bytes is not None and size and usage.stored_bytes + size > limits.stored_bytes:
-            return TooManyRequests(
-                f"The files of this key's jobs would be more than the {limits.stored_bytes} bytes it may have."
-            )
+            return TooManyRequests(f"This key's jobs would have files of more than {limits.stored_bytes} bytes.")
         return None
 
     def accepted(self, key_id: str | None, size: int) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette import types
 
 from deployments.ingress.access import job_of
 from deployments.ingress.request_context import OUTAGES, TextRoute, quotas_of, settings_of, store_of
@@ -53,7 +53,7 @@ class _Counted(StreamingResponse):
         super().__init__(*args, **kwargs)
         self._context = context
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Sends the answer."""
         with self._context:
             await super().__call__(scope, receive, send)

@@ -33,8 +33,8 @@ class Preprocess:
     async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a stored input.
 
-        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored or read. If cancelled,
-        it returns when the stage has stopped and the files are deleted.
+        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored or read. If
+        cancelled, it returns when the stage has stopped and the files are deleted.
         """
         started = time.monotonic()
         yield Started()

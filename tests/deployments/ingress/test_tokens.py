@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> Settings:
 async def client(settings: Settings, store: JobStore) -> AsyncIterator[httpx.AsyncClient]:
     """Sends no key unless a test adds one."""
     transport = httpx.ASGITransport(app=create_app(settings, store))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door:8000") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         yield client
 
 
@@ -172,7 +172,7 @@ async def test_what_no_token_can_be_is_told(asked: dict[str, Any], client: httpx
 
 async def test_an_open_service_gives_anybody_a_token_and_asks_for_none(settings: Settings, store: JobStore) -> None:
     transport = httpx.ASGITransport(app=create_app(settings.model_copy(update={"auth": "open"}), store))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door:8000") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         token = (await client.post("/rest/tokens/", json=ASKED)).json()
         assert (await submit_with(client, token)).status_code == 200
         assert (await submit_with(client, "whatever")).status_code == 200
