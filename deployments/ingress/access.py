@@ -83,7 +83,7 @@ async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook
 async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
     """The caller of a service with keys: by the key in the header or, without one, by the token in the query.
 
-    A header of another scheme does not count: behind a reverse proxy with a password, browsers send a `Basic` one with everything.
+    A header of another scheme does not count: behind a reverse proxy with a password, browsers always send a `Basic` one.
     app: whose path the request is for; tokens are refused on all other paths. Raises `Unauthorized`, `Forbidden`.
     """
     if _key_of(request) is not None or app is None:

@@ -209,6 +209,25 @@ async def test_invalid_input_is_refused_with_its_place(body: bytes, loc: list[st
     assert response.headers["x-fal-needs-retry"] == "0"
 
 
+async def test_unknown_fields_are_named_in_the_answer_and_in_the_log(client: httpx.AsyncClient) -> None:
+    response = await client.post(SUBMIT, json=INPUT | {"duration": "5", "größe": 1})
+    assert response.headers["x-reelray-ignored-fields"] == "duration, gr%C3%B6%C3%9Fe"
+    status = (await client.get(response.json()["status_url"], params={"logs": "1"})).json()
+    [line] = status["logs"]
+    assert (line["level"], line["seq"]) == ("WARN", 1)
+    assert line["message"].endswith("duration, größe")
+    assert "x-reelray-ignored-fields" not in (await client.post(SUBMIT, json=INPUT)).headers
+
+
+async def test_unknown_fields_are_refused_where_the_operator_says_so(settings: Settings) -> None:
+    async with calling(create_app(settings.model_copy(update={"unknown_fields": "refuse"}), NOWHERE)) as client:
+        response = await client.post(SUBMIT, json=INPUT | {"duration": 5, "colour": -1})
+    assert [(d["loc"], d["type"]) for d in response.json()["detail"]] == [
+        (["body", "duration"], "extra_forbidden"),
+        (["body", "colour"], "extra_forbidden"),
+    ]
+
+
 async def test_strange_text_is_kept_as_it_is(client: httpx.AsyncClient, store: JobStore) -> None:
     response = await client.post(SUBMIT, content=rb'{"prompt": "nul \u0000 and \ud83d\ude00"}')
     assert response.status_code == 200
@@ -718,6 +737,30 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 
+@pytest.mark.parametrize(("allowed", "readers"), [(None, {"studio", "other"}), (("https://studio.example",), {"studio"})])
+async def test_with_keys_pages_read_from_any_origin_or_from_those_allowed(
+    allowed: tuple[str, ...] | None, readers: set[str], settings: Settings
+) -> None:
+    keyed = settings.model_copy(update={"auth": "keys", "allowed_origins": allowed})
+    async with calling(create_app(keyed, NOWHERE)) as client:
+        for page in ("studio", "other"):
+            origin = {"origin": f"https://{page}.example"}
+            asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,x-fal-no-retry"}
+            preflight = await client.options(SUBMIT, params={"fal_jwt_token": "x"}, headers=origin | asked)
+            answer = await client.get("/nowhere", headers=origin)
+            for response in (preflight, answer):
+                granted = response.headers.get("access-control-allow-origin") in ("*", origin["origin"])
+                assert granted is (page in readers)
+            assert preflight.is_success is (page in readers)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "10.0.0.7.evil.example", "door", "[", "a@b:c"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_an_open_service_answers_to_its_own_names_only(method: str, host: str, alone: httpx.AsyncClient) -> None:
+    for path in ("/webhooks/deliveries", "/health", "/openapi.json"):
+        assert (await alone.request(method, path, headers={"host": host})).status_code == 403
+
+
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "http://localhost.evil.example", "null", "http://localhost:80@evil.example"]
 )
@@ -793,6 +836,15 @@ async def test_a_file_is_shown_but_never_run(video: str, alone: httpx.AsyncClien
     assert "sandbox" in response.headers["content-security-policy"]
     assert response.headers["cache-control"] == "public, max-age=3600, immutable"  # files expire
     assert response.headers["accept-ranges"] == "bytes"
+
+
+@pytest.mark.parametrize("auth", ["open", "keys"])
+async def test_any_page_may_read_a_file_whose_url_it_knows(auth: str, video: str, settings: Settings) -> None:
+    narrow = settings.model_copy(update={"auth": auth, "allowed_origins": ("https://studio.example",)})
+    async with calling(create_app(narrow, NOWHERE)) as client:
+        for headers in ({"range": "bytes=0-3"}, {}):
+            response = await client.get(video, headers=headers | {"origin": "https://other.example"})
+            assert response.headers.get_list("access-control-allow-origin") == ["*"]
 
 
 async def test_what_a_browser_could_run_is_a_download(settings: Settings, alone: httpx.AsyncClient) -> None:

@@ -86,6 +86,16 @@ async def test_token_does_for_its_app_what_the_key_may(client: httpx.AsyncClient
     assert (await client.get(links["response_url"], params=used)).status_code == 499
 
 
+@pytest.mark.parametrize("header", ["Basic c3R1ZGlvOnB3", "Negotiate x", ""])
+async def test_a_header_of_a_proxy_before_us_does_not_hide_the_token(
+    header: str, client: httpx.AsyncClient, store: JobStore
+) -> None:
+    token = await token_for(client, await store.keys.create("studio"))
+    answer = await client.post(SUBMIT, json=INPUT, params={"fal_jwt_token": token}, headers={"authorization": header})
+    assert answer.status_code == 200
+    assert (await client.post(SUBMIT, json=INPUT, headers={"authorization": header})).status_code == 401
+
+
 async def test_token_is_for_no_other_app(client: httpx.AsyncClient, store: JobStore) -> None:
     secret = await store.keys.create("studio")
     links = (await client.post(SUBMIT, json=INPUT, headers=bearing(secret))).json()
