@@ -1,8 +1,8 @@
 """The bodies of requests: read within bounds, and split before they are parsed.
 
 A submission may be 64 MB, nearly all of it data URIs. Those are taken out first, so what is parsed as JSON is short. Parsing
-holds the GIL and would stop the event loop from any thread: for 140 ms with 60 MB in one string, for 115 ms with 1 MB of small fields
-(2 cores). For the same reason everything here works on large bodies piece by piece.
+holds the GIL and would stop the event loop from any thread: for 140 ms with 60 MB in one string, for 115 ms with 1 MB of small
+fields (2 cores). For the same reason everything here works on large bodies piece by piece.
 """
 
 import asyncio

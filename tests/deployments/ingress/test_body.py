@@ -28,13 +28,8 @@ def request_of(size: int) -> Request:
 
 
 async def test_large_data_uris_are_taken_out_and_nothing_else():
-    given = {
-        "prompt": f'say "{URI}"',
-        "a": URI,
-        "b": [{"c": URI}],
-        "d": "data:,short",
-        "e": "https://a.example/" + "x" * INLINE_BYTES,
-    }
+    long_url = "https://a.example/" + "x" * INLINE_BYTES
+    given = {"prompt": f'say "{URI}"', "a": URI, "b": [{"c": URI}], "d": "data:,short", "e": long_url}
     found = await split(sent(**given))
     left = json.loads(found.fields)
     names = [left["a"], left["b"][0]["c"]]
