@@ -101,6 +101,18 @@ class RetentionSettings(_Strict):
         return self.files_s if wish_s is None else min(wish_s, self.max_files_s)
 
 
+class QuotaSettings(_Strict):
+    """What one API key may have at once; None is any number. Where `auth` is open there are no keys, and no quotas.
+
+    waiting_jobs: queued at all endpoints together. stored_bytes: of the files that were sent as data URIs with jobs which have
+    not ended. open_streams: status streams of one ingress process.
+    """
+
+    waiting_jobs: int | None = Field(10_000, gt=0)
+    stored_bytes: int | None = Field(20_000_000_000, gt=0)
+    open_streams: int | None = Field(200, gt=0)
+
+
 class WebhookSettings(_Strict):
     """How webhooks are delivered. Callers choose the receivers, so `fetch.allow_private` applies to them as well.
 
@@ -132,7 +144,12 @@ class Settings(_Strict):
     an API key made by `reelray keys create`.
     open_to_network: lets an open service listen on the network. Web pages may submit to an open service if they come from this
     machine or from `public_url`; with this setting, also if they come from the host that they call.
+    allowed_origins: web pages of these origins may call, e.g. https://studio.example. Pages from this machine may always call an
+    open service. With keys, None lets all pages call: there are no cookies, so a page has only the key or token it was given.
+    unknown_fields: "ignore" fields that an endpoint does not have, and name them in the job's log, as generic tools send the same
+    ones everywhere; or "refuse" them.
     max_body_bytes: the largest submission, data URIs included.
+    max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
     animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
     """
 
@@ -143,10 +160,14 @@ class Settings(_Strict):
     public_url: str | None = None
     auth: Literal["open", "keys"] = "open"
     open_to_network: bool = False
+    allowed_origins: tuple[str, ...] | None = None
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
     max_body_bytes: int = Field(64_000_000, gt=0)
+    max_bodies_bytes: int = Field(256_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
+    quotas: QuotaSettings = QuotaSettings()
     webhooks: WebhookSettings = WebhookSettings()
     animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
     controlnext: ControlNeXtConfig | None = ControlNeXtConfig()

@@ -22,6 +22,7 @@
     │   ├── NotFound                    404  not_found
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
+    │   ├── TooManyRequests             429  too_many_requests
     │   ├── IdempotencyKeyReused        422  idempotency_key_reused
     │   ├── Cancelled                   499  client_cancelled
     │   ├── InternalError               500  internal_error
@@ -201,6 +202,14 @@ class QueueFull(RequestError):
     """More requests than the caller allowed are already waiting."""
 
     type = "queue_full"
+    status = 429
+
+
+class TooManyRequests(RequestError):
+    """The caller has as much here as it may have at once."""
+
+    # both of fal's clients repeat a 429, and nothing has been queued
+    type = "too_many_requests"
     status = 429
 
 

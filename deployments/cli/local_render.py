@@ -18,14 +18,15 @@ def render_locally(endpoint: Endpoint, body: bytes, settings: Settings, on_note:
 
     on_note: is given what would be the lines of a job's log.
     """
-    job = endpoint.input.parse(body).resolved()
+    parsed = endpoint.input.parse(body)
+    job = parsed.input.resolved()
     with download_folder() as folder:
         media = asyncio.run(download_all(job.media(), settings.fetch, folder))
         write_missing_weights(settings)
         pipeline = Pipeline(endpoint.model, settings.model_configs()[endpoint.model])
         with Throttle("preprocess", on_note) as told:
             conditioning = pipeline.preprocess.encode(job.spec(media), on_progress=told)
-    for warning in conditioning.notes:
+    for warning in (*parsed.notes, *conditioning.notes):
         on_note(Note(warning, "WARN"))
     with Throttle("denoise", on_note) as told:
         latents = pipeline.denoise.sample(conditioning, on_progress=told)

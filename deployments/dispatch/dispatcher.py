@@ -29,7 +29,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled, StorageFailed
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled
 from engines.spec import Clip
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ import functools
 import ipaddress
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
@@ -120,12 +121,19 @@ async def _write(file: BinaryIO, data: bytes) -> None:
 
 async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], file: BinaryIO) -> None:
     """`download` into an open file. loc: for the errors."""
-    try:
+    with told_to_caller(settings, loc):
         if url[:5].lower() == "data:":
-            await _write(file, await asyncio.to_thread(_decode_data_uri, url, settings.max_bytes))
+            await _write(file, await asyncio.to_thread(decoded_data_uri, [url.encode("ascii", "replace")], settings.max_bytes))
         else:
             async with asyncio.timeout(settings.timeout_s):
                 await _request(url, settings, file)
+
+
+@contextmanager
+def told_to_caller(settings: FetchSettings, loc: tuple[str, str]) -> Iterator[None]:
+    """Turns what can be wrong with a caller's file into errors that say so, with the field in `loc`."""
+    try:
+        yield
     except _TooLarge as exc:
         message = f"The file is larger than {settings.max_bytes} bytes."
         raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
@@ -138,22 +146,44 @@ async def _download(url: str, settings: FetchSettings, loc: tuple[str, str], fil
         raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
 
 
-def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
+def decoded_data_uri(pieces: Iterable[bytes], max_bytes: int) -> bytes:
     """RFC 2397, with the base64 that browsers accept (WHATWG "forgiving-base64"): line breaks inside, no padding.
 
-    Escapes such as "%2B" and "%3D" are decoded: some callers URL-encode a whole data URI.
+    pieces: of the URI, the first one with its comma. Each is decoded by itself, because decoding holds the GIL: 60 MB at once
+    would stop the event loop for half a second. Raises what `told_to_caller` takes.
     """
-    head, comma, payload = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    incoming = iter(pieces)
+    head, comma, first = next(incoming, b"").partition(b",")
+    if not comma or not head.lower().endswith(b";base64"):
         raise Refused("a data URI must be of the form data:<type>;base64,<data>.")
-    encoded = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii", "replace")
-    encoded = encoded.translate(None, b" \t\n\f\r").rstrip(b"=")
-    if len(encoded) * 3 // 4 > max_bytes:
-        raise _TooLarge
+    found, left, ended = bytearray(), b"", False
     try:
-        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+        for piece in _unquoted(chain([first], incoming)):
+            encoded = piece.translate(None, b" \t\n\f\r")
+            if ended and encoded.strip(b"="):
+                raise binascii.Error("data after the padding")
+            ended = ended or b"=" in encoded
+            encoded = left + encoded.rstrip(b"=")
+            if len(found) + len(encoded) * 3 // 4 > max_bytes:
+                raise _TooLarge
+            whole = len(encoded) - len(encoded) % 4
+            found += base64.b64decode(encoded[:whole], validate=True)
+            left = encoded[whole:]
+        found += base64.b64decode(left + b"=" * (-len(left) % 4), validate=True)
     except binascii.Error as exc:
         raise Refused("the data URI is not valid base64.") from exc
+    return bytes(found)
+
+
+def _unquoted(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Decodes escapes such as "%2B" and "%3D": some callers URL-encode a whole data URI."""
+    left = b""
+    for piece in pieces:
+        whole = left + piece
+        cut = whole.rfind(b"%", -2)  # an escape that goes on in the next piece
+        whole, left = (whole, b"") if cut < 0 else (whole[:cut], whole[cut:])
+        yield unquote_to_bytes(whole) if b"%" in whole else whole
+    yield left
 
 
 async def _request(url: str, settings: FetchSettings, file: BinaryIO) -> None:

@@ -3,7 +3,8 @@
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
 may be cached as long as the file is kept. The name says how long that is. Any fsspec URL will do; a local folder is the default.
 
-The checkpoints of jobs are stored beside them, a folder each: overwritten again and again, and never served.
+The checkpoints of jobs are stored beside them, a folder each: overwritten again and again, and never served. Nor are the files that
+came with an input.
 """
 
 import asyncio
@@ -47,6 +48,8 @@ _NAME = re.compile(r"[0-9a-f]{32}(?:-(\d{1,12}))?/[A-Za-z0-9_-]+\.[a-z0-9]+")
 _CHECKPOINT = re.compile(r"checkpoints/[0-9a-f-]{36}")
 _INCOMPLETE = "incomplete"
 """The folder of files that are being written, in a local file store."""
+
+_INPUT = re.compile(r"inputs/[0-9a-f]{32}/data")
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ class FileStore:
             yield chunk
 
     async def delete(self, name: str) -> None:
-        """Deletes the file at "/files/<name>", or the checkpoint of that name, if there is one."""
+        """Deletes the file at "/files/<name>", or the checkpoint or input of that name, if there is one."""
         with _translated():
-            if _NAME.fullmatch(name):
+            if _NAME.fullmatch(name) or _INPUT.fullmatch(name):
                 await asyncio.to_thread(self._delete, self._path(name))
             elif _CHECKPOINT.fullmatch(name):
                 for part in get_args(Part):
@@ -144,6 +147,22 @@ class FileStore:
             except FileNotFoundError:
                 return None
         return data
+
+    def new_input(self) -> str:
+        """A name for `put_input`."""
+        return f"inputs/{secrets.token_hex(16)}/data"
+
+    async def put_input(self, name: str, data: bytes) -> None:
+        """Stores a file that an input refers to."""
+        assert _INPUT.fullmatch(name)
+        with _translated():
+            await asyncio.to_thread(self._write, self._path(name), data)
+
+    async def copy_input(self, name: str, into: Path) -> None:
+        """Copies such a file to the disk."""
+        assert _INPUT.fullmatch(name)
+        with _translated():
+            await asyncio.to_thread(self._fs.get_file, self._path(name), str(into))
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):

@@ -81,11 +81,12 @@ async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook
 
 
 async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
-    """The caller of a service with keys: by the key in the header or, without that header, by the token in the query.
+    """The caller of a service with keys: by the key in the header or, without one, by the token in the query.
 
+    A header of another scheme does not count: behind a reverse proxy with a password, browsers always send a `Basic` one.
     app: whose path the request is for; tokens are refused on all other paths. Raises `Unauthorized`, `Forbidden`.
     """
-    if "authorization" in request.headers or app is None:
+    if _key_of(request) is not None or app is None:
         return _caller(await shown_secret(request, store))
     token = tokens.read(request.query_params.get("fal_jwt_token", ""))
     secret = await store.keys.get_secret(token.secret_id) if token else None
@@ -106,11 +107,16 @@ def issued_token(secret: KeySecret | None, asked: TokenRequest) -> str:
 
 async def shown_secret(request: Request, store: JobStore) -> KeySecret:
     """The API key in the request's header. Raises `Unauthorized`."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    found = await store.keys.find_secret(secret.strip()) if scheme.lower() in ("key", "bearer") else None
+    secret = _key_of(request)
+    found = None if secret is None else await store.keys.find_secret(secret)
     if found is None:
         raise Unauthorized
     return found
+
+
+def _key_of(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() in ("key", "bearer") else None
 
 
 def _caller(secret: KeySecret) -> Caller:

@@ -17,7 +17,9 @@ from starlette.requests import ClientDisconnect
 
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
+from deployments.ingress.body import Bodies
 from deployments.ingress.middleware import add_middleware, failure_response
+from deployments.ingress.quotas import Quotas
 from deployments.ingress.request_context import UnknownRequest
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.store import JobStore
@@ -58,6 +60,8 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
     app.state.settings = settings
     app.state.store = None if isinstance(database, str) else database
     app.state.files = FileStore(settings.files_url)
+    app.state.bodies = Bodies(settings.max_bodies_bytes)
+    app.state.quotas = Quotas(settings.quotas)
     queue_routes.add_submit_routes(app, settings.model_configs())
     for routes in (queue_routes, status_stream, webhook_routes, service_routes):
         app.include_router(routes.router)

@@ -15,7 +15,10 @@ from engines.errors import NotFound
 
 HEADERS = {
     "accept-ranges": "bytes",
+    # the URL is the permission: any page that knows it may read the file, e.g. to draw it on a canvas
+    "access-control-allow-origin": "*",
     "content-security-policy": "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'",
+    "cross-origin-resource-policy": "cross-origin",
     "x-content-type-options": "nosniff",
 }
 CACHE_S = 3600

@@ -8,6 +8,8 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -16,7 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.ingress.target_routing import TargetRouting
+from deployments.ingress.target_routing import PREFIXES, TargetRouting
 from deployments.schemas.failures import Failure, error_failure
 from deployments.settings import Settings
 from engines.errors import Forbidden, InternalError
@@ -25,8 +27,15 @@ logger = logging.getLogger(__name__)
 
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-EXPOSED_HEADERS = ["x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"]
-"""What the JavaScript client reads; a browser hides headers that are not named here."""
+EXPOSED_HEADERS = [
+    "x-fal-request-id",
+    "x-fal-request-timeout-type",
+    "x-fal-error-type",
+    "x-fal-needs-retry",
+    "x-reelray-ignored-fields",
+    "content-range",
+]
+"""What the JavaScript client reads, and what pages of ours and players may; a browser hides headers that are not named here."""
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
@@ -37,12 +46,19 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(TrustedPages, settings=settings)
     app.add_middleware(
         CORSMiddleware,
-        allow_origin_regex=LOCAL_ORIGINS,
+        **_allowed_origins(settings),
         allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
         allow_headers=["*"],  # the answer lists those that the preflight asks for, e.g. x-fal-*
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(RequestIds)
+
+
+def _allowed_origins(settings: Settings) -> dict[str, Any]:
+    """Whose pages may read answers. With keys a page reads no more than the key or token allows that it was given."""
+    if settings.auth == "open":
+        return {"allow_origins": settings.allowed_origins or (), "allow_origin_regex": LOCAL_ORIGINS}
+    return {"allow_origins": ("*",) if settings.allowed_origins is None else settings.allowed_origins}
 
 
 def failure_response(failure: Failure, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -76,37 +92,54 @@ class RequestIds:
 
 
 class TrustedPages:
-    """Refuses writes from other sites' web pages, for a service that requires no key.
+    """Refuses other sites' web pages, for a service that requires no key.
 
     A browser runs the pages of any site, and can reach a service that listens on loopback only. CORS does not help: it keeps a
     page from reading the answer, but a browser sends a POST of plain text without a preflight, and the job is created. With every
     write a browser names the page's site in `Origin`; requests without it do not come from a page, and pass.
 
-    Pages from this machine and from `public_url` are trusted. On a service that is open to the network, so are pages that call
-    their own host, as fal's client does through a relative proxy URL. Elsewhere they are not: the owner of any site can point
-    its name at this machine (DNS rebinding).
+    The owner of any site can also point its name at this machine (DNS rebinding). To the browser its pages then call their own
+    host, so they may read as well. But the name is in `Host`: this service answers to its own names only, and to addresses.
+
+    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network does
+    not know its names: it answers to any, and trusts pages that call their own host, as fal's client does through a relative
+    proxy URL.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
         self.app = app
-        self.public_origin = _origin(settings.public_url) if settings.public_url else None
-        self.trusts_own_host = settings.open_to_network
+        self.origins = {_origin(url) for url in (settings.public_url, *(settings.allowed_origins or ())) if url}
+        self.hosts = {"localhost", urlsplit(settings.public_url or "").hostname, *PREFIXES}
+        self.open_to_network = settings.open_to_network
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 403."""
-        if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
-            headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            if origin is not None and not self._is_trusted(origin, headers.get("host")):
-                refusal = Forbidden("Web pages of another host may not call this service.")
-                await failure_response(error_failure(refusal))(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
+            await failure_response(error_failure(Forbidden(refusal)))(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _refusal(self, method: str, headers: Headers) -> str | None:
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is not None and not self._is_own(host):
+            return "This service does not answer to that host name. Its operator can set public_url."
+        if method not in SAFE_METHODS and origin is not None and not self._is_trusted(origin, host):
+            return "Web pages of another host may not call this service."
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        if self.open_to_network:
+            return True
+        try:
+            name = urlsplit(f"//{host}").hostname
+            return name in self.hosts or ip_address(name or "") is not None
+        except ValueError:  # neither
+            return False
 
     def _is_trusted(self, origin: str, host: str | None) -> bool:
-        if re.fullmatch(LOCAL_ORIGINS, origin) or origin == self.public_origin:
+        if re.fullmatch(LOCAL_ORIGINS, origin) or origin in self.origins:
             return True
-        return self.trusts_own_host and host is not None and origin in (f"http://{host}", f"https://{host}")
+        return self.open_to_network and host is not None and origin in (f"http://{host}", f"https://{host}")
 
 
 def _origin(url: str) -> str:

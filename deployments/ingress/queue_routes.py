@@ -3,28 +3,44 @@
 `schemas/` defines the inputs, `schemas/submission.py` the options of a submission, `schemas/responses.py` the answers.
 """
 
+import asyncio
 import logging
 from collections.abc import Collection
-from typing import Any
+from dataclasses import replace
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from deployments.ingress.access import Caller, caller_of, job_of
+from deployments.ingress.body import SplitBody, split
+from deployments.ingress.input_files import check_places, with_input
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import TextRoute, UnknownRequest, json_answer, read_body, settings_of, store_of
+from deployments.ingress.request_context import (
+    TextRoute,
+    UnknownRequest,
+    bodies_of,
+    files_of,
+    json_answer,
+    quotas_of,
+    settings_of,
+    store_of,
+)
 from deployments.ingress.target_routing import queue_base, service_base
 from deployments.jobs.database import StoreAway
-from deployments.jobs.job import Idempotency, JobState, NewJob
+from deployments.jobs.job import Idempotency, Job, JobState, NewJob
 from deployments.jobs.keys import Scope
 from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
-from deployments.schemas.failures import Failure, request_failure, validation_failure
+from deployments.schemas.failures import Failure, error_failure, request_failure, validation_failure
 from deployments.schemas.submission import SubmissionOptions, fingerprint, is_set, read_options
-from engines.errors import BadRequest, QueueFull
+from engines.errors import BadRequest, ModelError, QueueFull, RequestError
 
 logger = logging.getLogger(__name__)
+
+IGNORED_HEADER = "x-reelray-ignored-fields"
+"""Of the answer to a submission: the names of fields that the endpoint does not have, percent-encoded."""
 
 router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
 
@@ -55,57 +71,73 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
 
 async def _submit(request: Request, endpoint: Endpoint) -> Response:
     """Checks a submission, writes its job, then answers with the job's id."""
-    settings = settings_of(request)
     caller = await caller_of(request, endpoint.id)
     caller.require(Scope.SUBMIT)
     options = read_options(request.headers, request.query_params)  # before the body, which may be megabytes
-    body = await read_body(request, settings.max_body_bytes)
-    job_input, failure = _checked_input(endpoint, body)
-    new = _new_job(request, endpoint, caller, options, body, job_input)
-    await _refuse_long_queue(request, new, options.max_queue_length)
-    if failure is not None and new.webhook_url is None:  # else there must be a job: only a job sends a webhook
-        return failure_response(failure)
-    return await _write(request, new, failure)
+    async with bodies_of(request).read(request, settings_of(request).max_body_bytes) as body:
+        return await _queue(request, endpoint, caller, options, await split(body))
 
 
-def _checked_input(endpoint: Endpoint, body: bytes) -> tuple[dict[str, Any], Failure | None]:
-    """The input to store, and the failure to answer if it is refused; then the input is empty."""
+async def _queue(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody) -> Response:
+    settings, size = settings_of(request), body.size_bytes
+    new = await _new_job(request, endpoint, caller, options, body)
     try:
-        return endpoint.input.parse(body).resolved().model_dump(mode="json", exclude_none=True), None
+        parsed = endpoint.input.parse(body.fields, refuse_unknown=settings.unknown_fields == "refuse")
+        check_places(parsed.input, body)
     except ValidationError as exc:
-        return {}, validation_failure(exc)
+        return await _reject(request, new, validation_failure(exc))
+    refusal = await _refusal(request, new, options.max_queue_length, size)
+    # a repeat adds no job, and its caller needs the job's id
+    if (refusal is not None or body.uris) and (job := await store_of(request).repeated(new)) is not None:
+        return _answer(request, job)
+    if refusal is not None:
+        raise refusal
+    try:
+        new = await with_input(new, parsed.input.resolved(), body, files_of(request), store_of(request), settings.fetch)
+    except ModelError as exc:  # a data URI that is none
+        return await _reject(request, new, error_failure(exc))
+    answer = await _write(request, replace(new, notes=parsed.notes))
+    quotas_of(request).accepted(new.owner, size)
+    if parsed.ignored:
+        answer.headers[IGNORED_HEADER] = ", ".join(map(quote, parsed.ignored))
+    return answer
 
 
-def _new_job(
-    request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: bytes, job_input: dict[str, Any]
-) -> NewJob:
-    settings, key = settings_of(request), options.idempotency_key
+async def _reject(request: Request, new: NewJob, failure: Failure) -> Response:
+    """The answer to an input that was refused. With a webhook there must be a job: only a job sends one."""
+    return failure_response(failure) if new.webhook_url is None else await _write(request, new, failure)
+
+
+async def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody) -> NewJob:
+    """The job, still without its input."""
+    settings, once = settings_of(request), None
+    if options.idempotency_key is not None:
+        digest = fingerprint(endpoint.id, await asyncio.to_thread(body.digest_fields))
+        once = Idempotency(options.idempotency_key, digest, settings.queue.idempotency_s)
     return NewJob(
         endpoint=endpoint.id,
-        input=job_input,
+        input={},
         owner=caller.owner,
         priority=options.priority,
         start_timeout_s=options.start_timeout_s,
         max_attempts=1 if options.no_retry else settings.queue.max_attempts,
         webhook_url=options.webhook_url,
-        idempotency=None if key is None else Idempotency(key, fingerprint(endpoint.id, body), settings.queue.idempotency_s),
+        idempotency=once,
         files_s=options.files_s,
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(request.scope, settings.public_url),
     )
 
 
-async def _refuse_long_queue(request: Request, new: NewJob, limit: int | None) -> None:
-    """Raises `QueueFull` where more than `limit` requests wait before this one."""
-    if (
-        limit is not None
-        and await store_of(request).queued(new.endpoint, at_most=limit + 1) > limit
-        and not await store_of(request).repeated(new)  # a repeat adds no job, and its caller needs the job's id
-    ):
-        raise QueueFull(f"More than {limit} requests are waiting already.")
+async def _refusal(request: Request, new: NewJob, limit: int | None, size: int) -> RequestError | None:
+    """Why another job with files of `size` bytes is not queued: more than `limit` jobs wait already, or it exceeds a quota."""
+    store = store_of(request)
+    if limit is not None and await store.queued(new.endpoint, at_most=limit + 1) > limit:
+        return QueueFull(f"More than {limit} requests are waiting already.")
+    return await quotas_of(request).refusal(store, new.owner, size)
 
 
-async def _write(request: Request, new: NewJob, failure: Failure | None) -> Response:
+async def _write(request: Request, new: NewJob, failure: Failure | None = None) -> Response:
     """Stores the job, then answers. failure: of an input that was refused; the job is then stored as failed."""
     store = store_of(request)
     try:
@@ -116,8 +148,12 @@ async def _write(request: Request, new: NewJob, failure: Failure | None) -> Resp
         logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
         detail = "The service failed while it queued the request, which may or may not run."
         return failure_response(request_failure(500, "internal_error", detail))
-    request.state.request_id = str(job.id)
     logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": new.endpoint})
+    return _answer(request, job)
+
+
+def _answer(request: Request, job: Job) -> Response:
+    request.state.request_id = str(job.id)
     return json_answer(responses.submitted(job, queue_base(request.scope, settings_of(request).public_url)), 200)
 
 

@@ -1,9 +1,8 @@
-"""What every route needs: the service's settings, its store, and the request's body up to a limit.
+"""What every route needs: the service's settings, its store, what this process counts, and how it answers.
 
 All our routes are of class `TextRoute`, which skips FastAPI's conversion of parameters.
 """
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,13 +10,13 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import to_json
 
+from deployments.files.file_store import FileStore
+from deployments.ingress.body import Bodies
+from deployments.ingress.quotas import Quotas
 from deployments.jobs.database import StoreAway
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
-from engines.errors import BadRequest, BodyTooLarge
-
-BODY_TIMEOUT_S = 60.0
 
 
 class TextRoute(APIRoute):
@@ -57,27 +56,27 @@ def store_of(request: Request) -> JobStore:
     return store
 
 
+def files_of(request: Request) -> FileStore:
+    """The stored files."""
+    files: FileStore = request.app.state.files
+    return files
+
+
+def bodies_of(request: Request) -> Bodies:
+    """The bodies that this process holds."""
+    bodies: Bodies = request.app.state.bodies
+    return bodies
+
+
+def quotas_of(request: Request) -> Quotas:
+    """What each key uses."""
+    quotas: Quotas = request.app.state.quotas
+    return quotas
+
+
 def outbox_of(request: Request) -> Outbox:
     """The webhooks in the job store's database. Raises `StoreAway` before it is open."""
     return Outbox(store_of(request).database)
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body. Stops reading when it is longer than `max_bytes` or too slow. Raises `BodyTooLarge`, `BadRequest`."""
-    declared = request.headers.get("content-length", "0")
-    body = bytearray()
-    if not declared.isdecimal() or int(declared) <= max_bytes:
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > max_bytes:
-                        break
-                else:
-                    return bytes(body)
-        except TimeoutError:
-            raise BadRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
-    raise BodyTooLarge(f"The request body is larger than {max_bytes} bytes.")
 
 
 def json_answer(body: dict[str, Any], status: int) -> Response:

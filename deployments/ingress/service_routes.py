@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from deployments.files.file_store import FileStore
 from deployments.ingress.access import issued_token, shown_secret
+from deployments.ingress.body import read_body
 from deployments.ingress.file_response import file_response
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import TextRoute, outbox_of, read_body, settings_of, store_of
+from deployments.ingress.request_context import TextRoute, files_of, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
 from deployments.schemas.failures import validation_failure
 from deployments.schemas.tokens import TokenRequest
@@ -52,8 +52,7 @@ async def token(request: Request) -> Response:
 @router.get("/files/{name:path}")
 async def file(request: Request, name: str) -> Response:
     """A generated file, or the byte range asked for."""
-    files: FileStore = request.app.state.files
-    return await file_response(files, name, request)
+    return await file_response(files_of(request), name, request)
 
 
 @router.get("/health")

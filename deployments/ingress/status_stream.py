@@ -4,14 +4,16 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette import types
 
 from deployments.ingress.access import job_of
-from deployments.ingress.request_context import TextRoute, settings_of, store_of
+from deployments.ingress.request_context import TextRoute, quotas_of, settings_of, store_of
 from deployments.ingress.target_routing import queue_base
 from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
@@ -41,7 +43,20 @@ async def status_stream(request: Request, app: str, request_id: str, logs: str =
     queue_url = queue_base(request.scope, settings_of(request).public_url)
     events = _status_events(store_of(request), job.id, is_set(logs), queue_url, responses.last_event_id(request.headers))
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    return _Counted(quotas_of(request).stream(job.owner), events, media_type="text/event-stream", headers=headers)
+
+
+class _Counted(StreamingResponse):
+    """An answer within a context, which ends however the answer ends. An error on entering it is the answer."""
+
+    def __init__(self, context: AbstractContextManager[None], *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._context = context
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        """Sends the answer."""
+        with self._context:
+            await super().__call__(scope, receive, send)
 
 
 async def _status_events(store: JobStore, job_id: UUID, with_logs: bool, queue_url: str, last_seq: int) -> AsyncIterator[str]:

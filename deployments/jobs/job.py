@@ -67,6 +67,8 @@ class NewJob:
     files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. store_io: False deletes its
     input at its end, and the rest within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
+    files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
+    listed, see `Retention.add_file`. notes: the first lines of its log, all WARN.
     """
 
     endpoint: str
@@ -80,6 +82,8 @@ class NewJob:
     files_s: float | None = None
     store_io: bool = True
     service_url: str | None = None
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

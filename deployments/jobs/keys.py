@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 
 from deployments.jobs.database import QUERIES, Database, storable
+from deployments.schemas.endpoint import ENDPOINTS
 
 CACHE_S = 2.0
 """How long a process may still accept a key or secret that has ended, if it has just looked it up."""
@@ -57,6 +58,14 @@ class KeySecret:
     key_id: str
     scopes: Sequence[str]
     token_key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class KeyUsage:
+    """waiting: queued jobs. stored_bytes: of files that belong to jobs which have not ended, and some minutes longer."""
+
+    waiting: int
+    stored_bytes: int
 
 
 class Keys:
@@ -114,6 +123,10 @@ class Keys:
     async def get_secret(self, secret_id: UUID) -> KeySecret | None:
         """The same by the secret's id, for callers with a token."""
         return await self._look_up("get_secret", secret_id)
+
+    async def usage(self, key_id: str, *, at_most: int | None) -> KeyUsage:
+        """What a key has here now. at_most: counts no further than this many jobs."""
+        return KeyUsage(**(await self._database.fetch(QUERIES["key_usage"], key_id, at_most, list(ENDPOINTS)))[0])
 
     async def expire_secrets(self) -> int:
         """Deletes the secrets that were replaced and have ended. Returns how many."""

@@ -19,9 +19,12 @@ class Retention:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add_file(self, name: str, keep_s: float) -> None:
-        """Lists a file before it is written, so that it expires whatever becomes of its job."""
-        await self._database.fetch(QUERIES["add_file"], name, keep_s)
+    async def add_file(self, name: str, keep_s: float, owner: str | None = None, size: int = 0) -> None:
+        """Lists a file before it is written, so that it expires whatever becomes of its job.
+
+        owner, size: of the key that sent it, and in bytes; for its quota.
+        """
+        await self._database.fetch(QUERIES["add_file"], name, keep_s, owner, size)
 
     async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
         """Deletes and forgets files whose time is over, `EXPIRY_BATCH` at most. Returns how many it found.

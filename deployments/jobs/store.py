@@ -18,7 +18,7 @@ import asyncpg
 
 from deployments.jobs.claims import Claims
 from deployments.jobs.coalescing import Coalescer
-from deployments.jobs.database import CONNECTIONS, QUERIES, Database, Json, StoreAway, to_json
+from deployments.jobs.database import CONNECTIONS, QUERIES, Database, Json, StoreAway, storable, to_json
 from deployments.jobs.job import Job, JobEvent, JobState, JobSummary, LogLine, NewJob
 from deployments.jobs.keys import Keys
 from deployments.jobs.listener import Changes, job_subject, lines_subject
@@ -51,6 +51,8 @@ class _Submission(NamedTuple):
     files_s: float | None
     store_io: bool
     service_url: str | None
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -295,4 +297,6 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         files_s=new.files_s,
         store_io=new.store_io,
         service_url=new.service_url,
+        files=new.files,
+        notes=tuple(map(storable, new.notes)),
     )

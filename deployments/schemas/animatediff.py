@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
-from deployments.schemas.inputs import EndpointInput, Int, MediaUrl, Number
+from deployments.schemas.inputs import EMPTY_IS_NONE, NOT_BOOL, EndpointInput, Int, Number, OptionalMediaUrl, Text
 from engines.animatediff.config import API_FRAMES
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
 
-MAX_PROMPT_CHARS = 2000
+FrameIndex = Annotated[Annotated[int, Field(ge=0, lt=API_FRAMES), NOT_BOOL] | None, EMPTY_IS_NONE]
 
 
 def _not_blank(value: str) -> str:
@@ -23,29 +23,30 @@ def _not_blank(value: str) -> str:
 class AnimateDiffInput(EndpointInput):
     """A clip of 16 frames from text and up to three keyframes."""
 
-    prompt: Annotated[str, AfterValidator(_not_blank)] = Field(
-        max_length=MAX_PROMPT_CHARS, description="What to show.", examples=["Drone footage, futuristic city at night"]
+    prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(
+        description="What to show; cut after 75 tokens.", examples=["Drone footage, futuristic city at night"]
     )
-    negative_prompt: str = Field(
-        "", max_length=MAX_PROMPT_CHARS, description="What to avoid; only used with a guidance scale above 1."
-    )
+    negative_prompt: Text = Field("", description="What to avoid; only used with a guidance scale above 1.")
     controlnet_type: Literal["scribble", "rgb"] = Field(
         "scribble", description="How to read the keyframes: white lines on black, or full pictures."
     )
     num_inference_steps: Int = Field(4, ge=1, le=50, description="LCM steps; 2 to 12 are useful.")
     guidance_scale: Number = Field(1, ge=1, le=10, description="Above 1 each step costs twice as much.")
-    keyframe_0_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_0_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[0])
-    keyframe_1_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_1_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[8])
-    keyframe_2_image_url: MediaUrl | None = Field(None, description="Image URL or data URI.")
-    keyframe_2_index: Int | None = Field(None, ge=0, lt=API_FRAMES, description="The frame that the image is for.", examples=[15])
+    keyframe_0_image_url: OptionalMediaUrl = Field(None, description="Image URL or data URI.")
+    keyframe_0_index: FrameIndex = Field(None, description="The frame that the image is for.", examples=[0])
+    keyframe_1_image_url: OptionalMediaUrl = Field(None, description="Image URL or data URI.")
+    keyframe_1_index: FrameIndex = Field(None, description="The frame that the image is for.", examples=[8])
+    keyframe_2_image_url: OptionalMediaUrl = Field(None, description="Image URL or data URI.")
+    keyframe_2_index: FrameIndex = Field(None, description="The frame that the image is for.", examples=[15])
 
     def _keyframes(self) -> list[tuple[int, str | None, int | None]]:
         return [(k, getattr(self, f"keyframe_{k}_image_url"), getattr(self, f"keyframe_{k}_index")) for k in range(3)]
 
     def faults(self) -> list[InitErrorDetails]:
-        """A keyframe is an image and an index; no two keyframes share a frame."""
+        """A keyframe is an image and an index; no two keyframes share a frame.
+
+        A keyframe whose URL was sent empty is not used, whatever its index.
+        """
         found: list[InitErrorDetails] = []
         taken: dict[int, int] = {}
         for k, url, index in self._keyframes():
@@ -53,10 +54,10 @@ class AnimateDiffInput(EndpointInput):
             if url is not None and index is None:
                 message = PydanticCustomError("missing", "{given} needs {absent}", {"given": image_field, "absent": index_field})
                 found.append(InitErrorDetails(type=message, loc=(index_field,), input=None))
-            if index is not None and url is None:
+            if index is not None and url is None and image_field not in self.model_fields_set:
                 message = PydanticCustomError("missing", "{given} needs {absent}", {"given": index_field, "absent": image_field})
                 found.append(InitErrorDetails(type=message, loc=(image_field,), input=None))
-            if index is not None and (first := taken.setdefault(index, k)) != k:
+            if url is not None and index is not None and (first := taken.setdefault(index, k)) != k:
                 message = PydanticCustomError(
                     "value_error", "frame {index} is already taken by keyframe_{first}_index", {"index": index, "first": first}
                 )

@@ -14,6 +14,9 @@ from engines.errors import ModelError, ReelrayError, StartTimeout
 
 MAX_ECHO_CHARS = 200
 """A wrong value is shown in its error up to this length: a data URI of megabytes helps nobody."""
+MAX_FAULTS = 20
+"""More are not told: a failure is stored, and every poll answers it."""
+MAX_NAME_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class Failure:
 
 
 def validation_failure(exc: ValidationError) -> Failure:
-    """Pydantic's findings in fal's shape: 422, one entry a fault, loc beginning with "body"."""
+    """Pydantic's findings in fal's shape: 422, one entry a fault, `MAX_FAULTS` at most, loc beginning with "body"."""
     details = []
-    for fault in exc.errors(include_url=False, include_context=True):
+    for fault in exc.errors(include_url=False, include_context=True)[:MAX_FAULTS]:
         detail: dict[str, Any] = {
-            "loc": ["body", *fault["loc"]],
+            "loc": ["body", *(shortened(part) if isinstance(part, str) else part for part in fault["loc"])],
             "msg": fault["msg"],
             "type": fault["type"],
             "url": f"https://docs.fal.ai/errors#{fault['type']}",
@@ -48,6 +51,11 @@ def validation_failure(exc: ValidationError) -> Failure:
         details.append(detail)
     text = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details)
     return Failure(422, {"detail": details}, text, details[0]["type"], {"X-Fal-Needs-Retry": "0"})
+
+
+def shortened(name: str) -> str:
+    """The name of a field as an answer shows it: a caller may have made it up."""
+    return name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 1] + "…"
 
 
 def error_failure(exc: ReelrayError) -> Failure:

@@ -4,14 +4,22 @@ Facts: `fal-queue-protocol.md` section 0, `video-models.md` section 3.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import InitErrorDetails, PydanticKnownError
+from pydantic_core import InitErrorDetails, PydanticKnownError, from_json
 
+from deployments.schemas.failures import MAX_FAULTS, shortened
 from engines.spec import RenderSpec
+
+MAX_TEXT_CHARS = 2000
+"""Of a prompt, of which a model reads 75 tokens."""
+
+KEPT = "kept:"
+"""Begins a stored input's reference to a file of its own in the file store. No caller can send one."""
 
 
 def _no_bool(value: object) -> object:
@@ -26,27 +34,92 @@ def _fetchable(value: str) -> str:
     return value
 
 
-Seed = Annotated[int | None, BeforeValidator(_no_bool), Field(ge=0, le=2**63 - 1)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
+def _none_if_empty(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= MAX_TEXT_CHARS else " ".join(value.split())[:MAX_TEXT_CHARS]
+
+
+def _none_if_random(value: int | None) -> int | None:
+    return None if value == -1 else value
+
+
+NOT_BOOL = BeforeValidator(_no_bool)
+EMPTY_IS_NONE = BeforeValidator(_none_if_empty)
+"""For optional fields: forms send all their fields, the unused ones empty."""
+Int = Annotated[int, NOT_BOOL]
+Seed = Annotated[Annotated[int, Field(ge=-1, le=2**63 - 1), NOT_BOOL] | None, EMPTY_IS_NONE, AfterValidator(_none_if_random)]
+"""-1 is what many tools send for "draw one"."""
 Bool = Annotated[bool, Field(strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, NOT_BOOL, Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_cut)]
+"""A longer text is cut, and the job's log says so."""
 MediaUrl = Annotated[str, AfterValidator(_fetchable)]
+OptionalMediaUrl = Annotated[MediaUrl | None, EMPTY_IS_NONE]
+
+I = TypeVar("I", bound="EndpointInput")  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[I]):
+    """What a request body holds. ignored: names of fields that the endpoint does not have, shortened, the first few of them.
+
+    notes: for the job's log: what was ignored and what was cut.
+    """
+
+    input: I
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class EndpointInput(BaseModel):
-    """What every endpoint's input can do. Unknown fields are refused, so that a misspelt one is not silently ignored."""
+    """What every endpoint's input can do. Unknown fields are ignored, because generic tools send the same ones everywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
-    seed: Seed = Field(None, description="Same seed and input, same video.", examples=[42])
+    seed: Seed = Field(None, description="Same seed and input, same video; -1 draws one.", examples=[42])
 
     @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """The input in a request body; an empty body is {}. Raises pydantic's `ValidationError`, with a loc for each fault."""
-        parsed = cls.model_validate_json(body or b"{}")
+    def parse(cls, body: bytes | bytearray, *, refuse_unknown: bool = False) -> Parsed[Self]:
+        """The input in a request body; an empty body is {}. Raises pydantic's `ValidationError`, with a loc for each fault.
+
+        Pydantic is given no more than a few unknown fields: it would tell of each. refuse_unknown: they are faults.
+        """
+        given = cls._object(body)
+        known = {name: value for name, value in given.items() if name in cls.model_fields}
+        unknown = [name for name in given if name not in cls.model_fields]
+        told = unknown[:MAX_FAULTS]
+        extra = {name: given[name] for name in told} if refuse_unknown else {}
+        parsed = cls.model_validate(known | extra, extra="forbid" if refuse_unknown else None)
         if faults := parsed.faults():
             raise ValidationError.from_exception_data(cls.__name__, faults)
-        return parsed
+        ignored = tuple(map(shortened, told))
+        notes = [_cut_note(name, len(value)) for name, value in known.items() if parsed._is_cut(name, value)]
+        return Parsed(parsed, ignored, (*_ignored_notes(ignored, len(unknown)), *notes))
+
+    @classmethod
+    def stored(cls, job_input: dict[str, Any]) -> Self:
+        """The input in a job's row, not validated again: an upgrade may have changed the schema while the job waited.
+
+        Fields that this version does not know are ignored, and those that it has added have their defaults.
+        """
+        return cls.model_construct(**job_input)
+
+    @classmethod
+    def _object(cls, body: bytes | bytearray) -> dict[str, Any]:
+        try:
+            given = from_json(body or b"{}")
+        except ValueError as exc:
+            fault = InitErrorDetails(type="json_invalid", ctx={"error": str(exc)}, loc=(), input=None)
+            raise ValidationError.from_exception_data(cls.__name__, [fault]) from None
+        if not isinstance(given, dict):
+            cls.model_validate(given)  # raises
+        return dict(given)
+
+    def _is_cut(self, name: str, value: object) -> bool:
+        return isinstance(value, str) and len(value) > MAX_TEXT_CHARS and len(str(getattr(self, name))) == MAX_TEXT_CHARS
 
     def faults(self) -> list[InitErrorDetails]:
         """Errors between fields that are each valid by themselves."""
@@ -60,9 +133,20 @@ class EndpointInput(BaseModel):
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
 
     def media(self) -> dict[str, str]:
-        """Field name -> URL or data URI of every file to fetch."""
+        """Field name -> URL, data URI or, in a stored input, reference of every file to fetch."""
         raise NotImplementedError
 
     def spec(self, media: Mapping[str, Path]) -> RenderSpec:
         """What to render. media: field -> file, for each field of `media()`; the files are read here, or later by the model."""
         raise NotImplementedError
+
+
+def _ignored_notes(names: Collection[str], count: int) -> list[str]:
+    if not names:
+        return []
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return [f"ignored, because this endpoint has no such fields: {', '.join(names)}{more}"]
+
+
+def _cut_note(name: str, length: int) -> str:
+    return f"{name} has {length} characters, of which only the first {MAX_TEXT_CHARS} are used"

@@ -44,7 +44,7 @@ def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> Submis
         priority=_priority(headers.get("x-fal-queue-priority", "normal")),
         start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
         no_retry=is_set(headers.get("x-fal-no-retry", "")),
-        webhook_url=_webhook_url(query.get("fal_webhook")),
+        webhook_url=_webhook_url(query.get("fal_webhook") or None),  # forms send it empty
         files_s=_files_s(headers.get("x-fal-object-lifecycle-preference")),
         store_io=headers.get("x-fal-store-io", "1").lower() not in ("0", "false", "no"),
         max_queue_length=_max_queue_length(query.get("fal_max_queue_length")),

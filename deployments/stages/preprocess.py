@@ -4,11 +4,14 @@ It also looks for an earlier attempt's finished latents: unlike in the other two
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints
 from deployments.files.download import download_all, download_folder
+from deployments.files.file_store import FileStore
 from deployments.schemas.endpoint import Endpoint
+from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings
 from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
@@ -25,22 +28,20 @@ class Preprocess:
         self.endpoint = endpoint
         self.fetch_settings = fetch_settings
         self.stage = build_stage(endpoint.model, "preprocess", config)
+        self.files = FileStore(files_url)
         self.checkpoints = Checkpoints(files_url, config)
 
     async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
-        """Notes of its progress and of what the caller should know, then the conditioning for a validated input.
+        """Notes of its progress and of what the caller should know, then the conditioning for a stored input.
 
-        The input is not validated again: an upgrade may have changed the schema while the job waited. Fields that it has removed
-        are ignored, and those that it has added have their defaults.
-
-        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored. If cancelled,
-        it returns when the stage has stopped and the files are deleted.
+        Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored or read. If
+        cancelled, it returns when the stage has stopped and the files are deleted.
         """
         started = time.monotonic()
         yield Started()
-        parsed = self.endpoint.input.model_construct(**job_input)
+        parsed = self.endpoint.input.stored(job_input)
         with download_folder() as folder:
-            media = await download_all(parsed.media(), self.fetch_settings, folder)
+            media = await self._fetch(parsed.media(), folder)
 
             def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
                 spec = parsed.spec(media)  # here, because it may read the files
@@ -52,6 +53,14 @@ class Preprocess:
         for warning in work.product.notes:
             yield Note(warning, "WARN")
         yield Done(work.product, time.monotonic() - started)
+
+    async def _fetch(self, urls: dict[str, str], folder: Path) -> dict[str, Path]:
+        """Field -> file. The door has put large data URIs into the file store; the rest is downloaded."""
+        kept = {field: url.removeprefix(KEPT) for field, url in urls.items() if url.startswith(KEPT)}
+        for field, name in kept.items():
+            await self.files.copy_input(name, folder / field)
+        others = {field: url for field, url in urls.items() if field not in kept}
+        return {field: folder / field for field in kept} | await download_all(others, self.fetch_settings, folder)
 
     async def saved(self, checkpoint: CheckpointRef) -> Stream[Latents | None]:
         """The finished latents in a checkpoint, with a note that they were found; None if it has none."""

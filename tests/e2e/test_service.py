@@ -213,11 +213,10 @@ def test_a_bad_keyframe_ends_as_a_422_that_names_it_and_the_workers_live(client:
         ({"num_inference_steps": "four"}, "num_inference_steps"),
         ({"num_inference_steps": 51}, "num_inference_steps"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"prompt": " "}, "prompt"),
         ({"keyframe_0_image_url": "https://a.example/x.png"}, "keyframe_0_index"),
         ({"keyframe_0_index": 4}, "keyframe_0_image_url"),
-        ({"steps": 4}, "steps"),
     ],
 )
 def test_bad_values_are_refused_at_once(client: QueueClient, change: dict, field: str):

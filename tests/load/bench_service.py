@@ -61,7 +61,7 @@ def job_input(take: int) -> dict[str, Any]:
 
 def spec_of(given: dict[str, Any], settings: Settings) -> RenderSpec:
     """The spec that the preprocess stage would make from an input."""
-    job = ENDPOINT.input.parse(json.dumps(given).encode()).resolved()
+    job = ENDPOINT.input.parse(json.dumps(given).encode()).input.resolved()
     with download_folder() as folder:
         return job.spec(run(download_all(job.media(), settings.fetch, folder)))
 

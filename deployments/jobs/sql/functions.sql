@@ -62,10 +62,12 @@ CREATE OR REPLACE FUNCTION checkpoint_name(job_id uuid) RETURNS text LANGUAGE sq
     SELECT 'checkpoints/' || job_id
 $$;
 
--- The checkpoint goes when the job ends, whoever ends it. The minutes are for a worker that was stopped and still writes.
-CREATE OR REPLACE FUNCTION jobs_expire_checkpoint() RETURNS trigger LANGUAGE plpgsql AS $$
+-- The checkpoint and the input's files go when the job ends, whoever ends it. The minutes are for a worker that was stopped and
+-- still writes or reads.
+CREATE OR REPLACE FUNCTION jobs_expire_files() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    UPDATE stored_files SET expires_at = now() + interval '10 minutes' WHERE name = checkpoint_name(NEW.id);
+    UPDATE stored_files SET expires_at = now() + interval '10 minutes'
+    WHERE name = ANY (NEW.input_files || checkpoint_name(NEW.id));
     RETURN NULL;
 END $$;
 

@@ -5,7 +5,8 @@
 -- One durable job at the end of its owner's line: its turn follows the owner's last, or is the one being served. Where
 -- nothing waits, the turn is that of the running jobs, so that one of them that comes back keeps its place. No row if the id is
 -- taken: the answer was lost and the call is repeated. No row either if the caller's idempotency key $9 already stands for a job, see
--- `repeated`. A key is free again when its time is over, or for another body if its own was no valid input ($12).
+-- `repeated`. A key is free again when its time is over, or for another body if its own was no valid input ($12). The input's files
+-- ($16) now stay until the job ends; $17 are the first lines of its log.
 WITH kept AS (
     INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
     SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
@@ -17,9 +18,17 @@ WITH kept AS (
         rejected = excluded.rejected
     WHERE taken.expires_at <= now() OR (taken.rejected AND taken.fingerprint <> excluded.fingerprint)
     RETURNING job_id
+), fresh AS (
+    SELECT WHERE ($9::text IS NULL OR EXISTS (SELECT FROM kept)) AND NOT EXISTS (SELECT FROM jobs WHERE id = $1)
+), held AS (
+    UPDATE stored_files SET expires_at = 'infinity' FROM fresh WHERE name = ANY ($16::text[])
+), noted AS (
+    INSERT INTO job_logs (job_id, level, message) SELECT $1, 'WARN', note FROM fresh CROSS JOIN unnest($17::text[]) AS note
 )
-INSERT INTO jobs (id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, state, turn)
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, 'queued', greatest(
+INSERT INTO jobs (
+    id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files, state, turn
+)
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -31,14 +40,15 @@ SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 
     (SELECT max(turn) + 1 FROM jobs
      WHERE state = 'queued' AND endpoint = $2 AND priority = $4 AND coalesce(owner, '') = coalesce($3, ''))
 )
-WHERE $9::text IS NULL OR EXISTS (SELECT FROM kept)
+FROM fresh
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
     priority, turn, number, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
 
 -- name: repeated
--- The job that an idempotency key stands for, and whether it was given with the same body.
-SELECT job_id, fingerprint = $3 AS same FROM idempotency_keys WHERE owner = coalesce($1, '') AND key = $2 AND expires_at > now()
+-- The job that an idempotency key stands for, and whether it was given with the same body. No row if the key is free, see `submit`.
+SELECT job_id, fingerprint = $3 AS same FROM idempotency_keys
+WHERE owner = coalesce($1, '') AND key = $2 AND expires_at > now() AND (fingerprint = $3 OR NOT rejected)
 
 -- name: sweep_keys
 -- Forgets idempotency keys whose time is over, except one that is just being used again: its row is locked.
@@ -189,7 +199,8 @@ SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: add_file
 -- A file that is about to be written. A repeated call has no effect, because names are not used twice.
-INSERT INTO stored_files (name, expires_at) VALUES ($1, now() + make_interval(secs => $2)) ON CONFLICT (name) DO NOTHING
+INSERT INTO stored_files (name, expires_at, owner, size_bytes) VALUES ($1, now() + make_interval(secs => $2), $3, $4)
+ON CONFLICT (name) DO NOTHING
 
 -- name: take_expired_files
 -- Files whose time is over, for this process to delete: no other gets them within an hour. After that, those that could not be
@@ -279,6 +290,16 @@ FROM api_keys ORDER BY created_at, id
 -- name: revoke_key
 -- A key stays listed after its end. Returns the key also if it had ended before.
 UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 RETURNING id
+
+-- name: key_usage
+-- What a key has waiting, counted no further than $2 (null: all), and stored. The endpoints and priorities are named so that it reads
+-- no more than the key's own part of an index: half a millisecond for 10,000 jobs.
+SELECT
+    (SELECT count(*) FROM (
+        SELECT FROM unnest($3::text[]) AS served (endpoint) CROSS JOIN unnest('{0,1}'::integer[]) AS level (priority)
+        JOIN jobs USING (endpoint, priority) WHERE state = 'queued' AND coalesce(owner, '') = $1 LIMIT $2
+    ) AS counted) AS waiting,
+    (SELECT coalesce(sum(size_bytes), 0) FROM stored_files WHERE owner = $1)::bigint AS stored_bytes
 
 -- name: expire_secrets
 -- Forgets secrets that have ended.

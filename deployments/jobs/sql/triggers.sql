@@ -28,10 +28,10 @@ CREATE TRIGGER forget_input BEFORE UPDATE ON jobs FOR EACH ROW
     WHEN (NOT NEW.store_io AND OLD.state <> NEW.state AND NEW.state IN ('succeeded', 'failed', 'cancelled'))
     EXECUTE FUNCTION jobs_forget_input();
 
--- name: expire_checkpoint
-CREATE TRIGGER expire_checkpoint AFTER UPDATE ON jobs FOR EACH ROW
+-- name: expire_files
+CREATE TRIGGER expire_files AFTER UPDATE ON jobs FOR EACH ROW
     WHEN (OLD.state <> NEW.state AND NEW.state IN ('succeeded', 'failed', 'cancelled'))
-    EXECUTE FUNCTION jobs_expire_checkpoint();
+    EXECUTE FUNCTION jobs_expire_files();
 
 -- name: next_line
 CREATE TRIGGER next_line BEFORE INSERT ON job_logs

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from cryptography import x509
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from deployments.files import download as download_module
-from deployments.files.download import download, download_all, download_folder, is_public
+from deployments.files.download import Refused, decoded_data_uri, download, download_all, download_folder, is_public
 from deployments.settings import FetchSettings
 from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
 
@@ -116,6 +117,15 @@ async def refusal(url: str, settings: FetchSettings) -> str:
 )
 async def test_data_uri_is_decoded_as_browsers_do(payload: str) -> None:
     assert await fetched(f"data:image/png;base64,{payload}", CLOSED) == b"hello?>"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 100])
+def test_data_uri_is_the_same_in_pieces_of_any_size(size: int) -> None:
+    uri = b"data:;base64," + quote(base64.encodebytes(bytes(range(251, 256)) * 40).decode()).encode()
+    pieces = [uri[:13], *(uri[at : at + size] for at in range(13, len(uri), size))]
+    assert decoded_data_uri(pieces, 200) == bytes(range(251, 256)) * 40
+    with pytest.raises(Refused):
+        decoded_data_uri([b"data:;base64,aGk=", b"aGk="], 200)
 
 
 @pytest.mark.parametrize("head", ["data:;base64", "DATA:image/png;BASE64", "data:text/plain;charset=utf-8;base64"])

@@ -103,6 +103,17 @@ async def test_no_other_name_is_looked_up(files: FileStore, name: str) -> None:
     assert await files.size(name) is None
 
 
+async def test_an_input_is_kept_but_never_served(files: FileStore, tmp_path: Path) -> None:
+    name = files.new_input()
+    await files.put_input(name, b"a picture")
+    await files.copy_input(name, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"a picture"
+    assert await files.size(name) is None
+    await files.delete(name)
+    with pytest.raises(FileNotFoundError):
+        await files.copy_input(name, tmp_path / "copy")
+
+
 async def test_an_unknown_name_has_no_size(files: FileStore) -> None:
     assert await files.size("0" * 32 + "/video.mp4") is None
 

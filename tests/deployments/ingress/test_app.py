@@ -61,7 +61,7 @@ async def alone(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def calling(app: FastAPI, base_url: str = "http://door:8000", **headers: str) -> httpx.AsyncClient:
+def calling(app: FastAPI, base_url: str = "http://localhost:8000", **headers: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=base_url, headers=headers)
 
 
@@ -98,7 +98,7 @@ async def claimed(store: JobStore) -> Claim:
 async def test_submit_answers_where_to_follow_the_job(client: httpx.AsyncClient, store: JobStore) -> None:
     response = await client.post(SUBMIT, json=INPUT)
     body = response.json()
-    url = f"http://door:8000/queue/{ENDPOINT}/requests/{body['request_id']}"
+    url = f"http://localhost:8000/queue/{ENDPOINT}/requests/{body['request_id']}"
     assert body == {
         "status": "IN_QUEUE",
         "request_id": body["request_id"],
@@ -137,6 +137,7 @@ async def test_what_the_caller_left_open_is_drawn_once(client: httpx.AsyncClient
         ({"X-Fal-No-Retry": "Yes"}, {}, {"max_attempts": 1}),
         ({"X-Fal-No-Retry": "0"}, {}, {"max_attempts": 7}),
         ({}, {"fal_webhook": "https://h.example/w?x=1"}, {"webhook_url": "https://h.example/w?x=1"}),
+        ({}, {"fal_webhook": ""}, {"webhook_url": None}),
         ({}, {"fal_max_queue_length": "0"}, {}),
         ({"X-Fal-Runner-Hint": "lora:a", "X-Fal-Store-IO": "0", "x-app-fal-disable-fallback": "1"}, {}, {}),
         ({}, {}, {"files_s": None, "store_io": True}),
@@ -175,7 +176,7 @@ async def test_submit_options(
         *(({"X-Fal-Request-Timeout": value}, {}) for value in ("soon", "0", "-1", "nan", "inf", "1e300", "")),
         *(
             ({}, {"fal_webhook": url})
-            for url in ("ftp://h.example/", "h.example", "http://", "file:///etc/passwd", "http://a\0b/", "")
+            for url in ("ftp://h.example/", "h.example", "http://", "file:///etc/passwd", "http://a\0b/")
         ),
         *(({}, {"fal_max_queue_length": value}) for value in ("-1", "many", "1.5", "", "٣")),
     ],
@@ -192,11 +193,10 @@ async def test_bad_options_are_bad_requests(headers: dict[str, str], query: dict
         (b"", ["body", "prompt"], "missing"),
         (b"{}", ["body", "prompt"], "missing"),
         (b'{"prompt": 1}', ["body", "prompt"], "string_type"),
-        (b'{"prompt": "x", "colour": "red"}', ["body", "colour"], "extra_forbidden"),
+        (b'{"prompt": "x", "seed": -2}', ["body", "seed"], "greater_than_equal"),
         (b'{"prompt": "x", "guidance_scale": NaN}', ["body", "guidance_scale"], "less_than_equal"),
         (b'{"prompt": "x", "guidance_scale": Infinity}', ["body", "guidance_scale"], "less_than_equal"),
         (b'{"prompt": "x", "num_inference_steps": 1e999}', ["body", "num_inference_steps"], "finite_number"),
-        (b'{"prompt": "x", "colour": -Infinity}', ["body", "colour"], "extra_forbidden"),
         (b"[]", ["body"], "model_type"),
         (b'"prompt"', ["body"], "model_type"),
         (b"{", ["body"], "json_invalid"),
@@ -209,6 +209,25 @@ async def test_invalid_input_is_refused_with_its_place(body: bytes, loc: list[st
     [fault] = response.json()["detail"]
     assert (fault["loc"], fault["type"]) == (loc, type_)
     assert response.headers["x-fal-needs-retry"] == "0"
+
+
+async def test_unknown_fields_are_named_in_the_answer_and_in_the_log(client: httpx.AsyncClient) -> None:
+    response = await client.post(SUBMIT, json=INPUT | {"duration": "5", "größe": 1})
+    assert response.headers["x-reelray-ignored-fields"] == "duration, gr%C3%B6%C3%9Fe"
+    status = (await client.get(response.json()["status_url"], params={"logs": "1"})).json()
+    [line] = status["logs"]
+    assert (line["level"], line["seq"]) == ("WARN", 1)
+    assert line["message"].endswith("duration, größe")
+    assert "x-reelray-ignored-fields" not in (await client.post(SUBMIT, json=INPUT)).headers
+
+
+async def test_unknown_fields_are_refused_where_the_operator_says_so(settings: Settings) -> None:
+    async with calling(create_app(settings.model_copy(update={"unknown_fields": "refuse"}), NOWHERE)) as client:
+        response = await client.post(SUBMIT, json=INPUT | {"duration": 5, "colour": -1})
+    assert [(d["loc"], d["type"]) for d in response.json()["detail"]] == [
+        (["body", "duration"], "extra_forbidden"),
+        (["body", "colour"], "extra_forbidden"),
+    ]
 
 
 async def test_strange_text_is_kept_as_it_is(client: httpx.AsyncClient, store: JobStore) -> None:
@@ -314,7 +333,7 @@ async def test_a_body_that_hides_its_size_is_not_read_to_its_end(client: httpx.A
 
 
 async def test_a_body_that_never_ends_is_given_up(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.ingress.request_context.BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("deployments.ingress.body.BODY_TIMEOUT_S", 0.1)
 
     async def stalling() -> AsyncIterator[bytes]:
         yield b"{"
@@ -373,8 +392,8 @@ async def test_a_job_from_queue_to_result(client: httpx.AsyncClient, store: JobS
     assert result.status_code == 200
     assert result.headers["content-type"] == "application/json"
     assert result.headers["x-fal-request-id"] == request_id
-    assert result.json() == {"video": {"url": "http://door:8000/files/x/video.mp4"}, "seed": 1}
-    for alias in (f"{links['response_url']}/response", f"http://door:8000{SUBMIT}/sub/path/requests/{request_id}"):
+    assert result.json() == {"video": {"url": "http://localhost:8000/files/x/video.mp4"}, "seed": 1}
+    for alias in (f"{links['response_url']}/response", f"http://localhost:8000{SUBMIT}/sub/path/requests/{request_id}"):
         assert (await client.get(alias)).json() == result.json()
 
 
@@ -434,7 +453,7 @@ async def test_a_namespaced_endpoint_keeps_its_namespace_and_loses_its_path(
     monkeypatch.setattr(queue_routes, "ENDPOINTS", {endpoint.id: endpoint})
     async with calling(create_app(settings, store)) as client:
         links = (await client.post("/queue/workflows/me/flow/sub/path", json=INPUT)).json()
-        assert links["status_url"].startswith("http://door:8000/queue/workflows/me/flow/requests/")
+        assert links["status_url"].startswith("http://localhost:8000/queue/workflows/me/flow/requests/")
         assert (await client.get(links["status_url"])).status_code == 202
 
 
@@ -497,7 +516,7 @@ async def test_proxy_takes_the_target_as_a_route(client: httpx.AsyncClient, subm
     assert response.status_code == 200
     assert submissions[0].webhook_url == "https://h.example/w?x=1"
     base = f"/{ENDPOINT}/requests/{response.json()['request_id']}"
-    assert response.json()["status_url"] == f"http://door:8000/queue{base}/status"  # readable without the proxy header
+    assert response.json()["status_url"] == f"http://localhost:8000/queue{base}/status"  # readable without the proxy header
     status = await client.get("/api/fal/proxy", headers={"x-fal-target-url": f"https://queue.fal.run{base}/status?logs=1"})
     assert (status.status_code, status.json()["logs"]) == (202, [])
 
@@ -556,10 +575,10 @@ async def test_public_url_wins_over_what_the_caller_used(settings: Settings, sto
 
 async def test_under_a_route_prefix(settings: Settings, store: JobStore) -> None:
     transport = httpx.ASGITransport(app=create_app(settings, store), root_path="/video")
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         target = {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}"}
         links = (await client.post("/video/api/fal/proxy", json=INPUT, headers=target)).json()
-        assert links["status_url"].startswith("http://door/video/queue/")
+        assert links["status_url"].startswith("http://localhost/video/queue/")
         assert (await client.get(links["status_url"])).status_code == 202
 
 
@@ -760,7 +779,32 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     assert UUID(preflight.headers["x-fal-request-id"])
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
+    exposed |= {"x-reelray-ignored-fields", "content-range"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
+
+
+@pytest.mark.parametrize(("allowed", "readers"), [(None, {"studio", "other"}), (("https://studio.example",), {"studio"})])
+async def test_with_keys_pages_read_from_any_origin_or_from_those_allowed(
+    allowed: tuple[str, ...] | None, readers: set[str], settings: Settings
+) -> None:
+    keyed = settings.model_copy(update={"auth": "keys", "allowed_origins": allowed})
+    async with calling(create_app(keyed, NOWHERE)) as client:
+        for page in ("studio", "other"):
+            origin = {"origin": f"https://{page}.example"}
+            asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,x-fal-no-retry"}
+            preflight = await client.options(SUBMIT, params={"fal_jwt_token": "x"}, headers=origin | asked)
+            answer = await client.get("/nowhere", headers=origin)
+            for response in (preflight, answer):
+                granted = response.headers.get("access-control-allow-origin") in ("*", origin["origin"])
+                assert granted is (page in readers)
+            assert preflight.is_success is (page in readers)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "10.0.0.7.evil.example", "door", "[", "a@b:c"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_an_open_service_answers_to_its_own_names_only(method: str, host: str, alone: httpx.AsyncClient) -> None:
+    for path in ("/webhooks/deliveries", "/health", "/openapi.json"):
+        assert (await alone.request(method, path, headers={"host": host})).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -772,7 +816,10 @@ async def test_other_pages_may_not_read(origin: str, alone: httpx.AsyncClient) -
 
 async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx.AsyncClient, store: JobStore) -> None:
     page = {"origin": "https://evil.example", "content-type": "text/plain"}  # a browser sends this without a preflight request
-    rebound = {"origin": "http://door:8000"}  # DNS rebinding: the page's own host name resolves to the service
+    rebound = {
+        "origin": "http://door:8000",
+        "host": "door:8000",
+    }  # DNS rebinding: the page's own host name resolves to the service
     for headers in (page, rebound, {"origin": "null"}, {"origin": ""}, {"origin": "http://localhost.evil.example"}):
         for path, target in ((SUBMIT, {}), ("/api/fal/proxy", {"x-fal-target-url": f"https://queue.fal.run/{ENDPOINT}"})):
             assert is_forbidden(await client.post(path, json=INPUT, headers=headers | target))
@@ -787,8 +834,11 @@ async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx
     [
         ({}, "http://localhost:3000", "127.0.0.1:8000"),
         ({}, "http://127.0.0.1:8000", "127.0.0.1:8000"),  # fal's client in a page that the service itself serves
-        ({}, None, "door:8000"),
-        ({"public_url": "https://Video.Example:443/fal"}, "https://video.example", "door:8000"),
+        ({}, None, "localhost:8000"),
+        ({}, None, "[::1]:8000"),
+        ({}, None, "10.0.0.7"),  # no name, so nobody can have pointed it here
+        ({"public_url": "https://Video.Example:443/fal"}, "https://video.example", "video.example"),
+        ({"allowed_origins": ("https://studio.example",)}, "https://studio.example", "localhost:8000"),
         ({"open_to_network": True}, "http://door:8000", "door:8000"),
         ({"open_to_network": True}, "https://door", "door"),
         ({"auth": "keys"}, "https://studio.example", "door:8000"),  # a page has no key unless it was given one
@@ -840,6 +890,15 @@ async def test_no_cache_keeps_a_file_longer_than_its_caller_wants(settings: Sett
     response = await alone.get((await files.put("video.mp4", b"x", "video/mp4", name)).path)
     max_age = int(response.headers["cache-control"].removeprefix("public, max-age=").removesuffix(", immutable"))
     assert 50 < max_age <= 60
+
+
+@pytest.mark.parametrize("auth", ["open", "keys"])
+async def test_any_page_may_read_a_file_whose_url_it_knows(auth: str, video: str, settings: Settings) -> None:
+    narrow = settings.model_copy(update={"auth": auth, "allowed_origins": ("https://studio.example",)})
+    async with calling(create_app(narrow, NOWHERE)) as client:
+        for headers in ({"range": "bytes=0-3"}, {}):
+            response = await client.get(video, headers=headers | {"origin": "https://other.example"})
+            assert response.headers.get_list("access-control-allow-origin") == ["*"]
 
 
 async def test_what_a_browser_could_run_is_a_download(settings: Settings, alone: httpx.AsyncClient) -> None:

@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> Settings:
 async def client(settings: Settings, store: JobStore) -> AsyncIterator[httpx.AsyncClient]:
     """Sends no key unless a test adds one."""
     transport = httpx.ASGITransport(app=create_app(settings, store))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door:8000") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         yield client
 
 
@@ -84,6 +84,16 @@ async def test_token_does_for_its_app_what_the_key_may(client: httpx.AsyncClient
     assert (await client.put(links["cancel_url"], params=used)).status_code == 202
     assert (await client.get(f"{links['status_url']}/stream", params=used)).status_code == 200
     assert (await client.get(links["response_url"], params=used)).status_code == 499
+
+
+@pytest.mark.parametrize("header", ["Basic c3R1ZGlvOnB3", "Negotiate x", ""])
+async def test_a_header_of_a_proxy_before_us_does_not_hide_the_token(
+    header: str, client: httpx.AsyncClient, store: JobStore
+) -> None:
+    token = await token_for(client, await store.keys.create("studio"))
+    answer = await client.post(SUBMIT, json=INPUT, params={"fal_jwt_token": token}, headers={"authorization": header})
+    assert answer.status_code == 200
+    assert (await client.post(SUBMIT, json=INPUT, headers={"authorization": header})).status_code == 401
 
 
 async def test_token_is_for_no_other_app(client: httpx.AsyncClient, store: JobStore) -> None:
@@ -172,7 +182,7 @@ async def test_what_no_token_can_be_is_told(asked: dict[str, Any], client: httpx
 
 async def test_an_open_service_gives_anybody_a_token_and_asks_for_none(settings: Settings, store: JobStore) -> None:
     transport = httpx.ASGITransport(app=create_app(settings.model_copy(update={"auth": "open"}), store))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door:8000") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         token = (await client.post("/rest/tokens/", json=ASKED)).json()
         assert (await submit_with(client, token)).status_code == 200
         assert (await submit_with(client, "whatever")).status_code == 200

@@ -47,7 +47,7 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
-def calling(settings: Settings, store: JobStore, base_url: str = "http://door:8000", **headers: str) -> httpx.AsyncClient:
+def calling(settings: Settings, store: JobStore, base_url: str = "http://localhost:8000", **headers: str) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=create_app(settings, store))
     return httpx.AsyncClient(transport=transport, base_url=base_url, headers=headers)
 
@@ -120,7 +120,7 @@ async def test_whoever_submits_with_a_webhook_is_told_what_the_result_request_an
         assert request.json["request_id"] == request.json["gateway_request_id"] == request_id
         if path == "good":
             assert set(request.json) == {"request_id", "gateway_request_id", "status", "payload"}
-            assert request.json["payload"]["video"]["url"].startswith("http://door:8000/files/")
+            assert request.json["payload"]["video"]["url"].startswith("http://localhost:8000/files/")
         else:
             assert request.json["error"] == f"Invalid status code: {result.status_code}"
 

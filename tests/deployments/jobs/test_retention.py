@@ -203,6 +203,21 @@ async def test_concurrent_sweeps_delete_each_file_once(database: str, store: Job
     assert sorted(deleted) == [f"{i:04}" for i in range(EXPIRY_BATCH + 20)]
 
 
+@pytest.mark.parametrize("end", ["cancel", "succeed", "fail"])
+async def test_files_of_an_input_are_kept_until_its_job_ends(end: str, store: JobStore, sql: asyncpg.Connection) -> None:
+    until = "SELECT extract(epoch FROM expires_at - now())::float FROM stored_files WHERE name = 'inputs/a'"
+    await store.retention.add_file("inputs/a", DAY_S, "key", 7)
+    job = await store.submit(NewJob(ENDPOINT, {}, owner="key", files=("inputs/a",)))
+    assert await sql.fetchval(until) == inf
+    if end == "cancel":
+        await store.request_cancel(job.id)
+    else:
+        assert (claim := await store.claims.take([ENDPOINT], 30.0)) is not None
+        failure = error_failure(GenerationFailed())
+        await (store.claims.succeed(claim, {}, {}) if end == "succeed" else store.claims.fail(claim, failure, {}))
+    assert 0 < await sql.fetchval(until) <= 600
+
+
 # Checkpoints: files that are kept as long as their jobs.
 
 

@@ -92,8 +92,9 @@ async def test_megabytes_of_input_come_back_whole(store: JobStore) -> None:
 
 
 async def test_submit_that_lost_its_answer_returns_the_one_job(store: JobStore, lost: list[str]) -> None:
-    job = await store.submit(NEW)
+    job = await store.submit(replace(NEW, notes=("one", "two")))
     assert lost
+    assert [(line.seq, line.level, line.message) for line in await store.logs(job.id)] == [(1, "WARN", "one"), (2, "WARN", "two")]
     assert await store.queued(ENDPOINT) == 1
     assert (await claimed(store)).job_id == job.id
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from deployments.files.file_store import FileStore
 from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings, Settings
 from deployments.stages.preprocess import Preprocess
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import Done, Note, Started, Stream
-from engines.errors import Cancelled, FileDownloadError, ImageLoadError
+from engines.errors import Cancelled, FileDownloadError, ImageLoadError, StorageFailed
 from engines.spec import Progress
 from engines.temporary import PREFIX
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
@@ -86,6 +88,26 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
     assert isinstance(done.product, Conditioned)
     assert seen == [b"hi"]
     assert left(temporary) == []
+
+
+async def test_a_file_that_the_door_has_stored_is_read_from_there(
+    replica: Callable[[Any], Preprocess], temporary: Path, tmp_path: Path
+):
+    seen: list[bytes] = []
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            seen.extend(keyframe.image for keyframe in spec.keyframes)
+            return Conditioned()
+
+    store = FileStore(str(tmp_path / "files"))
+    name = store.new_input()
+    with pytest.raises(StorageFailed):
+        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    await store.put_input(name, b"stored")
+    both = {"keyframe_0_image_url": KEPT + name, "keyframe_1_image_url": "data:;base64,aGk=", "keyframe_1_index": 8}
+    await listen(replica(Stage()).run(INPUT | both))
+    assert seen == [b"stored", b"hi"]
 
 
 @pytest.mark.parametrize("how", ["cancelled", "closed"])

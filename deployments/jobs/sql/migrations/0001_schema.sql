@@ -35,6 +35,7 @@ CREATE TABLE jobs (
     files_s double precision,  -- how long its files are kept, where its caller said so
     lost_in json NOT NULL DEFAULT '{}',  -- stage -> how many attempts were lost while it worked
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
+    input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
     CHECK ((state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
     CHECK ((state = 'succeeded') = (result IS NOT NULL)),
@@ -107,10 +108,13 @@ CREATE TABLE paused_endpoints (
 -- Files to be deleted one day. A row is written before its file is, so that a file expires even if its job never ends.
 CREATE TABLE stored_files (
     name text PRIMARY KEY,  -- within the file store
-    expires_at timestamptz NOT NULL
+    expires_at timestamptz NOT NULL,
+    owner text,  -- of the input that came with it; null for what jobs make
+    size_bytes bigint NOT NULL DEFAULT 0
 );
 
 CREATE INDEX stored_files_by_expiry ON stored_files (expires_at);
+CREATE INDEX stored_files_by_owner ON stored_files (owner) INCLUDE (size_bytes) WHERE owner IS NOT NULL;
 
 -- A key is who a caller is; a secret, which can be replaced, is how the caller proves it.
 CREATE TABLE api_keys (

@@ -1,0 +1,151 @@
+"""What one caller can cost a gateway: how long its event loop stands still, and how much memory its process takes.
+
+A gateway with one worker gets the worst bodies that a caller can send. Beside them a task on its event loop sleeps 2 ms again and
+again; the longest delay of a wake-up is how long the loop stood still. Other processes on the machine add to it: compare it with
+the first line, of small submissions. Memory is the process's largest resident size so far.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+import yaml
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from deployments.hosting import gateway
+from deployments.hosting.embedded_postgres import database_url
+from deployments.settings import CONFIG_VARIABLE, Settings
+from tests.conftest import embedded
+from tests.e2e.service import free_port
+from tests.load.report import Report, ms, table
+
+SUBMIT = "/queue/fal-ai/animatediff-sparsectrl-lcm"
+NAP_S = 0.002
+READY_S = 60.0
+PIECE_BYTES = 1 << 18
+
+
+def app() -> FastAPI:
+    """A gateway's app that also measures itself: GET /measured answers the figures since the last time."""
+    made = gateway.app()
+    longest = [0.0]
+    lifespan = made.router.lifespan_context
+
+    async def nap_for_ever() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(NAP_S)
+            longest[0] = max(longest[0], time.perf_counter() - began - NAP_S)
+
+    @asynccontextmanager
+    async def measuring(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(app):
+            napping = asyncio.create_task(nap_for_ever())
+            yield
+            napping.cancel()
+
+    async def measured(request: Request) -> Response:
+        blocked_s, longest[0] = longest[0], 0.0
+        return JSONResponse({"blocked_s": blocked_s, "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+
+    made.router.lifespan_context = measuring
+    made.router.add_route("/measured", measured)
+    return made
+
+
+@contextmanager
+def hosted(settings: Settings) -> Iterator[int]:
+    """A gateway's port. It is given a fresh process, whose peak begins anew."""
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        config, port = Path(folder) / "serve_config.yaml", free_port()
+        arguments = {"home": str(settings.home), "unknown_fields": "refuse"}
+        config.write_text(yaml.safe_dump({"applications": [{"args": arguments}]}))
+        command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.bench_callers:app", "--port", str(port)]
+        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
+        process = subprocess.Popen([*command, "--log-level", "warning", "--no-access-log"], env=environment)
+        try:
+            deadline = time.monotonic() + READY_S
+            while True:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                        break
+                time.sleep(0.2)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def send(port: int, body: bytes, number: int) -> int:
+    """Submits a body, in pieces, under an idempotency key of its own. Returns the answer's status."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST {SUBMIT}?fal_webhook=http://127.0.0.1:1/ HTTP/1.1\r\nhost: 127.0.0.1\r\nidempotency-key: {time.time_ns()} {number}\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode())
+    with suppress(ConnectionError):  # a body that is too large is answered before it has been sent
+        for at in range(0, len(body), PIECE_BYTES):
+            writer.write(body[at : at + PIECE_BYTES])
+            await writer.drain()
+    with suppress(ConnectionError):
+        status = int((await reader.readline()).split()[1])
+        await reader.read()
+        writer.close()
+        return status
+    return 0
+
+
+def bodies() -> Iterator[tuple[str, bytes, int]]:
+    """What is sent, and how often at once."""
+    yield "a small submission", b'{"prompt": "a"}', 64
+    yield "3.3 MB of 300,000 unknown fields", b"{" + b",".join(b'"k%d":1' % i for i in range(300_000)) + b"}", 1
+    fields = {f"{i}": 1 for i in range(15_000)}
+    yield "200 kB of 15,000 unknown fields", json.dumps({"prompt": "a"} | fields).encode(), 1
+    uri = b'{"prompt": "a", "keyframe_0_index": 0, "keyframe_0_image_url": "data:image/png;base64,%s"}'
+    yield "60 MB of a data URI", uri % (b"A" * 60_000_000), 1
+    yield "60 MB of a data URI with escapes", uri % (b"\\/AAA\\u002b" * 5_400_000), 1
+    yield "60 MB without a quote", b'{"prompt": "' + b"x" * 60_000_000 + b'"}', 1
+    yield "60 MB of beginnings of data URIs", b'"data:' * 10_000_000, 1
+    yield "60 MB of a data URI, from 64 at once", uri % (b"A" * 60_000_000), 64
+
+
+async def measure(port: int, body: bytes, times: int) -> tuple[dict[str, float], float, dict[int, int]]:
+    """The gateway's figures, the seconds until the last answer, and the answers' statuses."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        await client.get("/measured")
+        began = time.perf_counter()
+        statuses = await asyncio.gather(*(send(port, body, number) for number in range(times)))
+        seconds = time.perf_counter() - began
+        figures: dict[str, float] = (await client.get("/measured")).json()
+    return figures, seconds, {status: statuses.count(status) for status in set(statuses)}
+
+
+def main() -> None:
+    report = Report("callers", "What one caller can cost", "`python -m tests.load.bench_callers` (`make bench-callers`)")
+    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report.add("Targets: the loop never stands still for more than 50 ms; the last line stays within 1 GB.")
+    shown = table("One worker", "what is sent", "answers", "loop stood still, ms", "peak memory, MB", "seconds")
+    with embedded() as settings:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        database_url(settings)
+        for name, body, times in bodies():
+            with hosted(settings) as port, report.console.status(name):
+                figures, seconds, statuses = asyncio.run(measure(port, body, times))
+            answers = ", ".join(f"{count} x {status}" for status, count in statuses.items())
+            shown.add_row(name, answers, ms(figures["blocked_s"]), f"{figures['peak_kb'] / 1024:.0f}", f"{seconds:.1f}")
+    report.add(shown)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
