@@ -3,8 +3,8 @@
 A file is written once under a name that cannot be guessed and never changes, so its URL is the permission to read it and
 may be cached as long as the file is kept. The name says how long that is. Any fsspec URL will do; a local folder is the default.
 
-The checkpoints of jobs are stored beside them, a folder each: overwritten again and again, and never served. Nor are the files that
-came with an input.
+The checkpoints of jobs are stored beside them, a folder each: overwritten again and again, and never served. Nor are the files
+that came with an input.
 """
 
 import asyncio

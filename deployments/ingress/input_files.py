@@ -16,7 +16,6 @@ from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from deployments.schemas.inputs import KEPT, EndpointInput
 from deployments.settings import FetchSettings
-from engines.errors import StorageFailed
 
 UNCLAIMED_S = 3600.0
 """How long a file is kept whose job was not stored after it, in seconds."""
@@ -43,10 +42,7 @@ async def with_input(
     for field, name in names.items():
         data = await asyncio.to_thread(_decoded, uris[field], field, limits)
         await store.retention.add_file(name, UNCLAIMED_S, new.owner, len(data))
-        try:
-            await files.put_input(name, data)
-        except OSError as exc:
-            raise StorageFailed from exc
+        await files.put_input(name, data)
     referring = job_input.model_copy(update={field: KEPT + name for field, name in names.items()})
     return replace(new, input=referring.model_dump(mode="json", exclude_none=True), files=tuple(names.values()))
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Self, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticKnownError, from_json
@@ -105,7 +105,7 @@ class EndpointInput(BaseModel):
 
         Fields that this version does not know are ignored, and those that it has added have their defaults.
         """
-        return cls.model_construct(**job_input)
+        return cast("Self", cls.model_construct(**job_input))  # pydantic's plugin for mypy says "EndpointInput"
 
     @classmethod
     def _object(cls, body: bytes | bytearray) -> dict[str, Any]:
