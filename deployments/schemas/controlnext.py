@@ -37,8 +37,7 @@ class ControlNeXtInput(EndpointInput):
     controlnext_cond_scale: Number = Field(1, ge=0, le=2, description="Strength of the poses; 0 leaves them out.")
     video_is_pose: Bool = Field(False, description="The driving video already shows drawn poses, which are used as they are.")
     strict_reference: Bool = Field(
-        False,
-        description="As the published code: its conditions (6, 128, 0.02), poses fitted to all of the video, everybody drawn.",
+        False, description="As the published code: conditions (6, 128, 0.02), poses fitted to the whole video, everybody drawn."
     )
 
     def faults(self) -> list[InitErrorDetails]:

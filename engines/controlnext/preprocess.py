@@ -7,6 +7,7 @@ are used, so that the rest need not be read (5j of `video-models.md`).
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import Any
 
 import cv2
 import numpy as np
@@ -106,6 +107,7 @@ class Preprocess:
         require_person(reference)
         with blamed_on(VIDEO_FIELD), open_video(spec.video, self.config.max_image_pixels, self.config.max_video_s) as video:
             frames = _watched(video, spec, on_progress, should_stop)
+            driving: Iterator[NDArray[Any]]
             if spec.video_is_pose:
                 driving = (cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in frames)
             else:

@@ -24,7 +24,7 @@ class FrameTimes:
 
     def __init__(self, times: Sequence[Fraction]):
         intervals = [after - before for before, after in pairwise(times) if SHORTEST_S <= after - before <= LONGEST_S]
-        self._mean = sum(intervals) / len(intervals) if intervals else Fraction(0)
+        self._mean = sum(intervals, Fraction(0)) / max(len(intervals), 1)
         self.uneven = self._mean > 0 and any(abs(interval / self._mean - 1) > UNEVEN for interval in intervals)
         self._time: Fraction | None = None  # of the frame before
         self._position = Fraction(-1)
@@ -37,6 +37,6 @@ class FrameTimes:
         elif self.uneven:
             self._position += passed / self._mean
         else:
-            self._position += max(round(passed / self._mean), 1) if damaged and self._mean else 1
+            self._position += max(round(passed / self._mean), 1) if damaged and self._mean > 0 else 1
         self._time = self._time if time is None else time
         return self._position

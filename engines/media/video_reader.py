@@ -169,8 +169,8 @@ class VideoReader:
         try:
             for packet in self._container.demux():
                 if packet.stream_index == self._stream.index and packet.size:
-                    stamps = (None if time is None else time * packet.time_base for time in (packet.pts, packet.dts))
-                    self._stamps.append(tuple(stamps))
+                    shown, decoded = (None if time is None else time * packet.time_base for time in (packet.pts, packet.dts))
+                    self._stamps.append((shown, decoded))
                 yield packet
         except av.error.FFmpegError:
             self._broken = True
@@ -255,12 +255,13 @@ class VideoReader:
     def _displayed(self, frame: av.VideoFrame) -> tuple[int, int]:
         """Width and height of a frame in display proportions, before it is turned. Its smaller side grows, so nothing is lost."""
         context = self._stream.codec_context
-        ratio = self._stream.sample_aspect_ratio or context.sample_aspect_ratio or Fraction(1)
-        if not Fraction(1, _MAX_STRETCH) <= ratio <= _MAX_STRETCH:
-            ratio = Fraction(1)
-        width, height = round(frame.width * max(ratio, 1)), round(frame.height / min(ratio, 1))
+        ratio = float(self._stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
+        if not 1 / _MAX_STRETCH <= ratio <= _MAX_STRETCH:
+            ratio = 1.0
+        wider, narrower = max(ratio, 1.0), min(ratio, 1.0)
+        width, height = round(frame.width * wider), round(frame.height / narrower)
         if width * height > self._max_pixels:
-            width, height = round(frame.width * min(ratio, 1)), round(frame.height / max(ratio, 1))
+            width, height = round(frame.width * narrower), round(frame.height / wider)
         return max(width, 1), max(height, 1)
 
     def _too_large(self) -> ImageTooLarge:
