@@ -25,13 +25,12 @@ def guarded(settings: Settings) -> Iterator[None]:
     with _owner_file(settings).open("w") as owner:
         with suppress(BlockingIOError):  # the guardian of a killed service has it, and still stops that one's server
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        command = [sys.executable, "-m", "deployments.hosting.guardian", settings.home]
-        guardian = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            yield
-        finally:
-            guardian.kill()
-            guardian.wait()
+        command = [sys.executable, "-m", "deployments.hosting.guardian", str(settings.home)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as guardian:
+            try:
+                yield
+            finally:
+                guardian.kill()
 
 
 def _owner_file(settings: Settings) -> Path:
