@@ -9,9 +9,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 ALLOWED = {b"user", b"database", b"client_encoding"}
 """Startup parameters; PgBouncer refuses all others that it does not keep track of."""
-SYNC = b"SQ"
-"""Types of the messages that the server answers with ReadyForQuery."""
-
 Message = tuple[bytes, bytes]
 
 
@@ -76,19 +73,21 @@ class Pooler:
     ) -> None:
         """Passes messages on until the server is outside a transaction. No other client is served meanwhile."""
         kind, body = await receive(client)
+        if kind == b"X":
+            raise ConnectionError
+
+        async def pass_on() -> None:
+            to_server.write(sent(kind, body))
+            while True:
+                to_server.write(sent(*await receive(client)))
+
         async with self.turn:
-            state = b""
-            while state != b"I":
-                if kind == b"X":
-                    raise ConnectionError
-                to_server.write(sent(kind, body))
-                if kind in SYNC:
-                    answer = b""
-                    while answer != b"Z":
-                        answer, state = await receive(server)
-                        to_client.write(sent(answer, state))
-                if state != b"I":
-                    kind, body = await receive(client)
+            passing = asyncio.create_task(pass_on())
+            answer: Message = (b"", b"")
+            while answer != (b"Z", b"I"):
+                answer = await receive(server)
+                to_client.write(sent(*answer))
+            passing.cancel()
 
 
 @asynccontextmanager
