@@ -88,6 +88,7 @@ class Pooler:
                 answer = await receive(server)
                 to_client.write(sent(*answer))
             passing.cancel()
+            await asyncio.wait([passing])
 
 
 @asynccontextmanager
