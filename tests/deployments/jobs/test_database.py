@@ -210,7 +210,7 @@ async def test_a_failover_only_delays_a_submission(store: JobStore, database: st
     submitting = asyncio.create_task(store.submit(NEW))
     await asyncio.sleep(0.3)
     assert not submitting.done()
-    await execute(database, f"SET default_transaction_read_only = off; ALTER DATABASE {name} RESET default_transaction_read_only")
+    await execute(database, f"BEGIN READ WRITE; ALTER DATABASE {name} RESET ALL; COMMIT")
     job = await submitting
     assert await store.get(job.id)
     await store.check()
