@@ -16,8 +16,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from importlib.resources import files
 from typing import Any, Self, TypeVar
 
@@ -48,11 +48,7 @@ _AWAY = (
     "57",  # shutdown, crash, statement_timeout
     "58",  # a file of the server could not be read or written
 )
-_REFUSED = (
-    "28",  # wrong password or user
-    "3D",  # no such database
-    "42501",  # the user lacks a privilege
-)
+_REFUSED = ("28", "3D", "42501")  # wrong password or user, no such database, no such privilege
 _LOST_STATEMENT = ("26000", "42P05")  # a statement that another session has prepared
 _TRANSACTION_POOLER = (
     "a pooler gives every transaction another session of the database, and LISTEN needs one of its own: set PgBouncer's pool_mode"
@@ -155,11 +151,8 @@ class Database:
     async def _run(self, work: Callable[[asyncpg.Connection], Any], patience_s: float) -> list[asyncpg.Record]:
         async with self._pool.acquire(timeout=max(1.0, patience_s)) as connection:
             try:
-                return list(await work(connection))
-            except asyncpg.InterfaceError as exc:
-                if connection.is_closed():  # it was just closing when it was taken from the pool
-                    raise ConnectionResetError(str(exc)) from exc
-                raise
+                with _end_as_os_error(connection):
+                    return list(await work(connection))
             except asyncpg.ReadOnlySQLTransactionError:
                 await self._pool.expire_connections()  # the URL may lead to another server by now
                 raise
@@ -195,6 +188,27 @@ def _outage(exc: Exception) -> StoreAway | None:
     if state.startswith(_AWAY) or isinstance(exc, OSError | asyncpg.InternalClientError):
         return StoreAway(f"{type(exc).__name__}: {text}")
     return None
+
+
+@contextmanager
+def _end_as_os_error(connection: asyncpg.Connection) -> Iterator[None]:
+    """asyncpg reports the use of a connection that has just ended as it does mistakes of ours."""
+    try:
+        yield
+    except asyncpg.InterfaceError as exc:
+        if connection.is_closed():
+            raise ConnectionResetError(str(exc)) from exc
+        raise
+
+
+@asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(url, timeout=CONNECT_S)
+    try:
+        with _end_as_os_error(connection):
+            yield connection
+    finally:
+        await connection.close()
 
 
 async def _riding_out(call: Callable[[], Awaitable[T]], patience_s: float) -> T:
@@ -234,8 +248,7 @@ async def migrate(url: str) -> None:
 
 
 async def _migrate(url: str) -> None:
-    connection = await asyncpg.connect(url, timeout=CONNECT_S)
-    try:
+    async with _connected(url) as connection:
         _refuse_old_server(connection)
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
@@ -248,24 +261,22 @@ async def _migrate(url: str) -> None:
                     await connection.execute(script)
                     await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
             await connection.execute(SQL.joinpath("functions.sql").read_text())
-            await _make_missing_triggers(connection)
+            made = {row["tgname"] for row in await connection.fetch(_TRIGGERS, _WITH_TRIGGERS)}
+            for name, statement in load_statements("triggers.sql").items():
+                if name not in made:
+                    await connection.execute(statement)
             await connection.execute("DELETE FROM schema_migrations WHERE name NOT LIKE '%.sql'")
             await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", _code_name())
-    finally:
-        await connection.close()
 
 
 async def _has_current_schema(url: str, upgrades: bool) -> bool:
     """Whether the database has this version's schema. False: it may be migrated. Raises `StoreRefused`."""
-    connection = await asyncpg.connect(url, timeout=CONNECT_S)
-    try:
+    async with _connected(url) as connection:
         _refuse_old_server(connection)
         await _refuse_transaction_pooler(connection, url)
         if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
             return False
         missing = await _missing(connection)
-    finally:
-        await connection.close()
     if missing and not upgrades:
         raise StoreRefused("the database has another version's schema: run `reelray database migrate` of this version")
     return not missing
@@ -286,11 +297,8 @@ async def _refuse_transaction_pooler(connection: asyncpg.Connection, url: str) -
 
     if await pid(connection) == connection.get_server_pid():
         return
-    other = await asyncpg.connect(url, timeout=CONNECT_S)
-    try:
+    async with _connected(url) as other:
         pairs = {(await pid(connection), await pid(other)) for _ in range(5)}
-    finally:
-        await other.close()
     if len(pairs) > 1 or any(one == another for one, another in pairs):
         raise StoreRefused(_TRANSACTION_POOLER)
 
@@ -319,13 +327,6 @@ def _migrations() -> dict[str, str]:
     """File name -> script, in the order of their numbers."""
     scripts = {file.name: file.read_text() for file in SQL.joinpath("migrations").iterdir() if file.name.endswith(".sql")}
     return dict(sorted(scripts.items()))
-
-
-async def _make_missing_triggers(connection: asyncpg.Connection) -> None:
-    made = {row["tgname"] for row in await connection.fetch(_TRIGGERS, _WITH_TRIGGERS)}
-    for name, statement in load_statements("triggers.sql").items():
-        if name not in made:
-            await connection.execute(statement)
 
 
 async def _prepare_session(connection: asyncpg.Connection) -> None:

@@ -20,11 +20,15 @@ READY_S = 60.0
 
 
 async def unleash(
-    settings: Settings, plan: Plan, rage_at: Callable[[System], Coroutine[Any, Any, None]] = System.rage
+    settings: Settings,
+    plan: Plan,
+    rage_at: Callable[[System], Coroutine[Any, Any, None]] = System.rage,
+    *,
+    to_its_end: bool = False,
 ) -> tuple[Findings, list[Table]]:
     """Findings and tables of one run. settings: their home must not exist yet; the caller stops the database server in it.
 
-    rage_at: what happens to the system while callers wait for their jobs.
+    rage_at: what happens to the system while callers wait for their jobs; to_its_end: and if they need not wait, until it ends.
     """
     async with callers.receivers(plan) as receivers, running(settings, plan) as system:
         async with httpx.AsyncClient(trust_env=False) as http:
@@ -33,6 +37,8 @@ async def unleash(
             rage = asyncio.create_task(rage_at(system))
             try:
                 outcome = await callers.Callers(system, receivers).run()
+                if to_its_end:
+                    await rage
             finally:
                 raged = rage.done()
                 rage.cancel()

@@ -3,6 +3,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
@@ -230,7 +231,7 @@ async def test_a_database_that_is_read_only_for_a_while_costs_no_job_and_no_atte
     async def wait(_: dict[str, Any]) -> None:
         await go_on.wait()
 
-    name = database.rpartition("/")[2].partition("?")[0]
+    name = urlsplit(database).path[1:]
     async with dispatching(store, files, ScriptedStages(wait), QueueSettings(lease_s=3, max_in_flight=2)):
         job_ids = [await submit(store) for _ in range(3)]
         for job_id in job_ids[:2]:
@@ -240,7 +241,7 @@ async def test_a_database_that_is_read_only_for_a_while_costs_no_job_and_no_atte
         await execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         go_on.set()
         await asyncio.sleep(1.5)
-        await execute(database, f"SET default_transaction_read_only = off; ALTER DATABASE {name} RESET ALL")
+        await execute(database, f"BEGIN READ WRITE; ALTER DATABASE {name} RESET ALL; COMMIT")
         jobs = [await ended(store, job_id) for job_id in job_ids]
     assert [(job.state, job.attempt) for job in jobs] == [(JobState.SUCCEEDED, 1)] * 3
 
@@ -445,14 +446,15 @@ async def test_a_dead_dispatchers_job_is_swept_up_by_another(store: JobStore, fi
 
 
 async def test_an_attempt_that_lost_its_lease_stops_and_changes_nothing(store: JobStore, files: FileStore, monkeypatch):
+    monkeypatch.setattr("deployments.jobs.database.OUTAGE_PAUSE_S", 0.05)
     stages = ScriptedStages(for_ever)
     async with dispatching(store, files, stages):
         job_id = await submit(store)
         await started(store, job_id)
         stages.act = nothing  # for later attempts
-        monkeypatch.setattr(store.claims, "heartbeat", _away)  # the network between the dispatcher and the store is cut
-        await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
-        monkeypatch.undo()
+        with monkeypatch.context() as cut:
+            cut.setattr(store.claims, "heartbeat", _away)  # the network between the dispatcher and the store is cut
+            await until(store, job_id, lambda job: (job.attempt == 1 and job.state is JobState.QUEUED) or job.attempt > 1)
         job = await ended(store, job_id)
         await asyncio.sleep(0.1)
         assert not stages.running, "the lost attempt has stopped"

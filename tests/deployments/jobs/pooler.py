@@ -3,15 +3,12 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from tempfile import TemporaryDirectory
 from urllib.parse import parse_qs, quote, urlsplit
 
 ALLOWED = {b"user", b"database", b"client_encoding"}
 """Startup parameters; PgBouncer refuses all others that it does not keep track of."""
-SYNC = b"SQ"
-"""Types of the messages that the server answers with ReadyForQuery."""
-
 Message = tuple[bytes, bytes]
 
 
@@ -24,6 +21,12 @@ def sent(kind: bytes, body: bytes) -> bytes:
     return kind + struct.pack("!I", len(body) + 4) + body
 
 
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+    writer.close()
+
+
 class Pooler:
     """upstream: the path of the server's socket. shared: transaction mode, with one connection for all clients."""
 
@@ -34,26 +37,21 @@ class Pooler:
         self.pool: tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes] | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        opened: list[asyncio.StreamWriter] = []
-        try:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
             startup = await reader.readexactly(struct.unpack("!I", await reader.readexactly(4))[0] - 4)
             if unknown := set(startup[4:].rstrip(b"\0").split(b"\0")[::2]) - ALLOWED:
                 text = b"unsupported startup parameter: " + unknown.pop()
                 writer.write(sent(b"E", b"SFATAL\0VFATAL\0C08P01\0M" + text + b"\0\0"))
-                return
-            server = self.pool or await self.connect(startup)
-            if self.shared:
-                self.pool = server
+            elif self.shared:
+                self.pool = self.pool or await self.connect(startup)
+                writer.write(self.pool[2])
+                while True:
+                    await self.transaction(reader, writer, *self.pool[:2])
             else:
-                opened.append(server[1])
-            writer.write(server[2])
-            while True:
-                await self.transaction(reader, writer, server[0], server[1])
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            for each in (writer, *opened):
-                each.close()
+                from_server, to_server, greeting = await self.connect(startup)
+                writer.write(greeting)
+                await asyncio.gather(copy(reader, to_server), copy(from_server, writer))
+        writer.close()
 
     async def connect(self, startup: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
         """A connection to the server, and the greeting for a client, with another key to cancel by."""
@@ -73,21 +71,24 @@ class Pooler:
         server: asyncio.StreamReader,
         to_server: asyncio.StreamWriter,
     ) -> None:
-        """Passes messages on until the server is outside a transaction; in transaction mode no other client is served then."""
+        """Passes messages on until the server is outside a transaction. No other client is served meanwhile."""
         kind, body = await receive(client)
-        async with self.turn if self.shared else asyncio.Lock():
-            state = b""
-            while state != b"I":
-                if kind == b"X":
-                    raise ConnectionError
-                to_server.write(sent(kind, body))
-                if kind in SYNC:
-                    answer = b""
-                    while answer != b"Z":
-                        answer, state = await receive(server)
-                        to_client.write(sent(answer, state))
-                if state != b"I":
-                    kind, body = await receive(client)
+        if kind == b"X":
+            raise ConnectionError
+
+        async def pass_on() -> None:
+            to_server.write(sent(kind, body))
+            while True:
+                to_server.write(sent(*await receive(client)))
+
+        async with self.turn:
+            passing = asyncio.create_task(pass_on())
+            answer: Message = (b"", b"")
+            while answer != (b"Z", b"I"):
+                answer = await receive(server)
+                to_client.write(sent(*answer))
+            passing.cancel()
+            await asyncio.wait([passing])
 
 
 @asynccontextmanager

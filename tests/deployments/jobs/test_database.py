@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -200,7 +201,7 @@ async def test_a_call_does_not_wait_for_ever_for_a_free_connection(database: str
 
 async def test_a_failover_only_delays_a_submission(store: JobStore, database: str) -> None:
     """The server of the old connections stays read-only, as the old primary does; a new connection leads to the new one."""
-    name = database.rpartition("/")[2].partition("?")[0]
+    name = urlsplit(database).path[1:]
     await execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     ours = "pid <> pg_backend_pid() AND datname = current_database()"
     await execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
@@ -209,7 +210,7 @@ async def test_a_failover_only_delays_a_submission(store: JobStore, database: st
     submitting = asyncio.create_task(store.submit(NEW))
     await asyncio.sleep(0.3)
     assert not submitting.done()
-    await execute(database, f"SET default_transaction_read_only = off; ALTER DATABASE {name} RESET default_transaction_read_only")
+    await execute(database, f"BEGIN READ WRITE; ALTER DATABASE {name} RESET ALL; COMMIT")
     job = await submitting
     assert await store.get(job.id)
     await store.check()
