@@ -116,7 +116,7 @@ class FileStore:
         """A name for `put_input`."""
         return f"inputs/{secrets.token_hex(16)}/data"
 
-    async def put_input(self, name: str, data: bytes) -> None:
+    async def put_input(self, name: str, data: bytes | bytearray) -> None:
         """Stores a file that an input refers to. Raises the file system's errors."""
         assert _INPUT.fullmatch(name)
         await asyncio.to_thread(self._write, self._path(name), data)
@@ -137,7 +137,7 @@ class FileStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes | bytearray) -> None:
         if isinstance(self._fs, LocalFileSystem):
             _write_durably(Path(path), data)
         else:
@@ -145,7 +145,7 @@ class FileStore:
             self._fs.pipe_file(path, data)  # object stores show an object only when it is complete
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write_durably(path: Path, data: bytes | bytearray) -> None:
     """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

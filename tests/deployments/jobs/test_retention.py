@@ -199,7 +199,8 @@ async def test_files_of_an_input_are_kept_until_its_job_ends(end: str, store: Jo
     if end == "cancel":
         await store.request_cancel(job.id)
     else:
-        assert (claim := await store.claims.take([ENDPOINT], 30.0)) is not None
+        claim = await store.claims.take([ENDPOINT], 30.0)
+        assert claim is not None
         failure = error_failure(GenerationFailed())
         await (store.claims.succeed(claim, {}, {}) if end == "succeed" else store.claims.fail(claim, failure, {}))
     assert 0 < await sql.fetchval(until) <= 600
