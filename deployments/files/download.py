@@ -114,7 +114,7 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-async def _write(file: BinaryIO, data: bytes) -> None:
+async def _write(file: BinaryIO, data: bytes | bytearray) -> None:
     with _storing():
         await asyncio.to_thread(file.write, data)
 
@@ -146,7 +146,7 @@ def told_to_caller(settings: FetchSettings, loc: tuple[str, str]) -> Iterator[No
         raise FileDownloadError("The file could not be downloaded: the connection failed.", loc) from exc
 
 
-def decoded_data_uri(pieces: Iterable[bytes], max_bytes: int) -> bytes:
+def decoded_data_uri(pieces: Iterable[bytes], max_bytes: int) -> bytearray:
     """RFC 2397, with the base64 that browsers accept (WHATWG "forgiving-base64"): line breaks inside, no padding.
 
     pieces: of the URI, the first one with its comma. Each is decoded by itself, because decoding holds the GIL: 60 MB at once
@@ -172,7 +172,7 @@ def decoded_data_uri(pieces: Iterable[bytes], max_bytes: int) -> bytes:
         found += base64.b64decode(left + b"=" * (-len(left) % 4), validate=True)
     except binascii.Error as exc:
         raise Refused("the data URI is not valid base64.") from exc
-    return bytes(found)
+    return found
 
 
 def _unquoted(pieces: Iterable[bytes]) -> Iterator[bytes]:

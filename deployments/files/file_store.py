@@ -152,7 +152,7 @@ class FileStore:
         """A name for `put_input`."""
         return f"inputs/{secrets.token_hex(16)}/data"
 
-    async def put_input(self, name: str, data: bytes) -> None:
+    async def put_input(self, name: str, data: bytes | bytearray) -> None:
         """Stores a file that an input refers to."""
         assert _INPUT.fullmatch(name)
         with _translated():
@@ -174,7 +174,7 @@ class FileStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes | bytearray) -> None:
         if isinstance(self._fs, LocalFileSystem):
             _write_durably(Path(path), data, Path(self._root, _INCOMPLETE))
         else:
@@ -198,7 +198,7 @@ def _delete_incomplete(folder: Path) -> None:
                 file.unlink()
 
 
-def _write_durably(path: Path, data: bytes, incomplete: Path) -> None:
+def _write_durably(path: Path, data: bytes | bytearray, incomplete: Path) -> None:
     """Temporary file, fsync, rename, fsync of the folders: after a power cut the file is there whole or not at all."""
     incomplete.mkdir(parents=True, exist_ok=True)
     made = [folder for folder in path.parents if not folder.exists()]

@@ -47,6 +47,6 @@ async def with_input(
     return replace(new, input=referring.model_dump(mode="json", exclude_none=True), files=tuple(names.values()))
 
 
-def _decoded(uri: memoryview, field: str, limits: FetchSettings) -> bytes:
+def _decoded(uri: memoryview, field: str, limits: FetchSettings) -> bytearray:
     with told_to_caller(limits, ("body", field)):
         return decoded_data_uri(unescaped(uri), limits.max_bytes)

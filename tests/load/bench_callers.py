@@ -91,8 +91,8 @@ def hosted(settings: Settings) -> Iterator[int]:
 async def send(port: int, body: bytes, number: int) -> int:
     """Submits a body, in pieces, under an idempotency key of its own. Returns the answer's status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST {SUBMIT}?fal_webhook=http://127.0.0.1:1/ HTTP/1.1\r\nhost: 127.0.0.1\r\nidempotency-key: {time.time_ns()} {number}\r\n"
-    writer.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode())
+    head = f"POST {SUBMIT}?fal_webhook=http://127.0.0.1:1/ HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+    writer.write(f"{head}idempotency-key: {number}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
     with suppress(ConnectionError):  # a body that is too large is answered before it has been sent
         for at in range(0, len(body), PIECE_BYTES):
             writer.write(body[at : at + PIECE_BYTES])
@@ -124,7 +124,7 @@ async def measure(port: int, body: bytes, times: int) -> tuple[dict[str, float],
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         await client.get("/measured")
         began = time.perf_counter()
-        statuses = await asyncio.gather(*(send(port, body, number) for number in range(times)))
+        statuses = await asyncio.gather(*(send(port, body, time.time_ns() + number) for number in range(times)))
         seconds = time.perf_counter() - began
         figures: dict[str, float] = (await client.get("/measured")).json()
     return figures, seconds, {status: statuses.count(status) for status in set(statuses)}
