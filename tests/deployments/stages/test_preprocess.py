@@ -180,7 +180,7 @@ def test_animatediff_stops_before_its_next_keyframe(demo_settings: Settings, mon
     replica = LocalStages(demo_settings).preprocess_replica
     loaded: list[Any] = []
     monkeypatch.setattr(
-        "engines.animatediff.preprocess.load_image", lambda *given: loaded.append(given) or torch.zeros(3, 64, 64)
+        "engines.animatediff.preprocess.load_scribble", lambda *given: loaded.append(given) or torch.zeros(3, 64, 64)
     )
     job = INPUT | {"keyframe_1_image_url": "data:;base64,aGk=", "keyframe_1_index": 8}
     files = dict.fromkeys(("keyframe_0_image_url", "keyframe_1_image_url"), Path(__file__))
