@@ -110,7 +110,7 @@ async def test_an_input_is_kept_but_never_served(files: FileStore, tmp_path: Pat
     assert (tmp_path / "copy").read_bytes() == b"a picture"
     assert await files.size(name) is None
     await files.delete(name)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StorageFailed):
         await files.copy_input(name, tmp_path / "copy")
 
 

@@ -200,7 +200,7 @@ async def test_submission_reads_as_little_beside_many_delayed_jobs(store: JobSto
     await transaction.start()
     before = await sql.fetchval(read)
     nothing = [None] * 4
-    await sql.fetch(QUERIES["submit"], uuid4(), ENDPOINT, "me", 0, "{}", None, 9, *nothing, False, None, True, None)
+    await sql.fetch(QUERIES["submit"], uuid4(), ENDPOINT, "me", 0, "{}", None, 9, *nothing, False, None, True, None, [])
     after = await sql.fetchval(read)
     await transaction.rollback()
     assert after - before < 100
