@@ -19,7 +19,7 @@ def group_of(nodeid: str) -> str:
         return f"wire {hosting[1]}"
     if folder == "chaos":
         return "chaos"
-    if folder == "kernels" and "fit" in test.partition("[")[0].split("_"):
+    if folder == "kernels" and {"fit", "fits"} & set(test.partition("[")[0].split("_")):
         return "compilers"
     if folder == "kernels" and rest not in (["test_bench.py"], ["test_choice.py"]):
         return "interpreters"

@@ -110,6 +110,6 @@ def test_inputs_at_full_size_are_as_published():
     assert residuals == [(16, channels, side, side) for channels, side in sizes]
     stock = build(lambda: UNetSpatioTemporalConditionModel(**controlnext_sizes.UNET))
     with_known_blend(stock)
-    motion = motion_call(SVDUNet(stock))
-    assert motion.multiple == 8
-    assert motion.shapes(Shape(24, 128, 72))["control"] == (24, 320, 64, 36)
+    svd = svd_call(SVDUNet(stock))
+    assert svd.multiple == 8
+    assert svd.shapes(Shape(24, 128, 72))["control"] == (24, 320, 64, 36)
