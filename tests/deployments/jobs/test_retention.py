@@ -192,7 +192,7 @@ async def test_concurrent_sweeps_delete_each_file_once(database: str, store: Job
 
 @pytest.mark.parametrize("end", ["cancel", "succeed", "fail"])
 async def test_files_of_an_input_are_kept_until_its_job_ends(end: str, store: JobStore, sql: asyncpg.Connection) -> None:
-    until = "SELECT extract(epoch FROM expires_at - now())::float FROM stored_files WHERE name = 'inputs/a'"
+    until = "SELECT (extract(epoch FROM expires_at) - extract(epoch FROM now()))::float FROM stored_files WHERE name = 'inputs/a'"
     await store.retention.add_file("inputs/a", DAY_S, "key", 7)
     job = await store.submit(NewJob(ENDPOINT, {}, owner="key", files=("inputs/a",)))
     assert await sql.fetchval(until) == inf
