@@ -43,6 +43,7 @@ def test_an_ipv6_address_is_in_brackets_in_a_url():
 @pytest.fixture
 def signals() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
