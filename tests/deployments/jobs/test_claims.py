@@ -11,7 +11,7 @@ import pytest
 from deployments.jobs.claims import LOW_SHARE
 from deployments.jobs.database import QUERIES
 from deployments.jobs.job import Claim, Job, NewJob
-from deployments.jobs.store import JobStore
+from deployments.jobs.store import JobStore, _submission
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -199,8 +199,7 @@ async def test_submission_reads_as_little_beside_many_delayed_jobs(store: JobSto
     transaction = sql.transaction()
     await transaction.start()
     before = await sql.fetchval(read)
-    nothing = [None] * 4
-    await sql.fetch(QUERIES["submit"], uuid4(), ENDPOINT, "me", 0, "{}", None, 9, *nothing, False, None, True, None, [])
+    await sql.fetch(QUERIES["submit"], *_submission(uuid4(), replace(NEW, owner="me")))
     after = await sql.fetchval(read)
     await transaction.rollback()
     assert after - before < 100
