@@ -46,7 +46,8 @@ def find_people(cells: Array, scale: float) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         centre = (values[sure, 0:2] + corner[sure]) * stride[sure]
         size = np.exp(values[sure, 2:4]) * stride[sure]
-        boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1) / np.float32(scale)
+        boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+        boxes /= np.float32(scale)
     near = (np.abs(boxes) < _FAR).all(axis=1)
     return _suppress(boxes[near], scores[sure][near]).astype(np.float64)
 
