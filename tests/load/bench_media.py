@@ -1,0 +1,120 @@
+"""What it costs a job that its files are decoded in a child process, not in the replica's own.
+
+Both ways decode the same files in turn, so that the machine's other work falls on both. The child is warm: it has decoded a file
+before. A job of AnimateDiff has three keyframes; one of ControlNeXt a reference image and 24 frames of its driving video.
+"""
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from engines.media import picture
+from engines.media.decoder import Decoder
+from engines.media.video_reader import open_video
+from tests.load.report import Report, table
+
+TARGET_MS = 20
+ROUNDS = 15
+STARTS = 5
+MAX_PIXELS = 50_000_000
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    """Smooth noise, which costs a decoder what a photo costs it."""
+    small = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(height: int, width: int, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(height, width)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def clip(path: Path, height: int, width: int) -> Path:
+    pixels = noise(height, width)
+    with av.open(path, "w") as output:
+        stream = output.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for index in range(48):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(pixels, 4 * index, axis=1), format="rgb24")))
+        output.mux(stream.encode())
+    return path
+
+
+def keyframes(data: bytes) -> tuple[Callable[[], Any], Callable[[Decoder], Any]]:
+    def here() -> None:
+        for _ in range(3):
+            picture.stretched(data, 512, 512, MAX_PIXELS)
+
+    def there(decoder: Decoder) -> None:
+        for _ in range(3):
+            decoder.picture("stretched", data, 512, 512, MAX_PIXELS)
+
+    return here, there
+
+
+def reference_and_video(data: bytes, path: Path) -> tuple[Callable[[], Any], Callable[[Decoder], Any]]:
+    def here() -> None:
+        picture.cover(data, 1024, 576, MAX_PIXELS, 64)
+        with open_video(path, MAX_PIXELS, 60) as video:
+            assert sum(1 for _ in video.frames(2, 24)) == 24
+
+    def there(decoder: Decoder) -> None:
+        decoder.picture("cover", data, 1024, 576, MAX_PIXELS, min_side=64)
+        with decoder.video(path, MAX_PIXELS, 60) as video:
+            assert sum(1 for _ in video.frames(2, 24)) == 24
+
+    return here, there
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Prints and keeps the figures."""
+    report = Report("media", "Media in a child process", "`python -m tests.load.bench_media` (`make bench-media`)")
+    report.add(" ".join(str(__doc__).split()))
+    report.add(f"Target: at most {TARGET_MS} ms a job.")
+    rows = table(f"Medians of {ROUNDS} rounds", "job", "in the replica, ms", "in a child, ms", "difference, ms")
+    with TemporaryDirectory() as folder:
+        small, large = clip(Path(folder) / "small.mp4", 576, 320), clip(Path(folder) / "large.mp4", 1920, 1080)
+        jobs = {
+            "3 PNG keyframes, 512x512": keyframes(encoded(512, 512, "PNG")),
+            "3 JPEG keyframes, 3000x2000": keyframes(encoded(2000, 3000, "JPEG")),
+            "JPEG 768x1024, 24 frames of 320x576": reference_and_video(encoded(1024, 768, "JPEG"), small),
+            "JPEG 3000x2000, 24 frames of 1080x1920": reference_and_video(encoded(2000, 3000, "JPEG"), large),
+        }
+        decoder = Decoder()
+        for name, (here, there) in jobs.items():
+            there(decoder)
+            pairs = [(seconds(here), seconds(lambda there=there: there(decoder))) for _ in range(ROUNDS)]
+            inside, outside = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
+            apart = 1000 * statistics.median(after - before for before, after in pairs)
+            rows.add_row(name, f"{inside:.1f}", f"{outside:.1f}", f"{apart:+.1f}")
+        decoder.close()
+    report.add(rows)
+    first = statistics.median(seconds(lambda: started(encoded(512, 512, "PNG"))) for _ in range(STARTS))
+    report.add(f"The first file of a new child, e.g. after one that died, waits {1000 * first:.0f} ms in all.")
+    report.save()
+
+
+def started(data: bytes) -> None:
+    decoder = Decoder()
+    decoder.picture("stretched", data, 512, 512, MAX_PIXELS)
+    decoder.close()
+
+
+if __name__ == "__main__":
+    main()
