@@ -4,19 +4,16 @@ Unknown keys are refused at every level, so a misspelt option never passes for i
 """
 
 import os
-from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from fsspec.utils import get_protocol
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from deployments.schemas.endpoint import ENDPOINTS
-from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.backends.config import EngineConfig
-from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
+from deployments.schemas.endpoint import ENDPOINTS, Endpoint
+from engines.config import ModelConfig
 from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
@@ -130,7 +127,17 @@ class WebhookSettings(_Strict):
     max_per_owner: int = Field(64, ge=1)
 
 
-class Settings(_Strict):
+if TYPE_CHECKING:
+
+    class _Endpoints(_Strict):
+        pass
+
+else:  # a field for each endpoint, named after its family
+    _configs = {endpoint.family: (endpoint.config | None, endpoint.config()) for endpoint in ENDPOINTS.values()}
+    _Endpoints = create_model("_Endpoints", __base__=_Strict, **_configs)
+
+
+class Settings(_Endpoints):
     """The service.
 
     home: folder for everything the embedded defaults keep (database, files, demo weights).
@@ -150,7 +157,7 @@ class Settings(_Strict):
     ones everywhere; or "refuse" them.
     max_body_bytes: the largest submission, data URIs included.
     max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
-    animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
+    animatediff, controlnext, and so on: the config of each endpoint, by its family; null leaves the endpoint out.
     """
 
     home: Path = Field(default_factory=lambda: Path(os.environ.get("REELRAY_HOME", "~/.reelray")).expanduser().absolute())
@@ -169,8 +176,6 @@ class Settings(_Strict):
     retention: RetentionSettings = RetentionSettings()
     quotas: QuotaSettings = QuotaSettings()
     webhooks: WebhookSettings = WebhookSettings()
-    animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
-    controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
 
     @property
     def files_url(self) -> str:
@@ -200,21 +205,21 @@ class Settings(_Strict):
                 " object store's URL, or files_shared: true if it is a folder that every node mounts."
             )
 
-    def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
+    def model_configs(self) -> dict[str, ModelConfig]:
         """Model name -> its config, with "demo" and what lies below `home` turned into folders. Models left out are absent."""
-        configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
-        if (animatediff := self.animatediff) is not None:
-            if animatediff.weights == "demo":
-                animatediff = replace(animatediff, weights=AnimateDiffWeights.demo(self.demo_weights / "animatediff"))
-            configs["animatediff-sparsectrl-lcm"] = replace(animatediff, engine=self._placed(animatediff.engine))
-        if (controlnext := self.controlnext) is not None:
-            if controlnext.weights == "demo":
-                controlnext = replace(controlnext, weights=ControlNeXtWeights.demo(self.demo_weights / "controlnext"))
-            configs["controlnext"] = replace(controlnext, engine=self._placed(controlnext.engine))
-        return configs
+        return {
+            endpoint.model: config.placed(self.demo_weights / endpoint.family, self.home / "engines")
+            for endpoint in ENDPOINTS.values()
+            if (config := self._config(endpoint)) is not None
+        }
 
-    def _placed(self, engine: EngineConfig) -> EngineConfig:
-        return engine if engine.folder is not None else replace(engine, folder=self.home / "engines")
+    def wants_demo_weights(self, endpoint: Endpoint) -> bool:
+        """Whether the endpoint is served, with its demo checkpoint."""
+        return getattr(self._config(endpoint), "weights", None) == "demo"
+
+    def _config(self, endpoint: Endpoint) -> ModelConfig | None:
+        config: ModelConfig | None = getattr(self, endpoint.family)
+        return config
 
 
 class Exposed(ReelrayError):

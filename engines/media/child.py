@@ -22,7 +22,9 @@ from engines.media.messages import Closed, fill, receive, send
 from engines.media.video_reader import reading
 
 MAX_PIXELS = 1000
-"""Of the pictures in `warm_up`."""
+"""Of the files in `warm_up`."""
+
+_PICTURES = (("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB"), ("GIF", "P"), ("TIFF", "I"), ("WEBP", "RGBA"), ("BMP", "1"))
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def warm_up() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"sRGB", b"test")
     exif = Image.Exif()
     exif[0x0112] = 6
-    for kind, mode in (("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB"), ("GIF", "P"), ("TIFF", "I"), ("WEBP", "RGBA"), ("BMP", "1")):
+    for kind, mode in _PICTURES:
         buffer = io.BytesIO()
         options: dict[str, Any] = {"icc_profile": profile, "exif": exif} if kind == "JPEG" else {}
         Image.new(mode, (9, 8)).save(buffer, kind, **options)
@@ -53,7 +55,7 @@ def warm_up() -> None:
     for kind, codec in (("mp4", "mpeg4"), ("matroska", "mjpeg")):
         buffer = io.BytesIO()
         with av.open(buffer, "w", kind) as output:
-            stream = output.add_stream(codec, rate=25)
+            stream: Any = output.add_stream(codec, rate=25)
             stream.width = stream.height = 16
             stream.pix_fmt = "yuv420p" if codec == "mpeg4" else "yuvj420p"
             output.mux([*stream.encode(av.VideoFrame(16, 16, stream.pix_fmt)), *stream.encode()])
@@ -89,7 +91,7 @@ def _answer(connection: socket.socket) -> bool:
 
 def _picture(connection: socket.socket, data: bytes, kind: str, **options: int) -> None:
     pixels = getattr(picture, kind)(data, **options)
-    send(connection, {}, memoryview(np.ascontiguousarray(pixels)).cast("B"))
+    send(connection, {}, np.ascontiguousarray(pixels).data.cast("B"))
 
 
 def _video(connection: socket.socket, file: Any, max_pixels: int, max_duration_s: float) -> None:
@@ -97,7 +99,7 @@ def _video(connection: socket.socket, file: Any, max_pixels: int, max_duration_s
         send(connection, {"height": video.height, "width": video.width, "declared": video.declared_frames})
         asked, _ = receive(connection)
         for frame in video.frames(asked["stride"], asked["count"]):
-            send(connection, {}, memoryview(frame).cast("B"))
+            send(connection, {}, frame.data.cast("B"))
         send(connection, {"notes": video.notes})
 
 

@@ -131,7 +131,7 @@ class Child:
             raise Died("its decoder failed")
         pixels = np.empty(shape, np.uint8)
         try:
-            fill(self._socket, memoryview(pixels).cast("B"), lambda: self._waiting(should_stop))
+            fill(self._socket, pixels.data.cast("B"), lambda: self._waiting(should_stop))
         except Closed as exc:
             raise self._death() from exc
         return pixels
