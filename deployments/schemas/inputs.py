@@ -133,8 +133,8 @@ class EndpointInput(BaseModel):
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
 
     def media(self) -> dict[str, str]:
-        """Field name -> URL, data URI or, in a stored input, reference of every file to fetch."""
-        raise NotImplementedError
+        """Field name -> URL, data URI or, in a stored input, reference of every file to fetch; none by default."""
+        return {}
 
     def spec(self, media: Mapping[str, Path]) -> RenderSpec:
         """What to render. media: field -> file, for each field of `media()`; the files are read here, or later by the model."""
