@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.files.file_store import FileStore
-from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
+from deployments.ingress import catalogue_routes, queue_routes, service_routes, status_stream, webhook_routes
 from deployments.ingress.body import Bodies
 from deployments.ingress.middleware import add_middleware, failure_response
 from deployments.ingress.quotas import Quotas
@@ -63,8 +63,10 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
     app.state.bodies = Bodies(settings.max_bodies_bytes)
     app.state.quotas = Quotas(settings.quotas)
     queue_routes.add_submit_routes(app, settings.model_configs())
-    for routes in (queue_routes, status_stream, webhook_routes, service_routes):
+    for routes in (queue_routes, status_stream, webhook_routes, service_routes, catalogue_routes):
         app.include_router(routes.router)
+    app.include_router(catalogue_routes.documents)
+    catalogue_routes.describe(app)
     add_middleware(app, settings)
     app.add_exception_handler(ReelrayError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

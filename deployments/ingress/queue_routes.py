@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 IGNORED_HEADER = "x-reelray-ignored-fields"
 """Of the answer to a submission: the names of fields that the endpoint does not have, percent-encoded."""
 
-router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+router = APIRouter(prefix="/queue", route_class=TextRoute, include_in_schema=False)  # `schemas/openapi.py` describes them
 
 
 def add_submit_routes(app: FastAPI, models: Collection[str]) -> None:
@@ -62,10 +62,7 @@ def _add_submit_route(app: FastAPI, endpoint: Endpoint) -> None:
         submit,
         route_class_override=TextRoute,
         methods=["POST"],
-        tags=["queue"],
-        summary=endpoint.id,
-        description=endpoint.input.__doc__ or "",
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": endpoint.input.model_json_schema()}}}},
+        include_in_schema=False,
     )
 
 

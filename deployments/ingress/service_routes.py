@@ -1,6 +1,7 @@
 """The routes of the service itself: its public keys, tokens, files and health."""
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -20,6 +21,14 @@ HEALTH_TIMEOUT_S = 2.0
 MAX_TOKEN_BODY_BYTES = 10_000
 JWKS_MAX_AGE_S = 3600
 
+_TOKEN_BODY = {"requestBody": {"content": {"application/json": {"schema": TokenRequest.model_json_schema(by_alias=False)}}}}
+_FILE_ANSWERS: dict[int | str, Any] = {
+    200: {"description": "The file.", "content": {"*/*": {"schema": {}}}},
+    206: {"description": "The range.", "content": {"*/*": {"schema": {}}}},
+    304: {"description": "The file has not changed."},
+    416: {"description": "The range begins after the end of the file."},
+}
+
 router = APIRouter(route_class=TextRoute)
 
 
@@ -31,7 +40,7 @@ async def keys(request: Request) -> Response:
     return JSONResponse(jwks(published), headers={"cache-control": f"public, max-age={JWKS_MAX_AGE_S}"})
 
 
-@router.post("/rest/tokens/")
+@router.post("/rest/tokens/", response_model=str, openapi_extra=_TOKEN_BODY)
 @router.post("/rest/tokens", include_in_schema=False)
 @router.post("/rest/tokens/realtime", include_in_schema=False)
 async def token(request: Request) -> Response:
@@ -49,7 +58,7 @@ async def token(request: Request) -> Response:
 
 
 @router.head("/files/{name:path}", include_in_schema=False)
-@router.get("/files/{name:path}")
+@router.get("/files/{name:path}", response_class=Response, responses=_FILE_ANSWERS)
 async def file(request: Request, name: str) -> Response:
     """A generated file, or the byte range asked for."""
     return await file_response(files_of(request), name, request)

@@ -29,7 +29,7 @@ it, and sends at least a comment to keep the connection open."""
 STREAM_PAUSE_S = 0.2
 """In seconds. Log lines that follow an event this soon are sent together in the next one; a change of state is sent at once."""
 
-router = APIRouter(prefix="/queue", tags=["queue"], route_class=TextRoute)
+router = APIRouter(prefix="/queue", route_class=TextRoute, include_in_schema=False)  # `schemas/openapi.py` describes it
 
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")

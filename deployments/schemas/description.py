@@ -40,3 +40,8 @@ class Endpoint:
     input: type[EndpointInput]
     output: type[BaseModel]
     config: type[ModelConfig]
+
+    @property
+    def description(self) -> str:
+        """One sentence: what the input's class says of itself."""
+        return (self.input.__doc__ or "").partition("\n")[0]

@@ -56,7 +56,7 @@ Bool = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, NOT_BOOL, Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_cut)]
 """A longer text is cut, and the job's log says so."""
-MediaUrl = Annotated[str, AfterValidator(_fetchable)]
+MediaUrl = Annotated[str, AfterValidator(_fetchable), Field(json_schema_extra={"pattern": "^(https?://|data:)"})]
 OptionalMediaUrl = Annotated[MediaUrl | None, EMPTY_IS_NONE]
 
 I = TypeVar("I", bound="EndpointInput")  # noqa: E741

@@ -28,4 +28,4 @@ def test_a_third_endpoint_is_served_like_the_others(service: Service):
     described = httpx.get(f"{service.url}/api/openapi/queue/openapi.json", params={"endpoint_id": ENDPOINT}).json()
     assert described["components"]["schemas"]["SolidInput"]["properties"]["grey"]["maximum"] == 255
     listed = httpx.get(f"{service.url}/v1/models").json()["models"]
-    assert [model["endpoint_id"] for model in listed][0] == ENDPOINT
+    assert ENDPOINT in {model["endpoint_id"] for model in listed}

@@ -262,6 +262,20 @@ SELECT id, endpoint, state, created_at, attempt, max_attempts FROM jobs
 WHERE ($2::text IS NULL OR endpoint = $2) AND ($3::text IS NULL OR state = $3)
 ORDER BY id DESC LIMIT $1
 
+-- name: history
+-- Jobs of one owner and endpoint that ended within a time, newest end first, after a place in that order ($7, $8; null: from the
+-- beginning). $5: how they ended (null: anyhow). $10: with their payloads.
+SELECT id, endpoint, created_at, started_at, finished_at, failure,
+    CASE WHEN $10::boolean THEN input END AS input, CASE WHEN $10::boolean THEN result END AS result
+FROM jobs
+WHERE finished_at IS NOT NULL AND coalesce(owner, '') = coalesce($1, '') AND endpoint = $2 AND finished_at >= $3 AND finished_at < $4
+    AND ($5::text[] IS NULL OR CASE
+        WHEN failure IS NULL THEN 'success' WHEN (failure ->> 'status')::integer >= 500 THEN 'error' ELSE 'user_error'
+    END = ANY ($5::text[]))
+    AND ($6::uuid IS NULL OR id = $6)
+    AND ($7::timestamptz IS NULL OR (finished_at, id) < ($7, $8::uuid))
+ORDER BY finished_at DESC, id DESC LIMIT $9
+
 -- name: create_key
 -- A key with its first secret. Changes nothing if the id is taken, see `submit`.
 WITH made AS (

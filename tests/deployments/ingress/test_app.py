@@ -862,7 +862,7 @@ async def test_a_service_open_to_the_network_still_refuses_strangers_pages(setti
 async def test_openapi_describes_the_endpoint(alone: httpx.AsyncClient) -> None:
     document = (await alone.get("/openapi.json")).json()
     schema = document["paths"][SUBMIT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "prompt" in schema["properties"]
+    assert "prompt" in document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
 
 
 # Files

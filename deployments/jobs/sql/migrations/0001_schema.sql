@@ -60,6 +60,7 @@ CREATE INDEX jobs_running ON jobs (endpoint, priority, turn) WHERE state = 'runn
 CREATE INDEX jobs_running_by_owner ON jobs (owner) WHERE state = 'running' AND owner IS NOT NULL;
 CREATE INDEX jobs_running_by_token ON jobs (token) WHERE state = 'running';
 CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX jobs_history ON jobs ((coalesce(owner, '')), endpoint, finished_at, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX jobs_ended_unstored ON jobs (finished_at) WHERE finished_at IS NOT NULL AND NOT store_io;
 
 -- Every state a job has been in: `reelray jobs show`.
