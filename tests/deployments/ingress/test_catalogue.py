@@ -85,6 +85,7 @@ async def test_a_history_has_the_requests_that_ended_newest_first_in_pages(clien
     ids = [await ended(store, how) for how in ("success", ImageLoadError(), RunnerFailed(), "cancelled", "success")]
     await ended(store, "success", CONTROLNEXT)
     await store.submit(NewJob(ANIMATEDIFF, INPUT))
+    await store.claims.take([ANIMATEDIFF], 60, 60)
     page = await got(client, HISTORY, endpoint_id=ANIMATEDIFF)
     assert [item["request_id"] for item in page["items"]] == ids[::-1]
     assert [item["status_code"] for item in page["items"]] == [200, 499, 500, 422, 200]
