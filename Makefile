@@ -62,6 +62,14 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers
 
+.PHONY: bench-media
+bench-media: install ## measure what decoding callers' files in a child process costs a job
+	$(BIN)/python -m tests.load.bench_media
+
+.PHONY: fuzz
+fuzz: install ## send requests made up from our OpenAPI documents, EXAMPLES of each operation
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),300) $(BIN)/pytest --timeout 3600 tests/deployments/ingress/test_schema.py
+
 .PHONY: bench-kernels
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
 	$(BIN)/python -m kernels.bench

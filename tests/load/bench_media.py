@@ -1,13 +1,16 @@
 """What it costs a job that its files are decoded in a child process, not in the replica's own.
 
 Both ways decode the same files in turn, so that the machine's other work falls on both. The child is warm: it has decoded a file
-before. A job of AnimateDiff has three keyframes; one of ControlNeXt a reference image and 24 frames of its driving video.
+before. A job of AnimateDiff has three keyframes; one of ControlNeXt a reference image and 24 frames of its driving video. The
+last lines are the whole preprocessing of such a job with the demo weights: there a child decodes the next frame while the replica
+looks for people in this one.
 """
 
 import io
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,13 +19,19 @@ import av
 import numpy as np
 from PIL import Image
 
+import engines.media.image as image_module
+from engines.controlnext import preprocess
+from engines.controlnext.config import ControlNeXtConfig
+from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
+from engines.controlnext.demo_weights import write_demo_weights
+from engines.controlnext.spec import ControlNeXtSpec
 from engines.media import picture
 from engines.media.decoder import Decoder
 from engines.media.video_reader import open_video
 from tests.load.report import Report, table
 
 TARGET_MS = 20
-ROUNDS = 15
+ROUNDS = 9
 STARTS = 5
 MAX_PIXELS = 50_000_000
 
@@ -76,6 +85,38 @@ def reference_and_video(data: bytes, path: Path) -> tuple[Callable[[], Any], Cal
     return here, there
 
 
+class InReplica:
+    """A decoder without children."""
+
+    def picture(self, kind: str, data: bytes, height: int, width: int, max_pixels: int, **options: Any) -> Any:
+        options.pop("should_stop", None)
+        return getattr(picture, kind)(data, height, width, max_pixels, **options)
+
+    @contextmanager
+    def video(self, path: Path, max_pixels: int, max_duration_s: float, should_stop: Any = None) -> Iterator[Any]:
+        with open_video(path, max_pixels, max_duration_s) as video:
+            video.at_most = lambda stride, count: count  # type: ignore[attr-defined]
+            yield video
+
+
+def preprocessing(folder: Path, data: bytes, path: Path) -> tuple[Callable[[], Any], Callable[[Decoder], Any]]:
+    image = folder / "person.png"
+    image.write_bytes(data)
+    weights = write_demo_weights(folder / "controlnext")
+    stage = preprocess.Preprocess(ControlNeXtConfig(weights=weights))
+    spec = ControlNeXtSpec(1, 1, 1.0, image, path, max_frame_num=25, height=512, width=320)
+
+    def encode(decoder: Any) -> None:
+        kept = preprocess.DECODER
+        try:
+            preprocess.DECODER = image_module.DECODER = decoder  # type: ignore[attr-defined]
+            stage.encode(spec)
+        finally:
+            preprocess.DECODER = image_module.DECODER = kept  # type: ignore[attr-defined]
+
+    return lambda: encode(InReplica()), encode
+
+
 def seconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
@@ -87,7 +128,7 @@ def main() -> None:
     report = Report("media", "Media in a child process", "`python -m tests.load.bench_media` (`make bench-media`)")
     report.add(" ".join(str(__doc__).split()))
     report.add(f"Target: at most {TARGET_MS} ms a job.")
-    rows = table(f"Medians of {ROUNDS} rounds", "job", "in the replica, ms", "in a child, ms", "difference, ms")
+    rows = table(f"The fastest of {ROUNDS} rounds each way", "job", "in the replica, ms", "in a child, ms", "difference, ms")
     with TemporaryDirectory() as folder:
         small, large = clip(Path(folder) / "small.mp4", 576, 320), clip(Path(folder) / "large.mp4", 1920, 1080)
         jobs = {
@@ -96,13 +137,16 @@ def main() -> None:
             "JPEG 768x1024, 24 frames of 320x576": reference_and_video(encoded(1024, 768, "JPEG"), small),
             "JPEG 3000x2000, 24 frames of 1080x1920": reference_and_video(encoded(2000, 3000, "JPEG"), large),
         }
+        person, dance = puppet_image(512, 320), Path(folder) / "dance.mp4"
+        for height, width in ((576, 320), (1920, 1080)):
+            write_puppet_clip(dance := dance.with_stem(f"dance{height}"), 48, height, width, 30)
+            jobs[f"preprocessing, 24 frames of {width}x{height}"] = preprocessing(Path(folder), person, dance)
         decoder = Decoder()
         for name, (here, there) in jobs.items():
             there(decoder)
             pairs = [(seconds(here), seconds(lambda there=there: there(decoder))) for _ in range(ROUNDS)]
-            inside, outside = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
-            apart = 1000 * statistics.median(after - before for before, after in pairs)
-            rows.add_row(name, f"{inside:.1f}", f"{outside:.1f}", f"{apart:+.1f}")
+            inside, outside = (1000 * min(side) for side in zip(*pairs, strict=True))
+            rows.add_row(name, f"{inside:.1f}", f"{outside:.1f}", f"{outside - inside:+.1f}")
         decoder.close()
     report.add(rows)
     first = statistics.median(seconds(lambda: started(encoded(512, 512, "PNG"))) for _ in range(STARTS))
