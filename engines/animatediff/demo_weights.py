@@ -43,8 +43,8 @@ _SCHEDULER = {  # SD 1.5's own, with the scaled-linear betas that the loader mus
 class DemoSize:
     """Of the random checkpoint.
 
-    channels: of the UNet's levels. layers: of a level; the published UNet has two. latent: height and width in latents of 8 pixels.
-    vae_channels: of the VAE's levels.
+    channels: of the UNet's levels. layers: of a level; the published UNet has two.
+    latent: height and width in latents of 8 pixels. vae_channels: of the VAE's levels.
     """
 
     channels: tuple[int, int] = (32, 64)
