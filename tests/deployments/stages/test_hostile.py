@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from PIL import Image
 
 from deployments.files import download as download_module
 from deployments.schemas.endpoint import ENDPOINTS
@@ -95,7 +97,7 @@ async def renders(stages: LocalStages) -> bool:
     """Whether a job with a keyframe goes through all three stages."""
     job = keyframe(data_uri(puppet_image(64, 64))) | {"seed": 3, "num_inference_steps": 1}
     conditioning = (await stages.preprocess(job, nothing)).product
-    latents = (await stages.denoise(conditioning, CheckpointRef("checkpoints/x", False), nothing)).product
+    latents = (await stages.denoise(conditioning, CheckpointRef(f"checkpoints/{uuid4()}", False), nothing)).product
     clip: Done[Any] = await stages.decode(latents, nothing)
     return bool(clip.product.num_frames == 16)
 
@@ -196,7 +198,5 @@ async def test_a_child_that_was_attacked_serves_the_next_file(stages: LocalStage
     """All of the above in one process: what is left of it decodes as before."""
     assert await renders(stages)
     assert all(child.alive for child in DECODER._idle)
-    from PIL import Image
-
     red = encoded(Image.new("RGB", (64, 64), "red"), "PNG")
     assert DECODER.picture("stretched", red, 8, 8, 10_000)[0, 0].tolist() == [255, 0, 0]
