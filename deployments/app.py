@@ -191,7 +191,9 @@ def _nodes() -> int:
 def _stage(replica: type, endpoint: Endpoint, stage: Stage) -> Any:
     """A stage's deployment, with what fits a small machine where the YAML says nothing of it."""
     calls = 4 if stage == "preprocess" else 2  # the two others work on one at a time; the next waits with its data already here
-    options = {"max_ongoing_requests": calls, "health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
+    options: dict[str, Any] = {"max_ongoing_requests": calls, "health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
+    if stage == "denoise":
+        options["graceful_shutdown_timeout_s"] = 60  # longer than a UNet call and writing a checkpoint take together
     return _deploy(replica, f"{endpoint.family}-{stage}", **options)
 
 

@@ -36,8 +36,8 @@ START_S, ANSWER_S = 60.0, 600.0
 """How long a child may take to start, and how long between two answers, in seconds of wall time."""
 POLL_S = 0.1
 """How often a call that waits for its child asks whether to stop, in seconds."""
-KEPT = 2
-"""How many children may be idle. Each takes 60 MB."""
+KEPT = 4
+"""How many children may be idle: as many as there are calls at once in a replica. Each takes 60 MB."""
 MOST_FILES = 1000
 """After so many files a child is replaced, with whatever its libraries have leaked."""
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL")
@@ -68,7 +68,8 @@ class Child:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(POLL_S)
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        environment |= {"PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"}  # seccomp lets no thread start later
+        places = filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
+        environment |= {"PYTHONPATH": os.pathsep.join(places), "OPENBLAS_NUM_THREADS": "1"}  # no thread may start later
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _CODE, str(theirs.fileno()), str(limits.memory_bytes)],
