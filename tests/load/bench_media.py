@@ -2,7 +2,7 @@
 
 Both ways decode the same files in turn, so that the machine's other work falls on both. The child is warm: it has decoded a file
 before. A job of AnimateDiff has three keyframes; one of ControlNeXt a reference image and 24 frames of its driving video. The
-last lines are the whole preprocessing of such a job with the demo weights: there a child decodes the next frame while the replica
+last line is the whole preprocessing of such a job with the demo weights: there a child decodes the next frame while the replica
 looks for people in this one.
 """
 
@@ -137,10 +137,9 @@ def main() -> None:
             "JPEG 768x1024, 24 frames of 320x576": reference_and_video(encoded(1024, 768, "JPEG"), small),
             "JPEG 3000x2000, 24 frames of 1080x1920": reference_and_video(encoded(2000, 3000, "JPEG"), large),
         }
-        person, dance = puppet_image(512, 320), Path(folder) / "dance.mp4"
-        for height, width in ((576, 320), (1920, 1080)):
-            write_puppet_clip(dance := dance.with_stem(f"dance{height}"), 48, height, width, 30)
-            jobs[f"preprocessing, 24 frames of {width}x{height}"] = preprocessing(Path(folder), person, dance)
+        dance = Path(folder) / "dance.mp4"
+        write_puppet_clip(dance, 48, 576, 320, 30)
+        jobs["preprocessing, 24 frames of 320x576"] = preprocessing(Path(folder), puppet_image(512, 320), dance)
         decoder = Decoder()
         for name, (here, there) in jobs.items():
             there(decoder)
