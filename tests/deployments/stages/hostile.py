@@ -208,7 +208,7 @@ def images() -> Iterator[tuple[str, bytes]]:
     yield "a floating-point TIFF", encoded(Image.new("F", (64, 64)), "TIFF")
     for kind, mode in (("PPM", "RGB"), ("ICO", "RGB"), ("TGA", "RGB"), ("PCX", "RGB"), ("DDS", "RGB"), ("SGI", "RGB")):
         yield f"a {kind}", encoded(grey.convert(mode), kind)
-    for kind in ("JPEG2000", "PDF", "EPS", "IM"):
+    for kind in ("JPEG2000", "PDF", "EPS"):
         yield f"a {kind}", encoded(grey, kind)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield "a colour profile alone", profile
