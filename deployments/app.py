@@ -80,9 +80,9 @@ class PreprocessReplica:
 
         self.wrapper = Preprocess(*args)
 
-    async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
+    async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
-        items = crossing(self.wrapper.run(job_input))
+        items = crossing(self.wrapper.run(job_input, alone))
         async with aclosing(items):
             async for item in items:
                 yield item

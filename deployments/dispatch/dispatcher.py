@@ -255,7 +255,9 @@ class Dispatcher:
         watchdog.waiting()
         metrics.at_work = None
         if latents is None:
-            conditioning = product_of("preprocess", await stages.preprocess(claim.input, notes_of("preprocess")))
+            suspect = "preprocess" in claim.lost_in
+            made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
+            conditioning = product_of("preprocess", made)
             latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
         clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine

@@ -35,6 +35,8 @@ START_TIMEOUT_S = 120.0
 SUPERVISION_INTERVAL_S = 2.0
 RECYCLED_AFTER_S = 3.0
 """How long the server may refuse to start because another one is just starting or stopping. After it, the pid file is checked."""
+GUARDED = "REELRAY_GUARDED"
+"""Set in the processes of a service whose server is stopped when it ends, see `guardian.py`."""
 NO_PID = 2**31 - 1
 """Above every system's pid_max."""
 
@@ -79,7 +81,8 @@ def stop_embedded(settings: Settings) -> None:
     if settings.database != "embedded" or not folder.exists():
         return
     with _locked(folder):
-        if _readiness(folder) != 2:  # it is ours: pg_ctl would signal any process with the pid in the file
+        # it is ours: pg_ctl would signal any process with the pid in the file
+        if _readiness(folder) != 2 or _runs(folder):  # it may only be too busy to answer
             _run(folder, "pg_ctl", "-D", "data", "-m", "fast", "-t", "60", "-w", "stop")
         if _socket_folder(folder) != folder:
             shutil.rmtree(_socket_folder(folder), ignore_errors=True)
@@ -158,6 +161,8 @@ def _ensure_running(folder: Path) -> None:
     while (ready := _readiness(folder)) != 0:
         waited = time.monotonic() - began
         if ready == 2:
+            if _orphaned(folder):
+                raise PostgresFailed("the service that this process belongs to has ended")
             try:
                 _start(folder)
                 continue
@@ -169,6 +174,24 @@ def _ensure_running(folder: Path) -> None:
         elif waited > START_TIMEOUT_S:
             raise PostgresFailed(f"PostgreSQL in {folder} does not become ready, see its server.log")
         time.sleep(0.2)
+
+
+def owner_file(folder: Path) -> Path:
+    """Locked by the service that the server belongs to, if it has one."""
+    return folder / "owner"
+
+
+def _orphaned(folder: Path) -> bool:
+    """Whether this is a process of a service that was killed. Some of Ray's live on for seconds, and would start the server again
+    that the guardian has stopped."""
+    if GUARDED not in os.environ:
+        return False
+    with owner_file(folder).open("a") as owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _readiness(folder: Path) -> int:
@@ -212,13 +235,18 @@ def _disown_recycled_pid(folder: Path) -> None:
     pid_file = folder / "data" / "postmaster.pid"
     if not pid_file.exists() or not Path("/proc/self/cwd").exists():  # outside Linux we cannot tell, so we do not touch it
         return
-    pid, _, rest = pid_file.read_text().partition("\n")
-    try:
-        alive = Path(f"/proc/{pid}/cwd").readlink() == folder / "data"
-    except OSError:  # gone, or a zombie
-        alive = False
-    if not alive:
+    if not _runs(folder):
+        _, _, rest = pid_file.read_text().partition("\n")
         pid_file.write_text(f"{NO_PID}\n{rest}")
+
+
+def _runs(folder: Path) -> bool:
+    """Whether the process in the pid file is this folder's server, told by its working folder. False outside Linux."""
+    try:
+        pid, _, _ = (folder / "data" / "postmaster.pid").read_text().partition("\n")
+        return Path(f"/proc/{pid}/cwd").readlink() == folder / "data"
+    except OSError:  # gone, or a zombie
+        return False
 
 
 def _run(folder: Path, program: str, *args: str, programs: Path | None = None) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from deployments.hosting import guardian
-from deployments.hosting.embedded_postgres import SERVICE_USER, PostgresFailed, database_url, stop_embedded
+from deployments.hosting.embedded_postgres import GUARDED, SERVICE_USER, PostgresFailed, database_url, stop_embedded
 from deployments.hosting.guardian import guarded
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import JobState, LeaseLost, NewJob
@@ -258,6 +258,27 @@ def test_a_server_that_a_new_service_has_taken_over_is_not_stopped_for_the_kille
     with guarded(home):
         subprocess.run([sys.executable, "-m", guardian.__name__, home.home], stdin=subprocess.DEVNULL, check=True)
         assert postmaster(home).is_running()
+
+
+def test_a_server_that_is_too_busy_to_answer_is_stopped_too(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    database_url(home)
+    monkeypatch.setattr("deployments.hosting.embedded_postgres._readiness", lambda _: 2)
+    stop_embedded(home)
+    assert not (home.home / "postgres" / "data" / "postmaster.pid").exists()
+
+
+def test_a_process_that_outlives_its_killed_service_does_not_start_the_server_again(
+    home: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray's workers do for some seconds."""
+    with guarded(home):
+        database_url(home)
+        stop_embedded(home)
+        database_url(home)
+        stop_embedded(home)
+    monkeypatch.setenv(GUARDED, "1")
+    with pytest.raises(PostgresFailed, match="has ended"):
+        database_url(home)
 
 
 def test_first_start_killed_halfway_starts_over(home: Settings) -> None:
