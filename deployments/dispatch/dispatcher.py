@@ -249,6 +249,9 @@ class Dispatcher:
             metrics.seconds[stage] = done.seconds
             return done.product
 
+        unread = ENDPOINTS[claim.endpoint].input.unread(claim.input, claim.input_version)
+        if unread and not claim.resumes:
+            job_log.note(Note(unread, "WARN"))
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
         latents = await stages.saved(checkpoint, notes_of("preprocess")) if checkpoint.used else None

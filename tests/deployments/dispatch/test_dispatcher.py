@@ -92,6 +92,16 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     assert [line.progress and line.progress["step"]["done"] for line in lines] == [None, 0, 1, 2, 3, 4]
 
 
+async def test_a_job_of_another_version_is_told_what_of_its_input_is_ignored(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job_id = (await store.submit(NewJob(ENDPOINT, INPUT | {"a_later_field": 1}, input_version=7))).id
+        await ended(store, job_id)
+    (first, *_) = await store.logs(job_id)
+    assert first.level == "WARN"
+    assert first.message.startswith("accepted under version 7 of the inputs; ")
+    assert first.message.endswith("ignores a_later_field")
+
+
 async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore, local_stages: LocalStages):
     calls: list[int] = []
 
