@@ -8,7 +8,8 @@
     all else             1                  what the model or we refuse once is refused again
 
 * Three attempts that were lost while the same stage worked on the job: its input kills or hangs replicas. An attempt that no
-replica had begun to work on does not count for this.
+replica had begun to work on does not count for this. Preprocessing works on several jobs in one process, which are lost together:
+after the first such loss a job is preprocessed alone, so an innocent one is lost once, not three times.
 
 `max_attempts` is the job's own (`queue.max_attempts`), and 1 if its caller sent `X-Fal-No-Retry`: then nothing is tried
 again, not even after a lost lease. An attempt that we gave up ourselves, at a shutdown, does not count. What follows a lost

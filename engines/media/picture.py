@@ -7,6 +7,7 @@ arbitrary colour under it. Metadata that cannot be read says nothing; it costs n
 import io
 import struct
 import warnings
+from math import ceil
 from typing import TypeAlias
 
 import numpy as np
@@ -63,8 +64,12 @@ def cover(data: bytes, height: int, width: int, max_pixels: int, min_side: int) 
         limits = {"min_height": min_side, "min_width": min_side}
         raise ImageTooSmall(f"The image has fewer than {min_side} pixels on a side.", (), limits)
     pixels = np.asarray(picture)
-    scaled_height = max(height, _ceil_div(picture.height * width, picture.width))
-    scaled_width = max(width, _ceil_div(picture.width * height, picture.height))
+    scaled_height, scaled_width = height, width
+    ratio = picture.height / picture.width  # a float, whose rounding moves the published code's ceiling for some sizes
+    if ratio < height / width:
+        scaled_width = ceil(height / ratio)
+    else:
+        scaled_height = ceil(width * ratio)
     up, down, row_share = _taps(picture.height, scaled_height, height)
     left, right, column_share = _taps(picture.width, scaled_width, width)
     columns, rows = column_share[:, None], row_share[:, None, None]
@@ -93,10 +98,6 @@ def _at(pixels: Pixels, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> 
 
 def _mixed(one: NDArray[np.float32], other: NDArray[np.float32], share: NDArray[np.float32]) -> NDArray[np.float32]:
     return one * (1 - share) + other * share
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
 
 
 def _resized(picture: Image.Image, height: int, width: int) -> Pixels:
