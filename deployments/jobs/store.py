@@ -53,6 +53,7 @@ class _Submission(NamedTuple):
     service_url: str | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    retries: Json
 
 
 @dataclass(frozen=True)
@@ -299,4 +300,5 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         service_url=new.service_url,
         files=new.files,
         notes=tuple(map(storable, new.notes)),
+        retries=to_json(dict(new.retries)),
     )

@@ -28,6 +28,10 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _bool_of_text(value: object) -> object:
+    return value == "true" if value in ("true", "false") else value  # in a query everything is text
+
+
 def _fetchable(value: str) -> str:
     if not value.lower().startswith(("http://", "https://", "data:")):
         raise PydanticKnownError("url_scheme", {"expected_schemes": "'http', 'https' or 'data'"})
@@ -52,7 +56,7 @@ EMPTY_IS_NONE = BeforeValidator(_none_if_empty)
 Int = Annotated[int, NOT_BOOL]
 Seed = Annotated[Annotated[int, Field(ge=-1, le=2**63 - 1), NOT_BOOL] | None, EMPTY_IS_NONE, AfterValidator(_none_if_random)]
 """-1 is what many tools send for "draw one"."""
-Bool = Annotated[bool, Field(strict=True)]
+Bool = Annotated[bool, BeforeValidator(_bool_of_text), Field(strict=True)]
 Number = Annotated[float, NOT_BOOL, Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_cut)]
 """A longer text is cut, and the job's log says so."""
