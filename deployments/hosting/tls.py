@@ -83,9 +83,7 @@ def _ca(key: ec.EllipticCurvePrivateKey, names: list[x509.GeneralName]) -> x509.
         _builder(subject, subject, key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(
-            x509.NameConstraints(permitted_subtrees=[_subtree(name) for name in names], excluded_subtrees=None), critical=True
-        )
+        .add_extension(good_for, critical=True)
         .sign(key, hashes.SHA256())
     )
 

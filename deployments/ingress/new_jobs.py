@@ -46,7 +46,7 @@ async def accept(
     connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
 ) -> Accepted | Failure:
     """Checks a submission and stores its job; a failure is what its caller is answered. Raises `RequestError`."""
-    settings, store, size = settings_of(connection), store_of(connection), body.size_bytes
+    settings, size = settings_of(connection), body.size_bytes
     new = await _new_job(connection, endpoint, caller, options, body)
     try:
         parsed = endpoint.input.parse(body.fields, refuse_unknown=settings.unknown_fields == "refuse")
@@ -55,13 +55,13 @@ async def accept(
         return await _reject(connection, new, validation_failure(exc))
     refusal = await _refusal(connection, new, options.max_queue_length, size)
     # a repeat adds no job, and its caller needs the job's id
-    if (refusal is not None or body.uris) and (job := await store.repeated(new)) is not None:
+    if (refusal is not None or body.uris) and (job := await store_of(connection).repeated(new)) is not None:
         return Accepted(job)
     if refusal is not None:
         raise refusal
     resolved = parsed.input.resolved()
     try:
-        new = await with_input(new, resolved, body, files_of(connection), store, settings.fetch)
+        new = await with_input(new, resolved, body, files_of(connection), store_of(connection), settings.fetch)
     except ModelError as exc:  # a data URI that is none
         return await _reject(connection, new, error_failure(exc))
     stored = await _write(connection, replace(new, notes=parsed.notes))

@@ -143,8 +143,10 @@ class _Session:
     async def work(self, waiting: _Waiting) -> None:
         """Answers requests until none comes any more."""
         try:
+            frame = await waiting.next()
             while await is_still_valid(self._websocket, self._caller):
-                await self._serve(await waiting.next())
+                await self._serve(frame)
+                frame = await waiting.next()
             await self._websocket.send_text(json.dumps(UNAUTHORIZED))
             await self._websocket.close(POLICY_VIOLATION, "The API key has ended.")
         except TimeoutError:

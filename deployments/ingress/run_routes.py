@@ -114,7 +114,8 @@ async def _caller(request: Request, endpoint: Endpoint) -> Caller:
 async def _accepted(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions) -> Accepted | Failure:
     if request.method == "GET":  # the JavaScript client puts the input into the query, all of it as text
         given = {name: value for name, value in request.query_params.items() if name not in OPTIONS_IN_QUERY}
-        accepted = await accept(request, endpoint, caller, options, await split(bytearray(to_json(given))))
+        body = bytearray(to_json(endpoint.input.of_query(given)))
+        accepted = await accept(request, endpoint, caller, options, await split(body))
     else:
         async with bodies_of(request).read(request, settings_of(request).max_body_bytes) as body:
             accepted = await accept(request, endpoint, caller, options, await split(body))

@@ -28,10 +28,6 @@ def _no_bool(value: object) -> object:
     return value
 
 
-def _bool_of_text(value: object) -> object:
-    return value == "true" if value in ("true", "false") else value  # in a query everything is text
-
-
 def _fetchable(value: str) -> str:
     if not value.lower().startswith(("http://", "https://", "data:")):
         raise PydanticKnownError("url_scheme", {"expected_schemes": "'http', 'https' or 'data'"})
@@ -56,7 +52,7 @@ EMPTY_IS_NONE = BeforeValidator(_none_if_empty)
 Int = Annotated[int, NOT_BOOL]
 Seed = Annotated[Annotated[int, Field(ge=-1, le=2**63 - 1), NOT_BOOL] | None, EMPTY_IS_NONE, AfterValidator(_none_if_random)]
 """-1 is what many tools send for "draw one"."""
-Bool = Annotated[bool, BeforeValidator(_bool_of_text), Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, NOT_BOOL, Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_cut)]
 """A longer text is cut, and the job's log says so."""
@@ -102,6 +98,13 @@ class EndpointInput(BaseModel):
         ignored = tuple(map(shortened, told))
         notes = [_cut_note(name, len(value)) for name, value in known.items() if parsed._is_cut(name, value)]
         return Parsed(parsed, ignored, (*_ignored_notes(ignored, len(unknown)), *notes))
+
+    @classmethod
+    def of_query(cls, query: Mapping[str, str]) -> dict[str, str | bool]:
+        """The fields in a query, where everything is text; numbers are parsed with the rest."""
+        switches = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        words = {"true": True, "false": False}
+        return {name: words.get(value, value) if name in switches else value for name, value in query.items()}
 
     @classmethod
     def stored(cls, job_input: dict[str, Any]) -> Self:
