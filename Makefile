@@ -62,6 +62,10 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers
 
+.PHONY: bench-streams
+bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes
+	$(BIN)/python -m tests.load.bench_streams
+
 .PHONY: bench-kernels
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
 	$(BIN)/python -m kernels.bench
