@@ -33,7 +33,7 @@ from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import Failure
 from deployments.schemas.submission import SubmissionOptions, read_options
-from engines.errors import Cancelled, RunTimeout
+from engines.errors import Cancelled, Forbidden, RunTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,19 @@ async def _stream(request: Request, endpoint: Endpoint) -> Response:
 
 
 async def _caller(request: Request, endpoint: Endpoint) -> Caller:
+    if request.method == "GET" and _is_strangers_picture(request):
+        raise Forbidden("Web pages may not load this as a part of theirs.")
     caller = await caller_of(request, endpoint.id)
     caller.require(Scope.SUBMIT)
     return caller
+
+
+def _is_strangers_picture(request: Request) -> bool:
+    """Whether a page of another site loads this as a picture or follows it as a link: a browser does that without asking, and an
+    open service would render. What fal's client sends has a content type for which a browser asks first.
+    """
+    site = request.headers.get("sec-fetch-site", "none")
+    return site not in ("none", "same-origin") and request.headers.get("content-type") != "application/json"
 
 
 async def _accepted(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions) -> Accepted | Failure:
