@@ -12,9 +12,10 @@ from deployments.ingress.file_response import file_response
 from deployments.ingress.middleware import failure_response
 from deployments.ingress.request_context import TextRoute, files_of, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
-from deployments.schemas.failures import validation_failure
+from deployments.schemas.failures import request_failure, validation_failure
 from deployments.schemas.tokens import TokenRequest
 from deployments.webhooks.signing import jwks
+from engines.errors import ReelrayError
 
 HEALTH_TIMEOUT_S = 2.0
 MAX_TOKEN_BODY_BYTES = 10_000
@@ -61,6 +62,9 @@ async def health(request: Request) -> Response:
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_S):
             await store_of(request).check()
+            await asyncio.to_thread(request.app.state.check)
+    except ReelrayError as exc:
+        return failure_response(request_failure(503, "internal_error", exc.message))
     except TimeoutError as exc:
         raise StoreAway("the database does not answer") from exc
     return JSONResponse({"status": "ok"})
