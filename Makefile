@@ -70,6 +70,10 @@ bench-media: install ## measure what decoding callers' files in a child process 
 fuzz: install ## send requests made up from our OpenAPI documents, EXAMPLES of each operation
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),300) $(BIN)/pytest --timeout 3600 tests/deployments/ingress/test_schema.py
 
+.PHONY: bench-streams
+bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes
+	$(BIN)/python -m tests.load.bench_streams
+
 .PHONY: bench-kernels
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
 	$(BIN)/python -m kernels.bench

@@ -102,7 +102,7 @@ class QuotaSettings(_Strict):
     """What one API key may have at once; None is any number. Where `auth` is open there are no keys, and no quotas.
 
     waiting_jobs: queued at all endpoints together. stored_bytes: of the files that were sent as data URIs with jobs which have
-    not ended. open_streams: status streams of one ingress process.
+    not ended. open_streams: streams, direct calls and WebSockets of one ingress process.
     """
 
     waiting_jobs: int | None = Field(10_000, gt=0)
@@ -156,6 +156,8 @@ class Settings(_Endpoints):
     open service. With keys, None lets all pages call: there are no cookies, so a page has only the key or token it was given.
     unknown_fields: "ignore" fields that an endpoint does not have, and name them in the job's log, as generic tools send the same
     ones everywhere; or "refuse" them.
+    run_timeout_s: a direct call that takes longer is answered 504, while its job goes on. Behind Node, fal's JavaScript client
+    gives up after 300 s without an answer and submits again.
     max_body_bytes: the largest submission, data URIs included.
     max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
     animatediff, controlnext, and so on: the config of each endpoint, by its family; null leaves the endpoint out.
@@ -170,6 +172,7 @@ class Settings(_Endpoints):
     open_to_network: bool = False
     allowed_origins: tuple[str, ...] | None = None
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    run_timeout_s: float = Field(285.0, gt=0)
     max_body_bytes: int = Field(64_000_000, gt=0)
     max_bodies_bytes: int = Field(256_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()

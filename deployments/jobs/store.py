@@ -54,6 +54,7 @@ class _Submission(NamedTuple):
     files: tuple[str, ...]
     notes: tuple[str, ...]
     input_version: int
+    retries: Json
 
 
 @dataclass(frozen=True)
@@ -301,4 +302,5 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         files=new.files,
         notes=tuple(map(storable, new.notes)),
         input_version=new.input_version,
+        retries=to_json(dict(new.retries)),
     )

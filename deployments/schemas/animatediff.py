@@ -95,4 +95,5 @@ ENDPOINT = Endpoint(
     input=AnimateDiffInput,
     output=VideoOutput,
     config=AnimateDiffConfig,
+    realtime=True,
 )

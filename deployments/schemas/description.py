@@ -29,6 +29,7 @@ class Endpoint:
     """What is served under an id.
 
     model: its name in `engines.registry`. family: name of its config in the settings, and prefix of its deployments' names.
+    realtime: fast enough for callers who send a request a second over a WebSocket.
     title: for people. category: one of fal's, e.g. text-to-video. config: what the family's settings are.
     """
 
@@ -40,6 +41,7 @@ class Endpoint:
     input: type[EndpointInput]
     output: type[BaseModel]
     config: type[ModelConfig]
+    realtime: bool = False
 
     @property
     def description(self) -> str:

@@ -27,7 +27,7 @@ _LOGS = {
 }
 EVENT = {
     "type": "object",
-    "properties": {"data": {"type": "string", "description": "A QueueStatus as JSON."}, "id": {"type": "string"}},
+    "properties": {"data": {"type": "string", "description": "JSON."}, "id": {"type": "string"}},
     "required": ["data"],
 }
 """One server-sent event."""
@@ -64,7 +64,7 @@ def service_document(document: dict[str, Any], endpoints: Iterable[Endpoint]) ->
     endpoints = list(endpoints)
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
-        paths |= endpoint_paths(endpoint, "/queue", app_id(endpoint.id))
+        paths |= endpoint_paths(endpoint, "/queue", app_id(endpoint.id)) | run_paths(endpoint)
     paths |= document.get("paths", {})
     for item in paths.values():
         for method in _METHODS:
@@ -124,6 +124,28 @@ def endpoint_paths(endpoint: Endpoint, prefix: str, app: str) -> dict[str, Any]:
         },
         f"{request}/cancel": {"put": cancel},
     }
+
+
+def run_paths(endpoint: Endpoint) -> dict[str, Any]:
+    """The routes of one endpoint's direct calls. A WebSocket has no place in OpenAPI: `x-fal-protocol` marks it, as at fal."""
+    name, failure = endpoint.input.__name__.removesuffix("Input"), _answer("Failure", "A failure.")
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": REFERENCE + endpoint.input.__name__}}}}
+    output = _answer(endpoint.output.__name__, "The output.")
+    events = {"description": "Progress, then the output.", "content": {"text/event-stream": {"schema": EVENT}}}
+
+    def operation(verb: str, summary: str, answered: dict[str, Any]) -> dict[str, Any]:
+        about = {"operationId": f"{verb}{name}", "summary": summary, "tags": [endpoint.id], "requestBody": body}
+        return {"post": {**about, "responses": {"200": answered, "default": failure}}}
+
+    paths: dict[str, Any] = {
+        f"/run/{endpoint.id}": operation("run", "Wait for the output.", output),
+        f"/run/{endpoint.id}/stream": operation("runStream", "Progress as server-sent events, then the output.", events),
+    }
+    if endpoint.realtime:
+        protocol = {"type": "realtime", "operationId": f"realtime{name}", "contentType": "application/msgpack"}
+        item = operation("realtime", "Many requests on one WebSocket.", output)
+        paths[f"/run/{endpoint.id}/realtime"] = {**item, "x-fal-protocol": protocol}
+    return paths
 
 
 def _answer(schema: str, description: str) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def test_the_services_document_describes_each_object_in_order(target: Fuzzed):
     assert objects
     assert all(each["x-fal-order-properties"] == list(each["properties"]) for each in objects)
     assert not [path for path in made["paths"] if "{app" in path], "each endpoint has paths of its own"
+    realtime = [path for path, item in made["paths"].items() if item.get("x-fal-protocol", {}).get("type") == "realtime"]
+    assert realtime == [f"/run/{endpoint}/realtime" for endpoint, each in ENDPOINTS.items() if each.realtime]
+    scribble = made["components"]["schemas"]["AnimateDiffInput"]["properties"]["keyframe_0_image_url"]
+    assert scribble["ui"] == {"field": "image", "important": False}
 
 
 async def test_an_endpoint_that_is_left_out_is_not_described(tmp_path: Path):
