@@ -20,6 +20,8 @@
     │   ├── Unauthorized                401  unauthorized
     │   ├── Forbidden                   403  forbidden
     │   ├── NotFound                    404  not_found
+    │   ├── LengthRequired              411  bad_request
+    │   ├── PreconditionFailed          412  bad_request
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
     │   ├── TooManyRequests             429  too_many_requests
@@ -189,6 +191,20 @@ class NotFound(RequestError):
 
     type = "not_found"
     status = 404
+
+
+class LengthRequired(RequestError):
+    """The request does not say how long its body is."""
+
+    type = "bad_request"
+    status = 411
+
+
+class PreconditionFailed(RequestError):
+    """The file is not the one that the request is for."""
+
+    type = "bad_request"
+    status = 412
 
 
 class BodyTooLarge(RequestError):

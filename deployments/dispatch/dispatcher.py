@@ -169,6 +169,7 @@ class Dispatcher:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
+                await self.store.uploads.settle_overdue(self.files.size)
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()
@@ -265,10 +266,13 @@ class Dispatcher:
         return output.model_dump(mode="json")
 
     async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
-        keep_s = self.retention.keep_file_s(claim.files_s)
+        keep_s, access = self.retention.keep_file_s(claim.files_s), claim.files_access
         name = self.files.new_name("video", "video/mp4", keep_s)
-        if keep_s is not None:
-            await patiently(lambda: self.store.retention.add_file(name, keep_s))
+        if access is not None:
+            name = self.files.new_listed_name("video", "video/mp4")
+        if keep_s is not None or access is not None:
+            row = (name, keep_s, claim.owner, 0, "video/mp4", access)
+            await patiently(lambda: self.store.retention.add_file(*row))
         return await self.files.put("video", clip.mp4, "video/mp4", name)
 
     async def _renew_lease(

@@ -34,6 +34,7 @@ EXPOSED_HEADERS = [
     "x-fal-needs-retry",
     "x-reelray-ignored-fields",
     "content-range",
+    "etag",
 ]
 """What the JavaScript client reads, and what pages of ours and players may; a browser hides headers that are not named here."""
 

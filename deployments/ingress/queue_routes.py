@@ -21,7 +21,6 @@ from deployments.ingress.request_context import (
     TextRoute,
     UnknownRequest,
     bodies_of,
-    files_of,
     json_answer,
     quotas_of,
     settings_of,
@@ -93,8 +92,10 @@ async def _queue(request: Request, endpoint: Endpoint, caller: Caller, options: 
     if refusal is not None:
         raise refusal
     try:
-        new = await with_input(new, parsed.input.resolved(), body, files_of(request), store_of(request), settings.fetch)
-    except ModelError as exc:  # a data URI that is none
+        new = await with_input(request, caller, new, parsed.input.resolved(), body)
+    except ModelError as exc:  # a data URI that is none, or a file that the caller may not read
+        if (job := await store_of(request).repeated(new)) is not None:
+            return _answer(request, job)
         return await _reject(request, new, error_failure(exc))
     answer = await _write(request, replace(new, notes=parsed.notes))
     quotas_of(request).accepted(new.owner, size)
@@ -124,6 +125,7 @@ async def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options
         webhook_url=options.webhook_url,
         idempotency=once,
         files_s=options.files_s,
+        files_access=options.files_access and options.files_access.model_dump(),
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(request.scope, settings.public_url),
     )

@@ -14,7 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 PROXY_PATH = "/api/fal/proxy"
-PREFIXES = {"queue.fal.run": "/queue", "fal.run": "/run", "rest.fal.ai": "/rest", "rest.alpha.fal.ai": "/rest"}
+CDN_HOST = "v3.fal.media"
+PREFIXES = {"queue.fal.run": "/queue", "fal.run": "/run", "rest.fal.ai": "/rest", "rest.alpha.fal.ai": "/rest", CDN_HOST: "/cdn"}
 _BY_HOST = "reelray.routed_by_host"
 
 
@@ -38,8 +39,9 @@ class TargetRouting:
                 return
             scope = {**scope, **rewritten}
         # The URLs of files have no prefix: a caller who reaches us as queue.fal.run fetches files from that host too.
-        elif (prefix := PREFIXES.get(_host_name(_host(scope) or ""))) and not path.startswith("/files/"):
-            scope = {**scope, "path": root_path + prefix + path, _BY_HOST: True}
+        elif prefix := PREFIXES.get(_host_name(_host(scope) or "")):
+            whole = path if path.startswith("/files/") else prefix + path
+            scope = {**scope, "path": root_path + whole, _BY_HOST: True}
         await self.app(scope, receive, send)
 
 
@@ -58,6 +60,14 @@ def queue_base(scope: Scope, public_url: str | None) -> str:
     """The URL that this caller puts before "/owner/alias", without a slash at the end."""
     prefix = "" if public_url is None and scope.get(_BY_HOST) else PREFIXES["queue.fal.run"]
     return service_base(scope, public_url) + prefix
+
+
+def files_base(scope: Scope, public_url: str | None) -> str:
+    """The URL that this caller puts before "/files/": of fal's host for files, if it reaches us by one of fal's hosts."""
+    if public_url is not None or not scope.get(_BY_HOST):
+        return service_base(scope, public_url)
+    port = (_host(scope) or "").partition(":")[2]
+    return f"{scope['scheme']}://{CDN_HOST}{f':{port}' if port.isdecimal() else ''}{scope.get('root_path', '')}"
 
 
 def _from_target(target: str, root_path: str) -> dict[str, Any] | None:

@@ -1,11 +1,10 @@
 """What a submission asks for besides its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
 
-Options without effect here are accepted: runner hints, files' access rules, retry configs, fallbacks.
+Options without effect here are accepted: runner hints, retry configs, fallbacks.
 """
 
 import hashlib
 import json
-import math
 import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 
 import httpx
 
+from deployments.schemas.uploads import AccessRules, read_lifecycle
 from engines.errors import BadRequest
 
 PRIORITIES = {"normal": 0, "low": 1}
 MAX_START_TIMEOUT_S = 365 * 86_400.0
 MAX_KEY_CHARS = 255
-MAX_FILES_S = 100 * 365 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class SubmissionOptions:
     no_retry: bool = False
     webhook_url: str | None = None
     files_s: float | None = None
+    files_access: AccessRules | None = None
     store_io: bool = True
     max_queue_length: int | None = None
     idempotency_key: str | None = None
@@ -40,12 +40,14 @@ class SubmissionOptions:
 
 def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> SubmissionOptions:
     """The options of a submission. headers: looked up in lower case. Raises `BadRequest`."""
+    files = read_lifecycle(headers.get("x-fal-object-lifecycle-preference"))
     return SubmissionOptions(
         priority=_priority(headers.get("x-fal-queue-priority", "normal")),
         start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
         no_retry=is_set(headers.get("x-fal-no-retry", "")),
         webhook_url=_webhook_url(query.get("fal_webhook") or None),  # forms send it empty
-        files_s=_files_s(headers.get("x-fal-object-lifecycle-preference")),
+        files_s=files.keep_s,
+        files_access=files.access,
         store_io=headers.get("x-fal-store-io", "1").lower() not in ("0", "false", "no"),
         max_queue_length=_max_queue_length(query.get("fal_max_queue_length")),
         idempotency_key=_idempotency_key(headers.get("idempotency-key")),
@@ -96,22 +98,6 @@ def _start_timeout_s(value: str | None) -> float | None:
     if not 0 < seconds <= MAX_START_TIMEOUT_S:  # false for NaN as well
         raise BadRequest("X-Fal-Request-Timeout must be a number of seconds, above 0 and at most a year.")
     return seconds
-
-
-def _files_s(value: str | None) -> float | None:
-    """The expiration in a lifecycle preference; None where it has none. Its access rules have no effect here."""
-    if value is None:
-        return None
-    try:
-        wish = json.loads(value)
-        seconds = wish.get("expiration_duration_seconds")
-    except (ValueError, AttributeError, RecursionError):
-        raise BadRequest("X-Fal-Object-Lifecycle-Preference must be a JSON object.") from None
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise BadRequest("expiration_duration_seconds must be a number of seconds, above 0.")
-    return float(min(seconds, MAX_FILES_S))
 
 
 def _webhook_url(value: str | None) -> str | None:
