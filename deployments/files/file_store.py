@@ -102,7 +102,9 @@ class FileStore:
     def new_listed_name(self, name_hint: str, content_type: str) -> str:
         """The same for a file that the database lists. The suffix in the hint stays, unless browsers show files of this type."""
         suffix = Path(name_hint).suffix.lower()
-        suffix = _SUFFIXES.get(content_type) or (suffix if _SUFFIX.fullmatch(suffix) else ".bin")
+        suffix = _SUFFIXES.get(content_type.partition(";")[0].strip().lower()) or (
+            suffix if _SUFFIX.fullmatch(suffix) else ".bin"
+        )
         return f"b/{secrets.token_hex(16)}/{_plain(name_hint)}{suffix}"
 
     async def put(self, name_hint: str, data: bytes, content_type: str, name: str | None = None) -> StoredFile:

@@ -125,7 +125,7 @@ async def _new_job(request: Request, endpoint: Endpoint, caller: Caller, options
         webhook_url=options.webhook_url,
         idempotency=once,
         files_s=options.files_s,
-        files_access=options.files_access and options.files_access.model_dump(),
+        files_access=options.files_access.model_dump() if options.files_access else None,
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(request.scope, settings.public_url),
     )

@@ -1,8 +1,8 @@
 """Uploads, every way that fal's clients send them. fal-queue-protocol.md, section 4.
 
-- With an upload URL: the key asks for one (`initiate`), and whoever has it sends the file, or its parts. The URL's signature binds
-  it to one file, its type and size.
-- With a token for the CDN: the key asks for the token, which then uploads files, whole or in parts. `uploadId` is such a signature.
+- With an upload URL: the key asks for one (`initiate`), and whoever has it sends the file, or its parts. The URL's signature
+  binds it to one file, its type and size.
+- With a token for the CDN: the key asks for it, and it then uploads files, whole or in parts. `uploadId` is such a signature.
 
 A body is never held: it goes to the file store as it arrives. Nothing of it is read before all that can be checked has been.
 """
@@ -39,7 +39,7 @@ from engines.errors import BadRequest, BodyTooLarge, Forbidden, LengthRequired, 
 MAX_REQUEST_BYTES = 20_000
 MAX_PARTS_BYTES = 1_200_000
 DIRECT_BYTES = 100_000_000
-"""Reserved for an upload to the bucket of unknown size; fal's client sends what is larger than 94 MB in parts, which come here."""
+"""Reserved for an upload to the bucket of unknown size. fal's client sends what is above 94 MB in parts, and those come here."""
 NO_STORE = {"cache-control": "no-store"}
 
 M = TypeVar("M", bound=BaseModel)
@@ -139,11 +139,9 @@ async def complete_cdn(request: Request, folder: str, file: str, upload_id: str)
 
 def _described(request: Request, size: int | None) -> UploadRequest:
     """What the headers of a file say about it."""
-    content_type, file_name = (
-        media_type(request.headers.get("content-type")),
-        request.headers.get("x-fal-file-name", "upload.bin"),
-    )
-    return UploadRequest(content_type=content_type, file_name=file_name[:MAX_NAME_CHARS], file_size=size)
+    content_type = media_type(request.headers.get("content-type"))
+    file_name = request.headers.get("x-fal-file-name", "upload.bin")[:MAX_NAME_CHARS]
+    return UploadRequest(content_type=content_type, file_name=file_name, file_size=size)
 
 
 async def _begin(request: Request, caller: Caller, asked: UploadRequest, *, direct: bool = False) -> Ticket:
@@ -161,7 +159,7 @@ async def _begin(request: Request, caller: Caller, asked: UploadRequest, *, dire
         content_type=asked.content_type,
         open_s=2 * settings.uploads.open_s,
         keep_s=settings.retention.keep_file_s(lifecycle.keep_s),
-        access=lifecycle.access and lifecycle.access.model_dump(),
+        access=lifecycle.access.model_dump() if lifecycle.access else None,
         quota=settings.quotas.stored_bytes,
         size=reserved,
         direct=direct,

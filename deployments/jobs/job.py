@@ -64,9 +64,9 @@ class Idempotency:
 class NewJob:
     """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
 
-    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. files_access: who may read them,
-    as fal's `initial_acl`; None: everybody who knows their URLs. store_io: False deletes its input at its end, and the rest within
-    hours.
+    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. files_access: who may read
+    them, as fal's `initial_acl`; None: everybody who knows their URLs. store_io: False deletes its input at its end, and the rest
+    within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
     listed, see `Retention.add_file`. notes: the first lines of its log, all WARN.

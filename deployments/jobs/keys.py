@@ -65,7 +65,7 @@ class KeySecret:
 
 @dataclass(frozen=True)
 class KeyUsage:
-    """waiting: queued jobs. stored_bytes: of uploads, and of files that came with jobs, until some minutes after those have ended."""
+    """waiting: queued jobs. stored_bytes: of uploads, and of files that came with jobs, until minutes after those have ended."""
 
     waiting: int
     stored_bytes: int

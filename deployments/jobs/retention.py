@@ -31,8 +31,8 @@ class Retention:
     ) -> None:
         """Lists a file before it is written, so that it expires whatever becomes of its job.
 
-        keep_s: None: it does not expire. owner, size: the key whose file it is, and the bytes that count for its quota. access: who
-        may read it; None: everybody who knows its URL.
+        keep_s: None: it does not expire. owner, size: the key whose file it is, and the bytes that count for its quota.
+        access: who may read it; None: everybody who knows its URL.
         """
         await self._database.fetch(QUERIES["add_file"], name, keep_s, owner, size, content_type, access)
 

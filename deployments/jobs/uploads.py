@@ -22,8 +22,8 @@ SETTLE_BATCH = 100
 class ListedFile:
     """A file that is served as its row says. owner: the key whose file it is; None where the service is open.
 
-    content_type: None for what a job made. access: fal's `initial_acl`; None: everybody who knows its URL may read it. size_bytes:
-    as far as it counts. unsettled: it was to be sent to the bucket itself, and nobody has looked yet whether it was.
+    access: fal's `initial_acl`; None: everybody who knows its URL may read it. size_bytes: as far as it counts for the owner's
+    quota. unsettled: it was to be sent to the bucket itself, and nobody has looked yet whether it was.
     """
 
     owner: str | None
@@ -84,7 +84,7 @@ class Uploads:
     async def reserve(self, name: str, piece: str, size: int, *, max_bytes: int, quota: int | None) -> None:
         """Reserves bytes for an upload. piece: its own name, or that of one of its parts. max_bytes: of the whole upload.
 
-        Raises `TooManyRequests` if they exceed its owner's quota, and `Forbidden` if they exceed the upload's size, or its time is
+        Raises `TooManyRequests` if they exceed its owner's quota, and `Forbidden` if they exceed the upload's size or its time is
         over.
         """
         is_part = piece != name

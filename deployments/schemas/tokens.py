@@ -1,7 +1,7 @@
 """What is given out in place of an API key, for a while and for one use: tokens for web pages, tokens for uploads to the CDN, and
 the signatures in upload URLs.
 
-JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, sections 3 and 4. Each secret of a key has a `token_key` of its own
+JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, sections 3 and 4. Each secret of a key has its own `token_key`
 to sign with, stored beside the secret's hash. So a token needs no row in the database, and it ends with the secret that it was
 requested with, when that is revoked or rotated.
 """

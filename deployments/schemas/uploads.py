@@ -1,4 +1,4 @@
-"""What callers say about files: a file's type and name, how long it is to be kept and who may read it. fal-queue-protocol.md, section 4."""
+"""What callers say about a file: its type and name, how long it is kept, who may read it. fal-queue-protocol.md, section 4."""
 
 import json
 import math
@@ -14,25 +14,26 @@ UNKNOWN_TYPE = "application/octet-stream"
 MAX_KEEP_S = 100 * 365 * 86_400.0
 MAX_PARTS = 10_000
 MAX_NAME_CHARS = 1000
+MAX_TYPE_CHARS = 255
 MAX_LIFECYCLE_CHARS = 8_000
 """All headers of a request together are 16 kB at most."""
 
 Decision = Literal["allow", "forbid", "hide"]
 
-_TYPE = re.compile(
-    r"[\w!#$&^.+-]{1,100}/[\w!#$&^.+-]{1,100}(?:\s*;\s*[\w.-]{1,50}=(?:[\w./+:-]{1,100}|\"[\w ./+:-]{0,100}\"))*", re.ASCII
-)
+_WORD = r"[\w!#$&^.+-]+"
+_VALUE = r'(?:[\w./+:-]+|"[\w ./+:-]*")'
+_TYPE = re.compile(rf"{_WORD}/{_WORD}(?: *; *[\w.-]+={_VALUE})*", re.ASCII)
 _ACTIVE = re.compile(r"html|script|svg|css|xsl|shockwave|[/+]xml|multipart/|message/", re.IGNORECASE)
 
 
 def _media_type(value: str) -> str:
-    if not _TYPE.fullmatch(value) or len(value) > 255:
+    if len(value) > MAX_TYPE_CHARS or not _TYPE.fullmatch(value):
         raise ValueError("not a media type")
     return value
 
 
 class UploadRequest(BaseModel):
-    """What an upload URL is asked for. Unknown fields are ignored. file_size: in bytes; with it the upload must be of this size."""
+    """The file that an upload URL is asked for. Unknown fields are ignored. file_size: in bytes; the upload must be so long."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,8 +74,10 @@ class _Rule(BaseModel):
 
 
 class AccessRules(BaseModel):
-    """fal's `initial_acl`: the first rule for a reader's API key id counts, else the default. Unknown fields are refused: one might
-    be meant to restrict it."""
+    """fal's `initial_acl`: the first rule for the id of a reader's API key counts, else the default.
+
+    Unknown fields are refused: one might be meant to restrict it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
