@@ -19,10 +19,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
 
 from deployments.schemas.responses import URL_PREFIX
 from engines.errors import StorageFailed
@@ -88,7 +89,7 @@ class FileStore:
     """The files under one fsspec URL. Every call may raise `StorageFailed`."""
 
     def __init__(self, url: str):
-        self.fs, self._root = fsspec.core.url_to_fs(url)
+        self.fs, self._root = fsspec.core.url_to_fs(url, **_options(url))
 
     def new_name(self, name_hint: str, content_type: str, keep_s: float | None = None) -> str:
         """A name for `put` that nobody can guess.
@@ -229,6 +230,13 @@ class FileStore:
         else:
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self.fs.pipe_file(path, data)  # object stores show an object only when it is complete
+
+
+def _options(url: str) -> dict[str, Any]:
+    """For S3 the signature of its fourth version: those of the second, botocore's default, bind a URL to no size."""
+    if get_protocol(url) not in ("s3", "s3a"):
+        return {}
+    return {"config_kwargs": {"signature_version": "s3v4"} | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
 
 
 @contextmanager

@@ -555,7 +555,7 @@ async def test_proxy_refuses_every_other_target(target: str | None, alone: httpx
     assert UUID(response.headers["x-fal-request-id"])
 
 
-@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/storage/upload/initiate"])
+@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/storage/upload/other"])
 async def test_parts_that_are_not_served_are_not_found(target: str, alone: httpx.AsyncClient) -> None:
     response = await alone.post("/api/fal/proxy", json=INPUT, headers={"x-fal-target-url": target})
     assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
@@ -792,7 +792,7 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     assert UUID(preflight.headers["x-fal-request-id"])
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
-    exposed |= {"x-reelray-ignored-fields", "content-range"}
+    exposed |= {"x-reelray-ignored-fields", "content-range", "etag"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 
