@@ -17,6 +17,7 @@
     │   └── GenerationFailed            500  internal_server_error
     ├── RequestError                detail is a string, error_type beside it (fal: request errors)
     │   ├── BadRequest                  400  bad_request
+    │   │   └── BodyTooSlow                 400  bad_request
     │   ├── Unauthorized                401  unauthorized
     │   ├── Forbidden                   403  forbidden
     │   ├── NotFound                    404  not_found
@@ -169,6 +170,10 @@ class BadRequest(RequestError):
 
     type = "bad_request"
     status = 400
+
+
+class BodyTooSlow(BadRequest):
+    """The request body came too slowly."""
 
 
 class Unauthorized(RequestError):

@@ -155,7 +155,7 @@ class FileStore:
             if self.is_local:
                 await asyncio.to_thread(_delete_incomplete, self.incomplete)
             elif hasattr(self.fs, "list_multipart_uploads"):
-                await asyncio.to_thread(self._abort_left)
+                await asyncio.to_thread(self.abort_uploads, self._root, LEFT_IN_BUCKET_S)
 
     async def put_checkpoint(self, name: str, part: Part, data: bytes) -> None:
         """Stores `data` in place of what was stored before; a reader finds either of the two, whole.
@@ -217,10 +217,11 @@ class FileStore:
         """Where a file is in the file system."""
         return f"{self._root}/{name}"
 
-    def _abort_left(self) -> None:
-        bucket, _, prefix = self._root.partition("/")
+    def abort_uploads(self, path: str, older_s: float) -> None:
+        """Ends the half uploads in a bucket that are at or below a path, and older than this."""
+        bucket, _, prefix = path.partition("/")
         for each in self.fs.list_multipart_uploads(bucket):
-            if each["Key"].startswith(prefix) and time.time() - each["Initiated"].timestamp() > LEFT_IN_BUCKET_S:
+            if each["Key"].startswith(prefix) and time.time() - each["Initiated"].timestamp() > older_s:
                 self.fs.abort_mpu(bucket, each["Key"], each["UploadId"])
 
     def _write(self, path: str, data: bytes | bytearray) -> None:

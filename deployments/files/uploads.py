@@ -5,6 +5,7 @@ Nothing here holds more of a file than `PIECE_BYTES`, or a block that goes to an
 
 import asyncio
 import hashlib
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,7 +14,7 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from deployments.files.file_store import CHUNK_BYTES, FileStore, durable_file, translated
-from engines.errors import BadRequest
+from engines.errors import BadRequest, BodyTooSlow
 
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 8 << 20
@@ -52,7 +53,7 @@ async def assemble(files: FileStore, name: str, parts: Sequence[str], sizes: Seq
     paths = [files.path(part) for part in parts]
     with translated():
         if not files.is_local and hasattr(files.fs, "merge") and min(sizes[:-1], default=MIN_BLOCK_BYTES) >= MIN_BLOCK_BYTES:
-            await asyncio.to_thread(files.fs.merge, files.path(name), paths)  # within the bucket
+            await asyncio.to_thread(_merge, files, files.path(name), paths)
         else:
             await asyncio.to_thread(_concatenate, files, files.path(name), paths)
 
@@ -83,7 +84,7 @@ async def _read(body: AsyncIterator[bytes], size: int, most_s: float, write: Cal
             async with asyncio.timeout(min(IDLE_S, IDLE_S + received / SLOWEST_BYTES_PER_S - waited_s, most_s - waited_s)):
                 chunk = await anext(chunks, b"")
         except TimeoutError:
-            raise BadRequest("The body came too slowly.") from None
+            raise BodyTooSlow from None
         waited_s += clock() - began
         received += len(chunk)
         piece += chunk
@@ -136,6 +137,15 @@ def _bucket_file(fs: Any, path: str) -> Iterator[BinaryIO]:
     except BaseException:
         file.discard()
         file.closed = True  # or it would be stored when it is closed by the garbage collector
+        raise
+
+
+def _merge(files: FileStore, path: str, parts: Sequence[str]) -> None:
+    """Within the bucket."""
+    try:
+        files.fs.merge(path, parts)
+    except BaseException:
+        files.abort_uploads(path, -math.inf)
         raise
 
 

@@ -26,7 +26,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure, request_failure, validation_failure
 from deployments.settings import Settings
-from engines.errors import ReelrayError
+from engines.errors import BodyTooSlow, ReelrayError
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ async def _open_store(app: FastAPI, url: str) -> None:
 
 async def _on_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, ReelrayError)
-    return failure_response(error_failure(exc))
+    # the rest of a slow body would otherwise keep its connection for as long as it comes
+    return failure_response(error_failure(exc), {"connection": "close"} if isinstance(exc, BodyTooSlow) else None)
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:

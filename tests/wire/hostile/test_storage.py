@@ -592,12 +592,14 @@ async def _crawling(world: World) -> None:
     head = f"PUT {urls['upload_url']} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 90000\r\n\r\n"
     writer.write(head.encode())
     reading = asyncio.create_task(reader.read())
-    async with asyncio.timeout(10):
-        while not reading.done():
-            writer.write(b"x")
-            await asyncio.sleep(0.05)
-    assert b" 400 " in reading.result()[:20]
-    writer.close()
+    try:
+        async with asyncio.timeout(10):
+            while not reading.done():
+                writer.write(b"x")
+                await asyncio.sleep(0.05)
+        assert b" 400 " in reading.result()[:20]
+    finally:
+        writer.close()
 
 
 case("body that crawls", _crawling)
