@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from deployments.files.file_store import CHUNK_BYTES, FileStore, durable_file, translated
 from engines.errors import BadRequest, BodyTooSlow
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
+"""Large enough for few calls of threads, small enough for hundreds of bodies at once."""
 BLOCK_BYTES = 8 << 20
 """Sent to an object store at once. S3 takes at most 10,000 blocks of a file, all but the last of `MIN_BLOCK_BYTES` or more."""
 MIN_BLOCK_BYTES = 5 << 20

@@ -23,6 +23,7 @@ from deployments.ingress.body import read_body
 from deployments.ingress.request_context import InvalidBody, TextRoute, files_of, quotas_of, settings_of, store_of
 from deployments.ingress.target_routing import files_base
 from deployments.jobs.keys import KeySecret
+from deployments.jobs.uploads import UploadIsOver
 from deployments.schemas.tokens import CDN_TOKEN_S, Ticket, issue_cdn_token, issue_ticket
 from deployments.schemas.uploads import (
     MAX_NAME_CHARS,
@@ -165,7 +166,7 @@ async def _begin(request: Request, caller: Caller, asked: UploadRequest, *, dire
         direct=direct,
     )
     exact = asked.file_size is not None
-    return Ticket(name, asked.content_type, reserved if exact else limit, exact)
+    return Ticket(name, asked.content_type, reserved if exact else limit, exact, caller.owner)
 
 
 def _lifecycle(headers: Mapping[str, str]) -> Lifecycle:
@@ -195,58 +196,54 @@ async def _cdn_ticket(request: Request, folder: str, file: str, upload_id: str) 
     """The same for a caller with a token, which must be of the key that began the upload."""
     caller, _ = await uploader_of(request, cdn=True)
     ticket = await _ticket(request, folder, file, upload_id)
-    found = await store_of(request).uploads.find(ticket.name)
-    if found is None or found.owner != caller.owner:
+    if ticket.owner != caller.owner:
         raise NotFound("There is no such upload.")
     return ticket
 
 
 async def _store(request: Request, ticket: Ticket) -> str:
     """Stores the body as the file; returns its SHA-256 in hexadecimal."""
-    uploads, settings = store_of(request).uploads, settings_of(request)
     size = _declared_size(request, ticket.max_bytes)
     if ticket.exact and size != ticket.max_bytes:
         raise Forbidden(f"This upload is of {ticket.max_bytes} bytes.")
-    found = await uploads.find(ticket.name)
-    if found is None:
-        raise Forbidden("The time of this upload is over.")
-    with quotas_of(request).upload(found.owner):
-        if found.digest is not None:
-            if await digest_of(request.stream(), size, settings.uploads.open_s) != found.digest:
-                raise Forbidden("This upload is complete, and a file does not change.")
-            return found.digest.hex()
-        digest = await _receive(request, ticket, ticket.name, size)
-    await _finish(request, ticket, digest, size)
+    digest, is_repeated = await _receive(request, ticket, ticket.name, size)
+    if not is_repeated:
+        await _finish(request, ticket, digest, size)
     return digest.hex()
 
 
-async def _receive(request: Request, ticket: Ticket, piece: str, size: int) -> bytes:
-    """Stores the body as `piece`, the file or one of its parts, within what its owner may have; returns its SHA-256."""
-    uploads, settings = store_of(request).uploads, settings_of(request)
-    await uploads.reserve(ticket.name, piece, size, max_bytes=ticket.max_bytes, quota=settings.quotas.stored_bytes)
-    try:
-        return await receive(files_of(request), piece, request.stream(), size, settings.uploads.open_s)
-    except BaseException:
-        await asyncio.shield(uploads.release(piece))
-        raise
-
-
 async def _store_part(request: Request, ticket: Ticket, number: str) -> Response:
-    uploads = store_of(request).uploads
     if not (number.isascii() and number.isdecimal() and len(number) < 6 and 1 <= int(number) <= MAX_PARTS):
         raise BadRequest(f"Parts are numbered from 1 to {MAX_PARTS}.")
     size = _declared_size(request, ticket.max_bytes)
-    found = await uploads.find(ticket.name)
-    if found is None or found.digest is not None:
-        raise Forbidden("This upload is complete, or its time is over.")
     part = files_of(request).part_name(ticket.name, int(number))
-    with quotas_of(request).upload(found.owner):
-        digest = await _receive(request, ticket, part, size)
-    if not await uploads.finish_part(part, digest, size):
+    digest, _ = await _receive(request, ticket, part, size)
+    if not await store_of(request).uploads.finish_part(part, digest, size):
         await files_of(request).delete(part)
-        raise Forbidden("The time of this upload is over.")
+        raise UploadIsOver
     # the JavaScript client reads the body, the Python client the header
     return JSONResponse({"partNumber": int(number), "etag": digest.hex()}, headers={"etag": f'"{digest.hex()}"'})
+
+
+async def _receive(request: Request, ticket: Ticket, piece: str, size: int) -> tuple[bytes, bool]:
+    """Stores the body as `piece`, the file or one of its parts, within what its owner may have.
+
+    Returns its SHA-256, and whether it is a file that was complete before, and is as it was. Raises `Forbidden` for another one.
+    """
+    uploads, settings = store_of(request).uploads, settings_of(request)
+    open_s, body = settings.uploads.open_s, request.stream()
+    with quotas_of(request).upload(ticket.owner):
+        quota = settings.quotas.stored_bytes
+        complete = await uploads.reserve(ticket.name, piece, size, max_bytes=ticket.max_bytes, quota=quota)
+        if complete is not None:
+            if piece != ticket.name or await digest_of(body, size, open_s) != complete:
+                raise Forbidden("This upload is complete, and a file does not change.")
+            return complete, True
+        try:
+            return await receive(files_of(request), piece, body, size, open_s), False
+        except BaseException:
+            await asyncio.shield(uploads.release(piece))
+            raise
 
 
 async def _complete(request: Request, ticket: Ticket) -> Response:
@@ -257,7 +254,7 @@ async def _complete(request: Request, ticket: Ticket) -> Response:
     digest = _digest_of_parts(etags)
     found = await uploads.find(ticket.name)
     if found is None:
-        raise Forbidden("The time of this upload is over.")
+        raise UploadIsOver
     if found.digest is None:
         stored = await uploads.parts(ticket.name)
         for name, etag, part in zip(names, etags, listed, strict=True):
@@ -277,7 +274,7 @@ async def _finish(request: Request, ticket: Ticket, digest: bytes, size: int) ->
     """The file is stored: lists it as complete, or deletes it if its time was over meanwhile."""
     if not await store_of(request).uploads.finish(ticket.name, digest, size):
         await files_of(request).delete(ticket.name)
-        raise Forbidden("The time of this upload is over.")
+        raise UploadIsOver
 
 
 def _digest_of_parts(etags: list[str]) -> bytes:

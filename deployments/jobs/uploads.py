@@ -4,12 +4,10 @@ An upload is listed before the first of its bytes is stored, so one that is neve
 over, and so are its parts. Bytes are reserved before they are received: uploads that come at once cannot exceed a quota together.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-
-import asyncpg
 
 from deployments.jobs.database import Database, load_statements
 from engines.errors import Forbidden, TooManyRequests
@@ -39,8 +37,11 @@ class Upload:
     """An upload whose time is not over. digest: of its bytes, once it is complete."""
 
     owner: str | None
-    content_type: str
     digest: bytes | None
+
+
+class UploadIsOver(Forbidden):
+    """The time of this upload is over."""
 
 
 class Uploads:
@@ -68,42 +69,30 @@ class Uploads:
         Raises `TooManyRequests`.
         """
 
-        async def insert(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            async with connection.transaction():
-                await _check_quota(connection, name, owner, size, quota)
-                args = (name, open_s, owner, content_type, access, keep_s, size, direct)
-                return list(await connection.fetch(QUERIES["begin_upload"], *args))
-
-        await self._database.run(insert)
+        args = (name, open_s, owner, content_type, access, keep_s, size, direct, quota)
+        if not (await self._fetch("begin_upload", *args))[0]["is_allowed"]:
+            raise _over_quota(quota)
 
     async def find(self, name: str) -> Upload | None:
         """An upload, as long as its time is not over."""
-        rows = await self._fetch("find_upload", name, "")
-        return Upload(rows[0]["owner"], rows[0]["content_type"], rows[0]["digest"]) if rows else None
+        rows = await self._fetch("find_upload", name)
+        return Upload(**rows[0]) if rows else None
 
-    async def reserve(self, name: str, piece: str, size: int, *, max_bytes: int, quota: int | None) -> None:
+    async def reserve(self, name: str, piece: str, size: int, *, max_bytes: int, quota: int | None) -> bytes | None:
         """Reserves bytes for an upload. piece: its own name, or that of one of its parts. max_bytes: of the whole upload.
 
-        Raises `TooManyRequests` if they exceed its owner's quota, and `Forbidden` if they exceed the upload's size or its time is
-        over.
+        Returns the digest of the upload if it is complete already; nothing is reserved then. Raises `TooManyRequests` if they
+        exceed its owner's quota, and `Forbidden` if they exceed the upload's size or its time is over.
         """
-        is_part = piece != name
-
-        async def reserve(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            async with connection.transaction():
-                found = await connection.fetchrow(QUERIES["find_upload"], name, piece)
-                if found is None:
-                    raise Forbidden("The time of this upload is over.")
-                if size + (found["other_parts"] if is_part else 0) > max_bytes:
-                    raise Forbidden(f"This upload may have {max_bytes} bytes.")
-                await _check_quota(connection, piece, found["owner"], size, quota)
-                if is_part:
-                    await connection.fetch(QUERIES["reserve_part"], piece, size, name)
-                else:
-                    await connection.fetch(QUERIES["reserve_upload"], name, size)
-            return []
-
-        await self._database.run(reserve)
+        row = (await self._fetch("reserve_upload", name, piece, size, max_bytes, quota))[0]
+        if row["refusal"] == "over":
+            raise UploadIsOver
+        if row["refusal"] == "size":
+            raise Forbidden(f"This upload may have {max_bytes} bytes.")
+        if row["refusal"] == "quota":
+            raise _over_quota(quota)
+        digest: bytes | None = row["digest"]
+        return digest
 
     async def release(self, piece: str) -> None:
         """What was reserved for an upload or a part is not needed: it has failed."""
@@ -139,14 +128,9 @@ class Uploads:
         for row in await self._fetch("overdue_direct", SETTLE_BATCH):
             await self.settle(row["name"], await size_of(row["name"]), row["size_bytes"])
 
-    async def _fetch(self, query: str, *args: object) -> Sequence[asyncpg.Record]:
+    async def _fetch(self, query: str, *args: object) -> list[Any]:
         return await self._database.fetch(QUERIES[query], *args)
 
 
-async def _check_quota(connection: asyncpg.Connection, name: str, owner: str | None, size: int, quota: int | None) -> None:
-    """Raises `TooManyRequests`. Until the transaction ends, no other one reserves anything for this owner."""
-    if owner is None or quota is None:
-        return
-    await connection.fetch(QUERIES["lock_quota"], owner)
-    if await connection.fetchval(QUERIES["stored_bytes"], owner, name) + size > quota:
-        raise TooManyRequests(f"This key's files would have more than {quota} bytes.")
+def _over_quota(quota: int | None) -> TooManyRequests:
+    return TooManyRequests(f"This key's files would have more than {quota} bytes.")

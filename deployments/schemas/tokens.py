@@ -97,13 +97,15 @@ class Token:
 class Ticket:
     """What an upload URL is good for: one file of this name and type, in the file store.
 
-    max_bytes: the most that it may have. exact: it must have so many.
+    max_bytes: the most that it may have. exact: it must have so many. owner: the key that it will belong to; None where the
+    service is open.
     """
 
     name: str
     content_type: str
     max_bytes: int
     exact: bool
+    owner: str | None
 
 
 def issue(secret: Signer, apps: Sequence[str], lifetime_s: int) -> str:

@@ -1,32 +1,22 @@
 -- Every statement about uploads. A row of `stored_files` with a digest is complete.
 
--- name: lock_quota
--- One reservation of an owner at a time, until the transaction ends.
-SELECT pg_advisory_xact_lock(hashtextextended('quota ' || $1, 0))
-
 -- name: begin_upload
-INSERT INTO stored_files (name, expires_at, owner, content_type, access, keep_s, size_bytes, direct)
-VALUES ($1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $8)
-ON CONFLICT (name) DO NOTHING
-
--- name: stored_bytes
--- What an owner has here, but for the file $2.
-SELECT coalesce(sum(size_bytes), 0)::bigint AS total FROM stored_files WHERE owner = $1 AND name <> $2
+-- False if it exceeds its owner's quota $9.
+WITH allowed AS (
+    SELECT is_within_quota($3, $1, $7, $9) AS is_allowed
+), begun AS (
+    INSERT INTO stored_files (name, expires_at, owner, content_type, access, keep_s, size_bytes, direct)
+    SELECT $1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $8 FROM allowed WHERE is_allowed
+    ON CONFLICT (name) DO NOTHING
+)
+SELECT is_allowed FROM allowed
 
 -- name: find_upload
--- An upload whose time is not over, and the bytes of its parts but for the part $2.
-SELECT owner, content_type, size_bytes, digest,
-    (SELECT coalesce(sum(size_bytes), 0) FROM stored_files WHERE part_of = $1 AND name <> $2)::bigint AS other_parts
-FROM stored_files AS upload WHERE name = $1 AND part_of IS NULL AND NOT gone AND expires_at > now()
+-- An upload whose time is not over.
+SELECT owner, digest FROM stored_files WHERE name = $1 AND part_of IS NULL AND NOT gone AND expires_at > now()
 
 -- name: reserve_upload
-UPDATE stored_files SET size_bytes = $2 WHERE name = $1 AND digest IS NULL
-
--- name: reserve_part
--- A part that is sent again takes the place of what was sent before.
-INSERT INTO stored_files (name, expires_at, owner, size_bytes, part_of)
-SELECT $1, expires_at, owner, $2, name FROM stored_files WHERE name = $3
-ON CONFLICT (name) DO UPDATE SET size_bytes = excluded.size_bytes, digest = NULL
+SELECT refusal, digest FROM reserve_upload($1, $2, $3, $4, $5)
 
 -- name: release
 UPDATE stored_files SET size_bytes = 0 WHERE name = $1 AND digest IS NULL
