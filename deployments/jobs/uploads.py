@@ -4,6 +4,7 @@ An upload is listed before the first of its bytes is stored, so one that is neve
 over, and so are its parts. Bytes are reserved before they are received: uploads that come at once cannot exceed a quota together.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,8 @@ from typing import Any
 
 from deployments.jobs.database import Database, load_statements
 from engines.errors import Forbidden, TooManyRequests
+
+logger = logging.getLogger(__name__)
 
 QUERIES = load_statements("uploads.sql")
 SETTLE_BATCH = 100
@@ -124,9 +127,15 @@ class Uploads:
         return False
 
     async def settle_overdue(self, size_of: Callable[[str], Awaitable[int | None]]) -> None:
-        """Ends those that nobody has read and whose time is over. size_of: of a file; None: it is not there."""
+        """Ends those that nobody has read and whose time is over. size_of: of a file; None: it is not there. If it raises, the file
+        is looked up again later."""
         for row in await self._fetch("overdue_direct", SETTLE_BATCH):
-            await self.settle(row["name"], await size_of(row["name"]), row["size_bytes"])
+            try:
+                size = await size_of(row["name"])
+            except Exception:
+                logger.warning("an upload could not be looked up", exc_info=True, extra={"action": "expiry", "file": row["name"]})
+            else:
+                await self.settle(row["name"], size, row["size_bytes"])
 
     async def _fetch(self, query: str, *args: object) -> list[Any]:
         return await self._database.fetch(QUERIES[query], *args)
