@@ -127,13 +127,16 @@ class Uploads:
         return False
 
     async def settle_overdue(self, size_of: Callable[[str], Awaitable[int | None]]) -> None:
-        """Ends those that nobody has read and whose time is over. size_of: of a file; None: it is not there. If it raises, the file
-        is looked up again later."""
+        """Ends those that nobody has read and whose time is over.
+
+        size_of: of a file; None: it is not there. If it raises, the file is looked up again later.
+        """
         for row in await self._fetch("overdue_direct", SETTLE_BATCH):
             try:
                 size = await size_of(row["name"])
             except Exception:
-                logger.warning("an upload could not be looked up", exc_info=True, extra={"action": "expiry", "file": row["name"]})
+                fields = {"action": "expiry", "file": row["name"]}
+                logger.warning("an upload could not be looked up", exc_info=True, extra=fields)
             else:
                 await self.settle(row["name"], size, row["size_bytes"])
 
