@@ -105,7 +105,8 @@ class QuotaSettings(_Strict):
     """What one API key may have at once; None is any number. Where `auth` is open there are no keys, and no quotas.
 
     waiting_jobs: queued at all endpoints together. stored_bytes: of uploads, and of files that were sent as data URIs with jobs
-    which have not ended. open_streams: status streams of one ingress process. open_uploads: bodies that it receives at a time.
+    which have not ended. open_streams: streams, direct calls and WebSockets of one ingress process. open_uploads: bodies that it
+    receives at a time.
     """
 
     waiting_jobs: int | None = Field(10_000, gt=0)
@@ -165,6 +166,8 @@ class Settings(_Strict):
     open service. With keys, None lets all pages call: there are no cookies, so a page has only the key or token it was given.
     unknown_fields: "ignore" fields that an endpoint does not have, and name them in the job's log, as generic tools send the same
     ones everywhere; or "refuse" them.
+    run_timeout_s: a direct call that takes longer is answered 504, while its job goes on. Behind Node, fal's JavaScript client
+    gives up after 300 s without an answer and submits again.
     max_body_bytes: the largest submission, data URIs included.
     max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
     animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
@@ -179,6 +182,7 @@ class Settings(_Strict):
     open_to_network: bool = False
     allowed_origins: tuple[str, ...] | None = None
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    run_timeout_s: float = Field(285.0, gt=0)
     max_body_bytes: int = Field(64_000_000, gt=0)
     max_bodies_bytes: int = Field(256_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()

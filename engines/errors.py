@@ -33,7 +33,8 @@
     │   ├── RunnerDisconnected          503  runner_disconnected
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
-    │   └── StartTimeout                504  request_timeout
+    │   ├── StartTimeout                504  request_timeout
+    │   └── RunTimeout                  504  request_timeout
     ├── WeightsError                for the operator: a checkpoint that does not fit
     └── EngineError                 for the operator: an engine that cannot be built, loaded or run
 
@@ -286,6 +287,13 @@ class StorageFailed(RequestError):
 
 class StartTimeout(RequestError):
     """The request did not start before its deadline."""
+
+    type = "request_timeout"
+    status = 504
+
+
+class RunTimeout(RequestError):
+    """The request takes longer than a direct call may."""
 
     type = "request_timeout"
     status = 504

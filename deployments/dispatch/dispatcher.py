@@ -23,7 +23,7 @@ from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
-from deployments.jobs.retry import next_attempt_in
+from deployments.jobs.retry import condition_of, next_attempt_in
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
@@ -220,11 +220,15 @@ class Dispatcher:
         losses, lost_in = 0, dict(claim.lost_in)
         if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled):
             losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
-        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random())
+        retries, condition = dict(claim.retries), condition_of(error)
+        budget = retries.get(condition) if condition else None
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random(), budget)
         if wait_s is None:
             await self.store.claims.fail(claim, error_failure(error), metrics.fields)
         else:
-            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in)
+            if condition and budget is not None:
+                retries[condition] = budget - 1
+            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in, retries=retries)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """Renders the job and writes the stages' notes to its log; returns its output."""

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from deployments.hosting.embedded_postgres import database_url, keep_running
 from deployments.hosting.logs import configure_logging
+from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
 from deployments.settings import CONFIG_VARIABLE, configured_settings, load_settings
 
@@ -19,8 +20,12 @@ GRACE_S = 5
 """How long open status streams may hold a worker that was told to stop."""
 
 
-def run(config: Path, host: str, port: int, workers: int) -> None:
-    """Serves until interrupted. Workers are separate processes, which find `config` in the environment. Raises `Exposed`."""
+def run(config: Path, host: str, port: int, workers: int, tls: Path | None = None) -> None:
+    """Serves until interrupted. Workers are separate processes, which find `config` in the environment. Raises `Exposed`.
+
+    tls: a folder that `write_certificate` wrote; with it the gateway speaks https. Raises `CertificateMissing`.
+    """
+    certificate = None if tls is None else TlsFiles.existing(tls)
     settings = load_settings(config)
     settings.refuse_exposure(host)
     threading.Thread(target=keep_running, args=(settings,), daemon=True).start()
@@ -33,6 +38,8 @@ def run(config: Path, host: str, port: int, workers: int) -> None:
         workers=workers,
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
+        ssl_certfile=certificate and certificate.chain,
+        ssl_keyfile=certificate and certificate.key,
     )
 
 

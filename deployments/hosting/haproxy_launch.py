@@ -1,11 +1,12 @@
 """Serve runs this instead of HAProxy, with HAProxy's arguments: it corrects the configuration file, then becomes HAProxy.
 
-    python haproxy_launch.py <haproxy> -db -f <config> ...
+    python haproxy_launch.py <certificate and key, or nothing> <haproxy> -db -f <config> ...
 
-No variable of Serve's sets these two:
+No variable of Serve's sets these:
 - The pages of statistics listen on this machine only. Serve has them listen on every address, whatever the service listens on.
 - While HAProxy knows of no replica, after a start or a restart, it answers 503. With Serve's 404, clients would stop waiting for
   their requests. fal's Python client repeats a 503 only if it takes the server for nginx, hence the text.
+- With a certificate, callers speak TLS with HAProxy, and the replicas are told so. Serve knows TLS for its own proxy only.
 
 Lines that another version of Serve writes differently stay as they are. Standard library only: this runs at every reload.
 
@@ -24,8 +25,8 @@ _PR_SET_PDEATHSIG = 1
 NOT_YET = 'http-request return status 503 content-type text/plain hdr retry-after 1 string "503, not up yet (this is no nginx)"'
 
 
-def mended(config: str) -> str:
-    """The text of Serve's configuration, corrected."""
+def mended(config: str, certificate: str = "") -> str:
+    """The text of Serve's configuration, corrected. certificate: the path of a file with a certificate chain and its key."""
     lines = config.splitlines()
     section = ""
     for i, line in enumerate(lines):
@@ -34,6 +35,8 @@ def mended(config: str) -> str:
         indent, words = line[: len(line) - len(line.lstrip())], line.split()
         if section in ("frontend prometheus", "listen stats") and words[:1] == ["bind"]:
             lines[i] = f"{indent}bind 127.0.0.1:{words[1].rpartition(':')[2]}"
+        if certificate and section == "frontend http_frontend" and words[:1] == ["bind"]:
+            lines[i] = f"{line} ssl crt {certificate} alpn http/1.1\n{indent}http-request set-header X-Forwarded-Proto https"
         if section == "backend default_backend" and line.strip().startswith("http-request return status 404 "):
             lines[i] = indent + NOT_YET
     return "\n".join(lines) + "\n"
@@ -50,7 +53,7 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    haproxy, arguments = sys.argv[1], sys.argv[2:]
+    certificate, haproxy, *arguments = sys.argv[1:]
     path = Path(arguments[arguments.index("-f") + 1])  # in place: Serve knows its own processes by this path
-    path.write_text(mended(path.read_text()))
+    path.write_text(mended(path.read_text(), certificate))
     os.execv(haproxy, [haproxy, *arguments])

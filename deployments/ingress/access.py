@@ -7,7 +7,7 @@ whatever the scopes), then whether the key has the scope (403).
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from deployments.ingress.request_context import UnknownRequest, outbox_of, settings_of, store_of
 from deployments.jobs.job import Job
@@ -22,10 +22,11 @@ from engines.errors import Forbidden, Unauthorized
 
 @dataclass(frozen=True)
 class Caller:
-    """owner: the id of the key; None where the service is open."""
+    """owner: the id of the key; None where the service is open. secret_id: of the secret that was shown, or a token is for."""
 
     owner: str | None
     scopes: frozenset[Scope]
+    secret_id: UUID | None = None
 
     def require(self, scope: Scope) -> None:
         """Raises `Forbidden` if the caller does not have the scope."""
@@ -42,11 +43,16 @@ STRANGER = Caller("", frozenset())
 """Nobody's key has this id, and no file is his, not even where the service is open."""
 
 
-async def caller_of(request: Request, app: str | None = None) -> Caller:
+async def caller_of(request: HTTPConnection, app: str | None = None) -> Caller:
     """The sender of a request. app: whose path it is for, if it is an app's. Raises `Unauthorized`, `Forbidden`."""
     if settings_of(request).auth == "open":
         return ANYBODY
     return await identify(request, store_of(request), app)
+
+
+async def is_still_valid(connection: HTTPConnection, caller: Caller) -> bool:
+    """Whether the caller's key and its secret have not ended since. A token may have, as at fal."""
+    return caller.secret_id is None or await store_of(connection).keys.get_secret(caller.secret_id) is not None
 
 
 async def job_of(request: Request, app: str, request_id: str, scope: Scope, lines_after: int | None = None) -> Job:
@@ -82,7 +88,7 @@ async def webhook_of(request: Request, request_id: str, scope: Scope) -> Webhook
     return found
 
 
-async def identify(request: Request, store: JobStore, app: str | None = None) -> Caller:
+async def identify(request: HTTPConnection, store: JobStore, app: str | None = None) -> Caller:
     """The caller of a service with keys: by the key in the header or, without one, by the token in the query.
 
     A header of another scheme does not count: behind a reverse proxy with a password, browsers always send a `Basic` one.
@@ -100,7 +106,7 @@ async def identify(request: Request, store: JobStore, app: str | None = None) ->
     return replace(caller, scopes=caller.scopes - {Scope.ADMIN})  # tokens are for web pages
 
 
-async def reader_of(request: Request) -> Caller:
+async def reader_of(request: HTTPConnection) -> Caller:
     """Who asks for a file that not everybody may read: the caller whose key is shown, if it may read, or a stranger.
 
     A stranger is not told what is wrong with his key: it would tell him that there is such a file.
@@ -156,7 +162,7 @@ def issued_token(secret: KeySecret | None, asked: TokenRequest) -> str:
     return tokens.issue(secret, asked.allowed_apps, asked.token_expiration)
 
 
-async def shown_secret(request: Request, store: JobStore) -> KeySecret:
+async def shown_secret(request: HTTPConnection, store: JobStore) -> KeySecret:
     """The API key in the request's header. Raises `Unauthorized`."""
     secret = _key_of(request)
     found = None if secret is None else await store.keys.find_secret(secret)
@@ -165,11 +171,11 @@ async def shown_secret(request: Request, store: JobStore) -> KeySecret:
     return found
 
 
-def _key_of(request: Request) -> str | None:
+def _key_of(request: HTTPConnection) -> str | None:
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() in ("key", "bearer") else None
 
 
 def _caller(secret: KeySecret) -> Caller:
     scopes = frozenset(map(Scope, secret.scopes))
-    return Caller(secret.key_id, scopes | {Scope.READ} if Scope.ADMIN in scopes else scopes)
+    return Caller(secret.key_id, scopes | {Scope.READ} if Scope.ADMIN in scopes else scopes, secret.id)

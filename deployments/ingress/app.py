@@ -16,7 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.files.file_store import FileStore
-from deployments.ingress import file_routes, queue_routes, service_routes, status_stream, upload_routes, webhook_routes
+from deployments.ingress import (
+    file_routes,
+    queue_routes,
+    realtime,
+    run_routes,
+    service_routes,
+    status_stream,
+    upload_routes,
+    webhook_routes,
+)
 from deployments.ingress.body import Bodies
 from deployments.ingress.middleware import add_middleware, failure_response
 from deployments.ingress.quotas import Quotas
@@ -62,7 +71,10 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
     app.state.files = FileStore(settings.files_url)
     app.state.bodies = Bodies(settings.max_bodies_bytes)
     app.state.quotas = Quotas(settings.quotas)
-    queue_routes.add_submit_routes(app, settings.model_configs())
+    models = settings.model_configs()
+    queue_routes.add_submit_routes(app, models)
+    run_routes.add_run_routes(app, models)
+    realtime.add_realtime_routes(app, models)
     for routes in (queue_routes, status_stream, webhook_routes, service_routes, upload_routes):
         app.include_router(routes.router)
     for files in (upload_routes.files, file_routes.router):

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import HTTPConnection
 
 from deployments.files.file_store import CONTENT_TYPES, FileStore, expires_at, is_listed
 from deployments.ingress.access import Caller, reader_of
@@ -65,22 +66,22 @@ async def file(request: Request, name: str) -> Response:
     return _answer(request, name, found)
 
 
-async def readable(request: Request, name: str, reader: Caller | None = None) -> Readable | None:
-    """The file at "/files/<name>". reader: None: whoever sent the request.
+async def readable(connection: HTTPConnection, name: str, reader: Caller | None = None) -> Readable | None:
+    """The file at "/files/<name>". reader: None: whoever asks for it.
 
     None: there is none, or it is to look as if there were none. Raises `Forbidden`. The database is asked for listed files only.
     """
-    files = files_of(request)
+    files = files_of(connection)
     if not is_listed(name):
         content_type = CONTENT_TYPES.get("." + name.rpartition(".")[2], UNKNOWN_TYPE)
         size = await files.size(name)
         return None if size is None else Readable(size, content_type, expires_at(name), shared=True)
-    uploads = store_of(request).uploads
+    uploads = store_of(connection).uploads
     row = await uploads.file(name)
     if row is None:
         return None
     if row.access is not None:
-        reader = reader or await reader_of(request)
+        reader = reader or await reader_of(connection)
         decision = "allow" if reader.reaches(row.owner) else AccessRules.model_validate(row.access).decision(reader.owner)
         if decision == "hide":
             return None

@@ -9,9 +9,9 @@ import asyncio
 from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
-from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails
+from starlette.requests import HTTPConnection
 
 from deployments.files.download import Refused, TooLarge, decoded_data_uri, told_to_caller
 from deployments.files.file_store import is_served
@@ -41,14 +41,16 @@ def check_places(job_input: EndpointInput, body: SplitBody) -> None:
         raise ValidationError.from_exception_data("input", faults)
 
 
-async def with_input(request: Request, caller: Caller, new: NewJob, job_input: EndpointInput, body: SplitBody) -> NewJob:
+async def with_input(
+    connection: HTTPConnection, caller: Caller, new: NewJob, job_input: EndpointInput, body: SplitBody
+) -> NewJob:
     """The job with its input, whose large files are stored.
 
     Raises `ModelError` for a data URI that is none and for a file of ours that the caller may not read; `StorageFailed`.
     """
-    files, store, limits = files_of(request), store_of(request), settings_of(request).fetch
+    files, store, limits = files_of(connection), store_of(connection), settings_of(connection).fetch
     media = job_input.media()
-    own = {field: name for field, url in media.items() if (name := await _own_file(request, caller, field, url)) is not None}
+    own = {field: name for field, url in media.items() if (name := await _own_file(connection, caller, field, url)) is not None}
     uris = {field: body.uris[url] for field, url in media.items() if url in body.uris}
     names = {field: files.new_input() for field in uris}
     for field, name in names.items():
@@ -59,7 +61,7 @@ async def with_input(request: Request, caller: Caller, new: NewJob, job_input: E
     return replace(new, input=referring.model_dump(mode="json", exclude_none=True), files=tuple(names.values()))
 
 
-async def _own_file(request: Request, caller: Caller, field: str, url: str) -> str | None:
+async def _own_file(connection: HTTPConnection, caller: Caller, field: str, url: str) -> str | None:
     """The name of the file at a URL, if it is one of this service's. Raises `ModelError` if the caller may not read it."""
     try:
         parts = urlsplit(url)
@@ -69,22 +71,22 @@ async def _own_file(request: Request, caller: Caller, field: str, url: str) -> s
         host = parts.netloc.rpartition("@")[2].lower()
     except ValueError:  # whatever it is, it is not ours
         return None
-    limits = settings_of(request).fetch
+    limits = settings_of(connection).fetch
     with told_to_caller(limits, ("body", field)):
         try:
-            found = await readable(request, name, caller)
+            found = await readable(connection, name, caller)
         except Forbidden as exc:
             raise Refused("its owner does not let this key read it.") from exc
-        if found is None and host in _own_hosts(request):
+        if found is None and host in _own_hosts(connection):
             raise Refused("there is no such file.")
         if found is not None and found.size > limits.max_bytes:
             raise TooLarge
     return name if found else None
 
 
-def _own_hosts(request: Request) -> set[str]:
-    public_url = settings_of(request).public_url
-    return {request.headers.get("host", "").lower(), urlsplit(public_url or "").netloc.lower(), CDN_HOST}
+def _own_hosts(connection: HTTPConnection) -> set[str]:
+    public_url = settings_of(connection).public_url
+    return {connection.headers.get("host", "").lower(), urlsplit(public_url or "").netloc.lower(), CDN_HOST}
 
 
 def _decoded(uri: memoryview, field: str, limits: FetchSettings) -> bytearray:

@@ -32,11 +32,15 @@ EXPOSED_HEADERS = [
     "x-fal-request-timeout-type",
     "x-fal-error-type",
     "x-fal-needs-retry",
+    "x-fal-runner-hints",
+    "x-fal-billable-units",
     "x-reelray-ignored-fields",
-    "content-range",
+    "x-reelray-ignored-headers",
     "etag",
+    "content-range",
+    "content-disposition",
 ]
-"""What the JavaScript client reads, and what pages of ours and players may; a browser hides headers that are not named here."""
+"""What the JavaScript client, its callers, pages of ours and players read; a browser hides headers that are not named here."""
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
@@ -115,7 +119,10 @@ class TrustedPages:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 403."""
-        if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
+        refusal = None
+        if scope["type"] in ("http", "websocket"):  # CORS does not hold for WebSockets: every one may write
+            refusal = self._refusal(scope.get("method", "websocket"), Headers(scope=scope))
+        if refusal is not None:
             await failure_response(error_failure(Forbidden(refusal)))(scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -1,9 +1,9 @@
 """Which part of the service a request is for: fal's clients name it by path, by host or by a header.
 
-fal has a host each for queue, runs and storage; here they are path prefixes on one port. If DNS leads fal's hosts here, `Host`
-tells which one was meant. The JavaScript client's official proxy protocol sends every request to `/api/fal/proxy`, with the real
-URL in `x-fal-target-url`. Both become the prefixed path by rewriting the ASGI scope: there is no second request, so nothing is
-buffered, and no URL from a caller is fetched.
+fal has a host each for queue, runs, tokens and files; here they are path prefixes on one port. If DNS leads fal's hosts here,
+`Host` tells which one was meant. The JavaScript client's official proxy protocol sends every request to `/api/fal/proxy`, with
+the real URL in `x-fal-target-url`. Both become the prefixed path by rewriting the ASGI scope: there is no second request, so
+nothing is buffered, and no URL from a caller is fetched.
 """
 
 from typing import Any
@@ -15,7 +15,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 PROXY_PATH = "/api/fal/proxy"
 CDN_HOST = "v3.fal.media"
-PREFIXES = {"queue.fal.run": "/queue", "fal.run": "/run", "rest.fal.ai": "/rest", "rest.alpha.fal.ai": "/rest", CDN_HOST: "/cdn"}
+PREFIXES = {
+    "queue.fal.run": "/queue",
+    "fal.run": "/run",
+    "rest.fal.ai": "/rest",
+    "rest.alpha.fal.ai": "/rest",
+    CDN_HOST: "/cdn",
+    # the Python client's backups for the first two: where it sends a request again if it cannot connect
+    "queue.falrun.com": "/queue",
+    "falrun.com": "/run",
+}
 _BY_HOST = "reelray.routed_by_host"
 
 
@@ -27,12 +36,12 @@ class TargetRouting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, rewritten if need be; answers 400 to a target that is not in the table."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         root_path = scope.get("root_path", "")
         path = scope["path"].removeprefix(root_path)
-        if path == PROXY_PATH:
+        if path == PROXY_PATH and scope["type"] == "http":
             rewritten = _from_target(Headers(scope=scope).get("x-fal-target-url", ""), root_path)
             if rewritten is None:
                 await JSONResponse("Invalid request", 400)(scope, receive, send)  # the words of fal's proxies
@@ -53,7 +62,8 @@ def service_base(scope: Scope, public_url: str | None) -> str:
     if host is None:
         name, port = scope["server"]
         host = f"{name}:{port}"
-    return f"{scope['scheme']}://{host}{scope.get('root_path', '')}"
+    scheme = {"ws": "http", "wss": "https"}.get(scope["scheme"], scope["scheme"])
+    return f"{scheme}://{host}{scope.get('root_path', '')}"
 
 
 def queue_base(scope: Scope, public_url: str | None) -> str:

@@ -27,19 +27,30 @@ class VideoOutput(BaseModel):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is served under an id. model: its name in `engines.registry`. family: prefix of its deployments' names in the YAML."""
+    """What is served under an id. model: its name in `engines.registry`. family: prefix of its deployments' names in the YAML.
+
+    realtime: fast enough for callers who send a request a second over a WebSocket.
+    """
 
     id: str
     model: str
     family: str
     input: type[EndpointInput]
     output: type[BaseModel]
+    realtime: bool = False
 
 
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.id: endpoint
     for endpoint in (
-        Endpoint("fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", "animatediff", AnimateDiffInput, VideoOutput),
+        Endpoint(
+            "fal-ai/animatediff-sparsectrl-lcm",
+            "animatediff-sparsectrl-lcm",
+            "animatediff",
+            AnimateDiffInput,
+            VideoOutput,
+            realtime=True,
+        ),
         Endpoint("fal-ai/controlnext", "controlnext", "controlnext", ControlNeXtInput, VideoOutput),
     )
 }

@@ -100,6 +100,13 @@ class EndpointInput(BaseModel):
         return Parsed(parsed, ignored, (*_ignored_notes(ignored, len(unknown)), *notes))
 
     @classmethod
+    def of_query(cls, query: Mapping[str, str]) -> dict[str, str | bool]:
+        """The fields in a query, where everything is text; numbers are parsed with the rest."""
+        switches = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        words = {"true": True, "false": False}
+        return {name: words.get(value, value) if name in switches else value for name, value in query.items()}
+
+    @classmethod
     def stored(cls, job_input: dict[str, Any]) -> Self:
         """The input in a job's row, not validated again: an upgrade may have changed the schema while the job waited.
 

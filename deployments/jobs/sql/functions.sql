@@ -130,13 +130,29 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The state of a job whose attempt ended without an outcome. An attempt that does not count cannot be the last one.
-CREATE OR REPLACE FUNCTION jobs_after_lost_attempt(cancel_requested boolean, attempt integer, max_attempts integer, counted boolean)
+-- The state of a job whose attempt ended without an outcome. An attempt that does not count cannot be the last one. retries_left:
+-- how many more the caller allowed after such an end; null: any number.
+CREATE OR REPLACE FUNCTION jobs_after_lost_attempt(
+    cancel_requested boolean, attempt integer, max_attempts integer, counted boolean, retries_left integer
+)
 RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
         WHEN cancel_requested THEN 'cancelled'
-        WHEN counted AND attempt >= max_attempts THEN 'failed'
+        WHEN counted AND (attempt >= max_attempts OR retries_left <= 0) THEN 'failed'
         ELSE 'queued'
+    END
+$$;
+
+-- A lost lease is the condition `connection_error` of a caller's retry config: how many retries are left for it, and then.
+CREATE OR REPLACE FUNCTION left_after_lost_lease(retries json) RETURNS integer LANGUAGE sql IMMUTABLE AS $$
+    SELECT (retries ->> 'connection_error')::integer
+$$;
+
+CREATE OR REPLACE FUNCTION retries_after_lost_lease(retries json) RETURNS json LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN left_after_lost_lease(retries) > 0
+        THEN (retries::jsonb || jsonb_build_object('connection_error', left_after_lost_lease(retries) - 1))::json
+        ELSE retries
     END
 $$;
 

@@ -26,9 +26,10 @@ WITH kept AS (
     INSERT INTO job_logs (job_id, level, message) SELECT $1, 'WARN', note FROM fresh CROSS JOIN unnest($17::text[]) AS note
 )
 INSERT INTO jobs (
-    id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files, files_access, state, turn
+    id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
+    retries, files_access, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -107,7 +108,7 @@ WITH claimed AS (
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
 SELECT id AS job_id, token, endpoint, owner, input, attempt, max_attempts, files_s, files_access, checkpoint_name(id) AS checkpoint,
-    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in
+    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
 FROM claimed
 
 -- name: claimed
@@ -146,15 +147,16 @@ SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2
 
 -- name: requeue
 -- Gives a job back: its next state is that after a lost attempt ($5 holds the failures by state), and it is not tried again for $6
--- seconds. $7: where its attempts were lost, if that has changed. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
+-- seconds. $7: where its attempts were lost, if that has changed; $8: which retries are left, likewise. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
 WITH returned AS (
     UPDATE jobs SET
-        state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
-        failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
+        state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4, NULL),
+        failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4, NULL),
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
         start_by = CASE WHEN $4 THEN start_by END,
         not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
         lost_in = coalesce($7, lost_in),
+        retries = coalesce($8, retries),
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id
@@ -169,13 +171,14 @@ WITH due AS (
     SELECT
         id,
         run_by <= now() AND NOT cancel_requested AS overran,
-        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true) AS next
+        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true, left_after_lost_lease(retries)) AS next
     FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
     state = CASE WHEN due.overran THEN 'failed' ELSE due.next END,
     failure = $1::json -> CASE WHEN due.overran THEN 'overran' ELSE due.next END,
     token = NULL,
+    retries = retries_after_lost_lease(retries),
     reason = CASE WHEN due.overran THEN 'run deadline passed' ELSE 'lease expired' END
 FROM due WHERE jobs.id = due.id
 RETURNING jobs.id

@@ -16,7 +16,7 @@ from deployments.jobs.store import JobStore
 from deployments.settings import QueueSettings, RetentionSettings, Settings
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages
-from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed
+from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled
 from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
@@ -341,6 +341,26 @@ async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store
         job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
     assert job.failure is not None
     assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
+
+
+async def test_each_condition_of_a_retry_config_has_its_own_budget(store: JobStore, files: FileStore):
+    """Three replicas die, of which the caller allows two; the stalled one in between has a budget of its own."""
+    errors = iter([RunnerDisconnected(), RunnerStalled(), RunnerDisconnected(), RunnerDisconnected()])
+
+    async def fail(_: dict[str, Any]) -> None:
+        raise next(errors)
+
+    stages = ScriptedStages(fail)
+    new = NewJob(endpoint=ENDPOINT, input=INPUT, retries={"server_error": 2, "timeout": 1})
+    async with dispatching(store, files, stages):
+        job_id = (await store.submit(new)).id
+        async with asyncio.timeout(20):
+            while (job := await store.get(job_id)) and not job.state.ended:
+                await store.database.fetch("UPDATE jobs SET not_before = now() WHERE not_before IS NOT NULL")
+                await asyncio.sleep(0.05)
+    assert job is not None
+    assert job.failure is not None
+    assert (job.attempt, job.failure.error_type, stages.calls) == (4, "runner_disconnected", 4)
 
 
 def _unreachable(*_: object) -> NoReturn:

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes
 from deployments.ingress.app import create_app
+from deployments.ingress.target_routing import TargetRouting
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.keys import Scope
@@ -231,6 +232,25 @@ async def test_unknown_fields_are_named_in_the_answer_and_in_the_log(client: htt
     assert (line["level"], line["seq"]) == ("WARN", 1)
     assert line["message"].endswith("duration, größe")
     assert "x-reelray-ignored-fields" not in (await client.post(SUBMIT, json=INPUT)).headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "ignored"),
+    [
+        ({"x-fal-queue-priority": "normal", "x-fal-no-retry": "1", "x-fal-store-io": "0"}, None),
+        ({"x-fal-runner-hint": "lora:a", "x-app-fal-disable-fallback": "1"}, "x-app-fal-disable-fallback, x-fal-runner-hint"),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 0}}'}, None),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 0}, "weather": {"retries": 1}}'}, "x-fal-retry-config%3A%20weather"),
+        ({"x-fal-retry-config": '{"server_error": 3}'}, "x-fal-retry-config%3A%20server_error"),
+        ({"x-fal-retry-config": "[[["}, "x-fal-retry-config"),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 3}}', "x-fal-no-retry": "true"}, "x-fal-retry-config"),
+    ],
+)
+async def test_headers_without_effect_are_named_in_the_answer(
+    headers: dict[str, str], ignored: str | None, client: httpx.AsyncClient
+) -> None:
+    answer = await client.post(SUBMIT, json=INPUT, headers=headers)
+    assert (answer.status_code, answer.headers.get("x-reelray-ignored-headers")) == (200, ignored)
 
 
 async def test_unknown_fields_are_refused_where_the_operator_says_so(settings: Settings) -> None:
@@ -555,10 +575,38 @@ async def test_proxy_refuses_every_other_target(target: str | None, alone: httpx
     assert UUID(response.headers["x-fal-request-id"])
 
 
-@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/storage/upload/other"])
+@pytest.mark.parametrize("target", ["https://fal.run/fal-ai/no-such-model", "https://rest.fal.ai/no/such/path"])
 async def test_parts_that_are_not_served_are_not_found(target: str, alone: httpx.AsyncClient) -> None:
     response = await alone.post("/api/fal/proxy", json=INPUT, headers={"x-fal-target-url": target})
     assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "prefixed"),
+    [
+        ("fal.run", f"/{ENDPOINT}", f"/run/{ENDPOINT}"),
+        ("falrun.com", f"/{ENDPOINT}/stream", f"/run/{ENDPOINT}/stream"),
+        ("queue.fal.run", f"/{ENDPOINT}", f"/queue/{ENDPOINT}"),
+        ("queue.falrun.com:443", f"/{ENDPOINT}", f"/queue/{ENDPOINT}"),
+        ("rest.fal.ai", "/tokens/", "/rest/tokens/"),
+        ("rest.alpha.fal.ai", "/tokens/realtime", "/rest/tokens/realtime"),
+        ("v3.fal.media", "/files/upload", "/cdn/files/upload"),
+        ("v3.fal.media", "/files/upload/multipart", "/cdn/files/upload/multipart"),
+        ("v3.fal.media", "/files/abc/video.mp4", "/files/abc/video.mp4"),
+        ("127.0.0.1:8000", f"/run/{ENDPOINT}", f"/run/{ENDPOINT}"),
+        ("fal.run.evil.example", f"/{ENDPOINT}", f"/{ENDPOINT}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_each_of_fals_hosts_is_a_prefix(host: str, path: str, prefixed: str, kind: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+
+    scope = {"type": kind, "path": path, "headers": [(b"host", host.encode())]}
+    await TargetRouting(app)(scope, None, None)  # type: ignore[arg-type]
+    assert seen == [prefixed]
 
 
 @pytest.mark.parametrize("authority", ["queue.fal.run", "queue.fal.run:8443", "Queue.Fal.Run"])
@@ -792,7 +840,8 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     assert UUID(preflight.headers["x-fal-request-id"])
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
-    exposed |= {"x-reelray-ignored-fields", "content-range", "etag"}
+    exposed |= {"x-fal-runner-hints", "x-fal-billable-units", "x-reelray-ignored-fields", "x-reelray-ignored-headers"}
+    exposed |= {"content-range", "content-disposition", "etag"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 

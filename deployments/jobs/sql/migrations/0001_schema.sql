@@ -35,6 +35,7 @@ CREATE TABLE jobs (
     files_s double precision,  -- how long its files are kept, where its caller said so
     files_access json,  -- who may read them; null: everybody who knows their URLs
     lost_in json NOT NULL DEFAULT '{}',  -- stage -> how many attempts were lost while it worked
+    retries json NOT NULL DEFAULT '{}',  -- condition -> how many more retries its caller allows; others follow `retry.py` alone
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
