@@ -4,8 +4,6 @@ import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -75,18 +73,16 @@ async def upload_async() -> None:
     assert (answer.content, answer.headers["content-type"]) == (b"Hello", "image/png")
 
 
-@contextmanager
-def file_of(name: str, content: bytes) -> Iterator[Path]:
+def uploaded_file(name: str, content: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        yield path
+        return client().upload_file(path)
 
 
 @rule("8: a file is uploaded under its name, with the type of its suffix", only=WITH_REST)
 def upload_file() -> None:
-    with file_of("notes.txt", b"Hello") as path:
-        url = client().upload_file(path)
+    url = uploaded_file("notes.txt", b"Hello")
     assert url.endswith("/notes.txt")
     assert (read(url).content, read(url).headers["content-type"]) == (b"Hello", "text/plain")
 
@@ -141,8 +137,7 @@ def upload_in_parts() -> None:
 
 @rule("4: and so does a file", only=("P4",), with_keys=True)
 def upload_file_in_parts() -> None:
-    with file_of("dance.mp4", LARGE) as path:
-        url = client().upload_file(path)
+    url = uploaded_file("dance.mp4", LARGE)
     in_parts()
     assert url.endswith("/dance.mp4")
     answer = read(url)
