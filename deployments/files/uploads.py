@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import math
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -28,14 +28,24 @@ SLOWEST_BYTES_PER_S = 10_000
 """How slow a body may be on average, after `IDLE_S` for its beginning."""
 
 
-async def receive(files: FileStore, name: str, body: AsyncIterator[bytes], size: int, most_s: float) -> bytes:
+async def receive(
+    files: FileStore,
+    name: str,
+    body: AsyncIterator[bytes],
+    size: int,
+    most_s: float,
+    approve: Callable[[bytes], Awaitable[None]] | None = None,
+) -> bytes:
     """Stores a body of `size` bytes under `name` and returns their SHA-256. If it fails, nothing is stored.
 
-    most_s: how long it may take, in seconds. Raises `StorageFailed`, and `BadRequest` for a body that is too slow or too short.
+    most_s: how long it may take, in seconds. approve: is given the SHA-256 before anything can be read; if it raises, nothing is
+    stored. Raises `StorageFailed`, and `BadRequest` for a body that is too slow or too short.
     """
     writing = _Writing(_file(files, files.path(name)))
     try:
         digest = await _read(body, size, most_s, writing.write)
+        if approve is not None:
+            await approve(digest)
         with translated():
             await asyncio.to_thread(writing.commit)
     except BaseException as exc:

@@ -9,7 +9,7 @@ A body is never held: it goes to the file store as it arrives. Nothing of it is 
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from deployments.ingress.body import read_body
 from deployments.ingress.request_context import InvalidBody, TextRoute, files_of, quotas_of, settings_of, store_of
 from deployments.ingress.target_routing import files_base
 from deployments.jobs.keys import KeySecret
-from deployments.jobs.uploads import UploadIsOver
+from deployments.jobs.uploads import UploadIsComplete, UploadIsOver
 from deployments.schemas.tokens import CDN_TOKEN_S, Ticket, issue_cdn_token, issue_ticket
 from deployments.schemas.uploads import (
     MAX_NAME_CHARS,
@@ -39,6 +39,7 @@ from engines.errors import BadRequest, BodyTooLarge, Forbidden, LengthRequired, 
 
 MAX_REQUEST_BYTES = 20_000
 MAX_PARTS_BYTES = 1_200_000
+MAX_DIGITS = 15
 DIRECT_BYTES = 100_000_000
 """Reserved for an upload to the bucket of unknown size. fal's client sends what is above 94 MB in parts, and those come here."""
 NO_STORE = {"cache-control": "no-store"}
@@ -202,14 +203,19 @@ async def _cdn_ticket(request: Request, folder: str, file: str, upload_id: str) 
 
 
 async def _store(request: Request, ticket: Ticket) -> str:
-    """Stores the body as the file; returns its SHA-256 in hexadecimal."""
+    """Stores the body as the file; returns its SHA-256 in hexadecimal. One that is the same again changes nothing.
+
+    The file is listed as complete before it can be read, so of several bodies that come at once, one wins. If this process is
+    killed in between, there is no file yet, and the same body stores it.
+    """
     size = _declared_size(request, ticket.max_bytes)
     if ticket.exact and size != ticket.max_bytes:
         raise Forbidden(f"This upload is of {ticket.max_bytes} bytes.")
-    digest, is_repeated = await _receive(request, ticket, ticket.name, size)
-    if not is_repeated:
+
+    async def finish(digest: bytes) -> None:
         await _finish(request, ticket, digest, size)
-    return digest.hex()
+
+    return (await _receive(request, ticket, ticket.name, size, finish)).hex()
 
 
 async def _store_part(request: Request, ticket: Ticket, number: str) -> Response:
@@ -217,7 +223,7 @@ async def _store_part(request: Request, ticket: Ticket, number: str) -> Response
         raise BadRequest(f"Parts are numbered from 1 to {MAX_PARTS}.")
     size = _declared_size(request, ticket.max_bytes)
     part = files_of(request).part_name(ticket.name, int(number))
-    digest, _ = await _receive(request, ticket, part, size)
+    digest = await _receive(request, ticket, part, size)
     if not await store_of(request).uploads.finish_part(part, digest, size):
         await files_of(request).delete(part)
         raise UploadIsOver
@@ -225,22 +231,23 @@ async def _store_part(request: Request, ticket: Ticket, number: str) -> Response
     return JSONResponse({"partNumber": int(number), "etag": digest.hex()}, headers={"etag": f'"{digest.hex()}"'})
 
 
-async def _receive(request: Request, ticket: Ticket, piece: str, size: int) -> tuple[bytes, bool]:
-    """Stores the body as `piece`, the file or one of its parts, within what its owner may have.
-
-    Returns its SHA-256, and whether it is a file that was complete before, and is as it was. Raises `Forbidden` for another one.
-    """
-    uploads, settings = store_of(request).uploads, settings_of(request)
+async def _receive(
+    request: Request, ticket: Ticket, piece: str, size: int, approve: Callable[[bytes], Awaitable[None]] | None = None
+) -> bytes:
+    """Stores the body as `piece`, the file or one of its parts, within what its owner may have; returns its SHA-256."""
+    uploads, settings, files = store_of(request).uploads, settings_of(request), files_of(request)
     open_s, body = settings.uploads.open_s, request.stream()
     with quotas_of(request).upload(ticket.owner):
         quota = settings.quotas.stored_bytes
         complete = await uploads.reserve(ticket.name, piece, size, max_bytes=ticket.max_bytes, quota=quota)
-        if complete is not None:
-            if piece != ticket.name or await digest_of(body, size, open_s) != complete:
-                raise Forbidden("This upload is complete, and a file does not change.")
-            return complete, True
+        if complete is not None and piece != ticket.name:
+            raise UploadIsComplete
+        if complete is not None and await files.size(ticket.name) is not None:
+            if await digest_of(body, size, open_s) != complete:
+                raise UploadIsComplete
+            return complete
         try:
-            return await receive(files_of(request), piece, body, size, open_s), False
+            return await receive(files, piece, body, size, open_s, approve)
         except BaseException:
             await asyncio.shield(uploads.release(piece))
             raise
@@ -264,17 +271,21 @@ async def _complete(request: Request, ticket: Ticket) -> Response:
         if ticket.exact and sum(sizes) != ticket.max_bytes:
             raise Forbidden(f"This upload is of {ticket.max_bytes} bytes.")
         await assemble(files_of(request), ticket.name, names, sizes)
-        await _finish(request, ticket, digest, sum(sizes))
+        try:
+            await _finish(request, ticket, digest, sum(sizes))
+        except UploadIsOver:
+            await files_of(request).delete(ticket.name)
+            raise
     elif found.digest != digest:
-        raise Forbidden("This upload is complete, and a file does not change.")
+        raise UploadIsComplete
     return JSONResponse({"access_url": _url(request, ticket)}, headers={"etag": f'"{digest.hex()}"'})
 
 
 async def _finish(request: Request, ticket: Ticket, digest: bytes, size: int) -> None:
-    """The file is stored: lists it as complete, or deletes it if its time was over meanwhile."""
-    if not await store_of(request).uploads.finish(ticket.name, digest, size):
-        await files_of(request).delete(ticket.name)
-        raise UploadIsOver
+    """Lists the file as complete. Raises `UploadIsComplete` if it was with other bytes, `UploadIsOver`."""
+    uploads = store_of(request).uploads
+    if not await uploads.finish(ticket.name, digest, size):
+        raise UploadIsOver if await uploads.find(ticket.name) is None else UploadIsComplete
 
 
 def _digest_of_parts(etags: list[str]) -> bytes:
@@ -286,7 +297,7 @@ def _declared_size(request: Request, most: int) -> int:
     declared = request.headers.get("content-length", "")
     if not (declared.isascii() and declared.isdecimal()):
         raise LengthRequired
-    if int(declared) > most:
+    if len(declared) > MAX_DIGITS or int(declared) > most:
         raise BodyTooLarge(f"This upload may have {most} bytes.")
     return int(declared)
 

@@ -47,6 +47,10 @@ class UploadIsOver(Forbidden):
     """The time of this upload is over."""
 
 
+class UploadIsComplete(Forbidden):
+    """This upload is complete, and a file does not change."""
+
+
 class Uploads:
     """The uploads in a database. Files are named as in the file store."""
 

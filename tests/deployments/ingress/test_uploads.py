@@ -235,6 +235,29 @@ async def test_an_upload_that_is_sent_again_is_the_same_and_another_is_refused(
     assert len(stored(settings)) == 1
 
 
+async def test_of_several_bodies_that_come_at_once_one_wins(mine: httpx.AsyncClient, settings: Settings) -> None:
+    urls = await initiated(mine)
+    bodies = [bytes([number]) * 30_000 for number in range(6)]
+    answers = await asyncio.gather(*(mine.put(urls["upload_url"], content=body) for body in bodies))
+    assert sorted(answer.status_code for answer in answers) == [200, *[403] * 5]
+    [winner] = [body for body, answer in zip(bodies, answers, strict=True) if answer.status_code == 200]
+    assert (await mine.get(urls["file_url"])).content == winner
+    assert len(stored(settings)) == 1
+
+
+async def test_an_upload_whose_process_was_killed_before_its_file_was_there_can_be_sent_again(
+    mine: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = await initiated(mine)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)  # fails after it was listed as complete
+        assert (await mine.put(urls["upload_url"], content=DATA)).status_code == StorageFailed.status
+    assert (await mine.get(urls["file_url"])).status_code == 404
+    assert (await mine.put(urls["upload_url"], content=DATA[1:])).status_code == 403
+    assert (await mine.put(urls["upload_url"], content=DATA)).status_code == 200
+    assert (await mine.get(urls["file_url"])).content == DATA
+
+
 async def test_an_empty_file_is_a_file(mine: httpx.AsyncClient) -> None:
     url = await uploaded(mine, b"")
     found = await mine.get(url)
@@ -340,15 +363,16 @@ async def test_a_caller_that_goes_away_leaves_nothing(mine: httpx.AsyncClient, s
     assert stored(settings) == []
 
 
+def full(*_: object, **__: object) -> Any:
+    raise OSError("no space left")
+
+
 async def test_a_full_disk_is_told_and_leaves_nothing_reserved(
     mine: httpx.AsyncClient, callers: Callers, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, target: Path) -> Path:
-        raise OSError("no space left")
-
     urls = await initiated(mine)
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", full)
+        patched.setattr(uploads._Writing, "write", full)
         assert (await mine.put(urls["upload_url"], content=DATA)).status_code == StorageFailed.status
     assert stored(settings) == []
     assert (await callers.store.keys.usage(key_id(mine), at_most=1)).stored_bytes == 0
