@@ -25,6 +25,8 @@ PREFIXES = {
     "queue.falrun.com": "/queue",
     "falrun.com": "/run",
 }
+FILES_PREFIX = "/files/"
+UPLOAD_PATH = "/files/upload"
 _BY_HOST = "reelray.routed_by_host"
 
 
@@ -47,9 +49,8 @@ class TargetRouting:
                 await JSONResponse("Invalid request", 400)(scope, receive, send)  # the words of fal's proxies
                 return
             scope = {**scope, **rewritten}
-        # The URLs of files have no prefix: a caller who reaches us as queue.fal.run fetches files from that host too.
         elif prefix := PREFIXES.get(_host_name(_host(scope) or "")):
-            whole = path if path.startswith("/files/") else prefix + path
+            whole = path if _is_file(path) else prefix + path
             scope = {**scope, "path": root_path + whole, _BY_HOST: True}
         await self.app(scope, receive, send)
 
@@ -70,6 +71,11 @@ def queue_base(scope: Scope, public_url: str | None) -> str:
     """The URL that this caller puts before "/owner/alias", without a slash at the end."""
     prefix = "" if public_url is None and scope.get(_BY_HOST) else PREFIXES["queue.fal.run"]
     return service_base(scope, public_url) + prefix
+
+
+def _is_file(path: str) -> bool:
+    """The URLs of files have no prefix: a caller who reaches us as queue.fal.run fetches files from that host too."""
+    return path.startswith(FILES_PREFIX) and path != UPLOAD_PATH and not path.startswith(f"{UPLOAD_PATH}/")
 
 
 def files_base(scope: Scope, public_url: str | None) -> str:

@@ -84,12 +84,13 @@ BEGIN
 END $$;
 
 -- Reserves bytes for an upload, or for the part `piece` of it; returns why not, or the digest of an upload that is complete already.
--- A part that is sent again takes the place of what was sent before.
+-- A part that is sent again takes the place of what was sent before. Not flushed to disk: if a crash undoes it, its end finds no row.
 CREATE OR REPLACE FUNCTION reserve_upload(of_name text, piece text, bytes bigint, max_bytes bigint, quota bigint)
 RETURNS TABLE (refusal text, digest bytea) LANGUAGE plpgsql AS $$
 DECLARE
     upload stored_files;
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     SELECT * INTO upload FROM stored_files
     WHERE name = of_name AND part_of IS NULL AND NOT gone AND expires_at > now();
     IF NOT FOUND THEN

@@ -614,9 +614,7 @@ async def rendered(callers: Callers, request_id: str) -> str:
     claim = await store.claims.take([ENDPOINT], 30.0)
     assert isinstance(claim, Claim)
     assert claim.job_id == UUID(request_id)
-    from tests.fakes import CLIP
-
-    kept = await dispatcher._keep_file(claim, CLIP)
+    kept = await dispatcher.keep_file(claim, b"an mp4")
     video = {"url": kept.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": kept.size}
     await store.claims.succeed(claim, {"video": video, "seed": 1}, {})
     return kept.path

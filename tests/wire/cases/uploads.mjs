@@ -61,14 +61,6 @@ export default function define(rule, { fal, raw, keys, base, clientWith, ApiErro
     const contents = await Promise.all(urls.map(async (url) => (await fetch(url)).text()));
     assert.deepEqual(contents, [1, 2, 3, 4, 5, 6].map((n) => `file ${n}`));
   });
-  rule("upload-in-parts", "4: above 90 MiB a file goes in parts of 10 MiB", async (calls) => {
-    const bytes = Buffer.alloc(101 * 1024 * 1024 + 7, noise(1_000_003));
-    const url = await fal.storage.upload(new File([bytes], "dance.mp4", { type: "video/mp4" }));
-    assert.deepEqual(calls.map((call) => call.method), ["POST", ...Array(11).fill("PUT"), "POST"]);
-    const answer = await fetch(url);
-    assert.equal(answer.headers.get("content-type"), "video/mp4");
-    assert.equal(sha256(Buffer.from(await answer.arrayBuffer())), sha256(bytes));
-  }, { only: ["J1", "J3"], withKeys: true });
   rule("upload-lifecycle", "4: a file expires when its lifecycle says", async () => {
     for (const [expiresIn, most] of [["immediate", 60], [90, 90], ["1h", 3600]]) {
       const answer = await fetch(await fal.storage.upload(text("x"), { lifecycle: { expiresIn } }));

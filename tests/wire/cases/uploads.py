@@ -1,6 +1,5 @@
 """What fal-client relies on when it uploads: rules as in `rules.py`, of section 4."""
 
-import hashlib
 import io
 import re
 import tempfile
@@ -17,9 +16,6 @@ from PIL import Image
 from tests.wire.cases import rules
 from tests.wire.cases.harness import CALLS, rule
 from tests.wire.cases.rules import ANIMATEDIFF, WITH_REST, client, failure, key
-
-LARGE = bytes(range(256)) * 4096 * 101 + b"and more"
-"""101 MiB and 8 bytes: above the size from which the client sends parts."""
 
 
 def read(url: str, who: str | None = None, **headers: str) -> httpx.Response:
@@ -119,35 +115,6 @@ def upload_by_the_old_name() -> None:
     url = client().upload(b"x", "text/plain", repository="cdn")
     assert ("POST", "files/upload") in calls()
     assert read(url).content == b"x"
-
-
-def in_parts() -> None:
-    methods = [method for method, path in calls() if path.startswith("files/")]
-    assert methods == ["POST", *["PUT"] * 11, "POST"]
-
-
-@rule("4: above 100 MiB bytes go in parts of 10 MiB, ten at once", only=("P2",), with_keys=True)
-def upload_in_parts() -> None:
-    url = client().upload(LARGE, "video/mp4", file_name="dance.mp4")
-    in_parts()
-    answer = read(url)
-    assert answer.headers["content-type"] == "video/mp4"
-    assert hashlib.sha256(answer.content).digest() == hashlib.sha256(LARGE).digest()
-
-
-@rule("4: and so does a file", only=("P4",), with_keys=True)
-def upload_file_in_parts() -> None:
-    url = uploaded_file("dance.mp4", LARGE)
-    in_parts()
-    assert url.endswith("/dance.mp4")
-    answer = read(url)
-    assert hashlib.sha256(answer.content).digest() == hashlib.sha256(LARGE).digest()
-
-
-@rule("4: parts by the asynchronous client", only=("P4",), with_keys=True)
-async def upload_in_parts_async() -> None:
-    url = await fal_client.AsyncClient(key=key()).upload(LARGE, "video/mp4")
-    assert int(read(url, range="bytes=0-0").headers["content-range"].partition("/")[2]) == len(LARGE)
 
 
 @rule("4: a file expires when its lifecycle says", only=WITH_REST)
