@@ -4,6 +4,7 @@ One after the other and on one hosting, because they take the machine's time; `c
 """
 
 import asyncio
+import gc
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -51,6 +52,7 @@ def data() -> bytes:
     return (bytes(range(251)) * (SIZE // 251 + 1))[:SIZE]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the client leaves its connections open
 @pytest.mark.parametrize("kind", ["bytes", "file"])
 async def test_the_python_clients(
     kind: str, base_url: str, wire: Wire, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,3 +66,4 @@ async def test_the_python_clients(
         url = await asyncio.to_thread(fal_client.SyncClient(key="anything").upload_file, tmp_path / "dance.mp4")
     assert parts_sent(wire) == {"PUT": PARTS, "POST": 1}
     assert await digest_of(url) == ("video/mp4", hashlib.sha256(data).hexdigest())
+    gc.collect()

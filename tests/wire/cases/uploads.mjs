@@ -204,7 +204,7 @@ export default function define(rule, { fal, raw, keys, base, clientWith, ApiErro
     assert.equal((await fetch(url, { method: "OPTIONS", headers: asks })).status, 200);
     const sent = await fetch(url, { method: "PUT", body: "x", headers: { origin, "content-type": "text/plain" } });
     assert.ok([origin, "*"].includes(sent.headers.get("access-control-allow-origin")));
-    assert.equal((await fetch(file, { headers: { origin } })).headers.get("access-control-allow-origin"), "*");
+    assert.ok([origin, "*"].includes((await fetch(file, { headers: { origin } })).headers.get("access-control-allow-origin")));
   });
   rule("cdn-prefix", "1.4: files are under /cdn as well", async () => {
     const url = new URL(await fal.storage.upload(text("x")));
