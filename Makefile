@@ -66,6 +66,10 @@ bench-callers: install ## measure how long one caller can stop a gateway's loop,
 bench-transfers: install ## measure the memory that uploads and downloads of 1 GB cost a gateway; writes 20 GB to the disk
 	$(BIN)/python -m tests.load.bench_transfers
 
+.PHONY: bench-streams
+bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes
+	$(BIN)/python -m tests.load.bench_streams
+
 .PHONY: bench-kernels
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU
 	$(BIN)/python -m kernels.bench

@@ -39,6 +39,10 @@ SELECT md5(string_agg(line, ',' ORDER BY line)) FROM (
 """One value for everything in a database that is no row of ours."""
 
 os.environ["COLUMNS"] = "160"  # a worker of pytest-xdist has no terminal whose width tables could take
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # stages that use more threads all the same: see `build_stage`; read when torch loads
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch, beside busy workers
 # not in the home of the first test that builds a stage, which is deleted after it
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))

@@ -63,7 +63,7 @@ class ConnectListener:
     async def _splice(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(CONNECT_S):
-                to_us, from_us = reversed(await asyncio.open_connection(self._host, self._port))
+                from_us, to_us = await asyncio.open_connection(self._host, self._port)
         except (OSError, TimeoutError):
             logger.warning("the service cannot be reached", extra={"action": "connect_failed"})
             writer.write(_answer("502 The service cannot be reached"))

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from typing import Any
 
 import msgpack
-from fastapi import FastAPI, WebSocket
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from pydantic_core import from_json, to_json
 
 from deployments.ingress.access import Caller, caller_of, is_still_valid
@@ -144,7 +144,7 @@ class _Session:
         """Answers requests until none comes any more."""
         try:
             frame = await waiting.next()
-            while await is_still_valid(self._websocket, self._caller):
+            while await self._may_go_on():
                 await self._serve(frame)
                 frame = await waiting.next()
             await self._websocket.send_text(json.dumps(UNAUTHORIZED))
@@ -152,10 +152,18 @@ class _Session:
         except TimeoutError:
             await self._send_control("x-fal-error", error="TIMEOUT", reason=f"No request came for {IDLE_S:g} s.")
             await self._websocket.close(NORMAL)
+        except WebSocketDisconnect:
+            pass
         except Exception:
             logger.exception("a realtime connection failed", extra={"action": "realtime_failed"})
             await self._send_control("x-fal-error", error="INTERNAL_ERROR", reason="The service failed.")
             await self._websocket.close(INTERNAL_ERROR)
+
+    async def _may_go_on(self) -> bool:
+        try:
+            return await is_still_valid(self._websocket, self._caller)
+        except StoreAway:  # which the request is told next
+            return True
 
     async def _serve(self, frame: bytes | str) -> None:
         began = time.monotonic()

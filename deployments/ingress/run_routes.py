@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -33,7 +34,7 @@ from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import Failure
 from deployments.schemas.submission import SubmissionOptions, read_options
-from engines.errors import Cancelled, RunTimeout
+from engines.errors import Cancelled, Forbidden, RunTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ LOOK_AGAIN_S = 5.0
 """How long to wait for a notification of a job's end before looking anyway."""
 HEARTBEAT_S = 3.0
 """After this long without an event a stream sends a comment, to keep the connection open."""
+REPEATED = (502, 503, 504)
+"""Codes on which the JavaScript client sends a direct call again."""
 OPTIONS_IN_QUERY = ("fal_webhook", "fal_max_queue_length", "fal_jwt_token")
 
 
@@ -89,8 +92,14 @@ async def _run(request: Request, endpoint: Endpoint) -> Response:
             return failure_response(accepted)
         job = await _until_end(request, accepted.job, leaves=_is_left(options))
     if failure := responses.failure_of(job):
-        return failure_response(failure, accepted.headers)
+        return failure_response(_final(failure), accepted.headers)
     return json_answer(output_of(request, job), 200, accepted.headers)
+
+
+def _final(failure: Failure) -> Failure:
+    """A failure whose code does not make a client repeat the call, which would render again."""
+    repeated = failure.status in REPEATED and "X-Fal-Request-Timeout-Type" not in failure.headers
+    return replace(failure, status=500) if repeated else failure
 
 
 async def _stream(request: Request, endpoint: Endpoint) -> Response:
@@ -106,9 +115,19 @@ async def _stream(request: Request, endpoint: Endpoint) -> Response:
 
 
 async def _caller(request: Request, endpoint: Endpoint) -> Caller:
+    if request.method == "GET" and _is_strangers_picture(request):
+        raise Forbidden("Web pages may not load this as a part of theirs.")
     caller = await caller_of(request, endpoint.id)
     caller.require(Scope.SUBMIT)
     return caller
+
+
+def _is_strangers_picture(request: Request) -> bool:
+    """Whether a page of another site loads this as a picture or follows it as a link: a browser does that without asking, and an
+    open service would render. What fal's client sends has a content type for which a browser asks first.
+    """
+    site = request.headers.get("sec-fetch-site", "none")
+    return site not in ("none", "same-origin") and request.headers.get("content-type") != "application/json"
 
 
 async def _accepted(request: Request, endpoint: Endpoint, caller: Caller, options: SubmissionOptions) -> Accepted | Failure:

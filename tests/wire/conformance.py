@@ -44,9 +44,9 @@ def declared() -> list[tuple[str, str, bool]]:
     module = ast.parse("".join((CASES / file).read_text() for file in ("rules.py", "uploads.py")))
     groups = {"WITH_REST": ("P2", "P4"), "PYTHON": PYTHON}
     for function in module.body:
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and function.decorator_list:
-            [decorator] = function.decorator_list
-            assert isinstance(decorator, ast.Call)
+        decorators = getattr(function, "decorator_list", [])
+        for decorator in (each for each in decorators if isinstance(each, ast.Call)):
+            assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             options_of = {each.arg: each.value for each in decorator.keywords}
             only = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
             only_of = groups[only] if only in groups else ast.literal_eval(only)
@@ -83,7 +83,7 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
         tls_host = tls_base.removeprefix("https://")
         by_variables = {"FAL_RUN_HOST": f"{tls_host}/run", "FAL_QUEUE_RUN_HOST": f"{tls_host}/queue"}
         by_proxy = {"HTTPS_PROXY": proxy_url, "NO_PROXY": "127.0.0.1,localhost"}
-        trust = {"SSL_CERT_FILE": str(tls.bundle), "NODE_EXTRA_CA_CERTS": str(tls.ca)}
+        trust = {"SSL_CERT_FILE": str(tls.ca), "NODE_EXTRA_CA_CERTS": str(tls.ca)}
         module = (sys.executable, "-m", "tests.wire.cases")
         runs = {recipe: _run(js, trust, NODE, CASES / "harness.mjs", recipe) for recipe in JS}
         for recipe in PYTHON:

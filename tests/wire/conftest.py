@@ -37,7 +37,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFiles]:
     """A certificate of ours, whose CA all clients of this package trust."""
     files = write_certificate(tmp_path_factory.mktemp("tls"))
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SSL_CERT_FILE", str(files.bundle))
+        environment.setenv("SSL_CERT_FILE", str(files.ca))
         environment.setenv("NODE_EXTRA_CA_CERTS", str(files.ca))
         yield files
 

@@ -31,22 +31,10 @@ const operations = {
       },
       ...options,
     }),
-  streamStatus: async () => {
-    if (options.connectionMode === "client") {
-      // it asks for a token through the proxy, and then calls queue.fal.run itself
-      const direct = (url, init) => fetch(url.replace("https://queue.fal.run", `${base}/queue`), init);
-      fal.config({ proxyUrl: { url: `${base}/api/fal/proxy`, when: "always" }, fetch: direct });
-    }
-    const stream = await fal.queue.streamStatus(id, options);
-    for await (const update of stream) updates.push(update);
-    return stream.done();
-  },
   submit: () => fal.queue.submit(id, options),
   submitAll: () => Promise.all(options.submits.map((each) => fal.queue.submit(id, each))),
   status: () => fal.queue.status(id, options),
   result: () => fal.queue.result(id, options),
-  cancel: () => fal.queue.cancel(id, options),
-  run: () => fal.run(id, options),
   upload: async () => {
     // the sum is of what was sent, and the methods are those of every call
     const methods = [];

@@ -177,6 +177,13 @@ async def test_another_sites_page_opens_no_websocket(wire: Wire, base_url: str) 
     assert caught.value.response.status_code == 403
 
 
+@pytest.mark.parametrize("path", [RUN, f"{RUN}/stream"])
+async def test_another_sites_picture_renders_nothing(wire: Wire, http: httpx.AsyncClient, store: JobStore, path: str) -> None:
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}
+    answer = await http.get(path, params={"prompt": "x"}, headers=headers)
+    assert (answer.status_code, await store.recent(1)) == (403, [])
+
+
 async def test_keys_and_tokens_of_websockets(settings: Settings, store: JobStore, files: FileStore) -> None:
     secret = await store.keys.create("studio")
     closed = settings.model_copy(update={"auth": "keys", "quotas": QuotaSettings(open_streams=1)})

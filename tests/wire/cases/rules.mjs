@@ -484,6 +484,10 @@ console.log(result.requestId);`);
     assert.equal((await failure(fal.run(ANIMATEDIFF, { input: { prompt: "fails RunnerFailed" } }))).body.error_type, "runner_server_error");
     assert.equal(calls.length, 1);
   });
+  rule("run-runner-lost", "2.6: a run that went through has no code on which the client repeats it", async (calls) => {
+    const error = await failure(fal.run(ANIMATEDIFF, { input: { prompt: "fails RunnerDisconnected" } }));
+    assert.deepEqual([error.status, error.body.error_type, calls.length], [500, "runner_disconnected", 1]);
+  });
   rule("run-start-timeout", "3: a run takes a start timeout", async () => {
     const error = await failure(fal.run(ANIMATEDIFF, { input: { prompt: "held" }, startTimeout: 1.1 }));
     assert.deepEqual([error.status, error.isUserTimeout], [504, true]);

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -42,6 +43,7 @@ def key(who: str = "own") -> str:
     return given.keys[who] if given.keys else "anything"
 
 
+@cache
 def client(who: str = "own") -> SyncClient:
     return SyncClient(key=key(who))
 
@@ -416,7 +418,7 @@ def subscribe_failed() -> None:
 @rule("2.5: the client's timeout cancels the request")
 def subscribe_timeout() -> None:
     try:
-        client().subscribe(ANIMATEDIFF, {"prompt": "endless"}, client_timeout=1.5)
+        client().subscribe(ANIMATEDIFF, {"prompt": "endless"}, client_timeout=4)
     except FalClientTimeoutError as exc:
         request_id = exc.request_id
     assert until(client().get_handle(ANIMATEDIFF, request_id), Completed).error_type == "client_cancelled"
