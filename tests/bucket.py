@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import boto3
+import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -31,8 +32,6 @@ def bucket(url: str, patched: pytest.MonkeyPatch) -> Iterator[str]:
     client = boto3.client("s3", endpoint_url=url)
     client.create_bucket(Bucket=BUCKET)
     S3FileSystem.clear_instance_cache()
-    yield f"s3://{BUCKET}/files"
-    for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
-        client.delete_object(Bucket=BUCKET, Key=each["Key"])
-    client.delete_bucket(Bucket=BUCKET)
     client.close()
+    yield f"s3://{BUCKET}/files"
+    httpx.post(f"{url}/moto-api/reset")
