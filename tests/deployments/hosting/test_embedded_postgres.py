@@ -262,9 +262,10 @@ def test_a_server_that_a_new_service_has_taken_over_is_not_stopped_for_the_kille
         assert postmaster(home).is_running()
 
 
-def test_first_start_killed_halfway_starts_over(home: Settings) -> None:
-    partial = home.home / "postgres" / "data.partial"
-    partial.mkdir(parents=True)
-    (partial / "PG_VERSION").write_text("18")
-    assert database_url(home)
-    assert not partial.exists()
+def test_first_start_killed_halfway_starts_over() -> None:
+    with embedded() as settings:
+        partial = settings.home / "postgres" / "data.partial"
+        partial.mkdir(parents=True)
+        (partial / "PG_VERSION").write_text("18")
+        assert database_url(settings)
+        assert not partial.exists()
