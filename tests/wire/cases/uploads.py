@@ -46,14 +46,14 @@ def upload_read_back() -> None:
 
 @rule("4: it goes to the CDN, with a token for it", only=WITH_REST)
 def upload_by_the_cdn() -> None:
-    url = client().upload("Hello", "text/plain", file_name="notes.txt")
+    url = fal_client.SyncClient(key=key()).upload("Hello", "text/plain", file_name="notes.txt")
     assert re.search(r"/files/b/[0-9a-f]{32}/notes\.txt$", url)
     assert calls() == [("POST", "storage/auth/token"), ("POST", "files/upload")]
 
 
 @rule("4: the token is asked for once, and its end has an offset", only=WITH_REST)
 def upload_token_is_kept() -> None:
-    one = client()
+    one = fal_client.SyncClient(key=key())
     for _ in range(3):
         one.upload(b"x", "text/plain")
     assert [path for _, path in calls()] == ["storage/auth/token", *["files/upload"] * 3]
