@@ -21,6 +21,7 @@ from deployments.files.file_store import FileStore
 from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.logs import configure_logging
+from deployments.hosting.nodes import NodeWatch
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
@@ -59,6 +60,7 @@ class DispatcherReplica:
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())
                 group.create_task(courier.run())
+                group.create_task(NodeWatch(settings, _nodes).watch())
         finally:
             await store.close()
 
@@ -80,9 +82,9 @@ class PreprocessReplica:
 
         self.wrapper = Preprocess(*args)
 
-    async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
+    async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
-        items = crossing(self.wrapper.run(job_input))
+        items = crossing(self.wrapper.run(job_input, alone))
         async with aclosing(items):
             async for item in items:
                 yield item
@@ -168,7 +170,8 @@ def build(args: Settings) -> serve.Application:
     # The time that Serve waits before it first checks whether a stopping replica is idle; it cancels nothing in that time. The
     # stages are shut down meanwhile and calls to them fail, so the dispatcher must give its jobs back before that.
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
-    ingress = serve.ingress(lambda: create_app(settings, database_url(settings)))(IngressReplica)
+    check = NodeWatch(settings, _nodes).check
+    ingress = serve.ingress(lambda: create_app(settings, database_url(settings), check))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
 
@@ -183,7 +186,7 @@ def _listening_host() -> str | None:
 
 
 def _nodes() -> int:
-    """How many nodes the Ray cluster has that this build is for."""
+    """How many nodes the Ray cluster of this process has; 1 without Ray."""
     return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
 
 

@@ -161,7 +161,8 @@ class Settings(_Strict):
     auth: "open" serves everybody who can connect, so it is refused if the service listens on more than loopback; "keys" requires
     an API key made by `reelray keys create`.
     open_to_network: lets an open service listen on the network. Web pages may submit to an open service if they come from this
-    machine or from `public_url`; with this setting, also if they come from the host that they call.
+    machine or from `public_url`; with this setting, also if they come from the host that they call. It then answers to any host
+    name, so that pages of any site reach it through the browsers of this network (DNS rebinding), unless `public_url` names it.
     allowed_origins: web pages of these origins may call, e.g. https://studio.example. Pages from this machine may always call an
     open service. With keys, None lets all pages call: there are no cookies, so a page has only the key or token it was given.
     unknown_fields: "ignore" fields that an endpoint does not have, and name them in the job's log, as generic tools send the same

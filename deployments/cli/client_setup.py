@@ -80,7 +80,7 @@ def env(
     url = (url or "https://127.0.0.1:8443").rstrip("/")
     if urlsplit(url).scheme != "https":
         raise typer.Exit(fail("fal's Python client speaks https only: give the URL of a TLS port, e.g. of reelray gateway --tls"))
-    print_line(_python(url.removeprefix("https://"), TlsFiles.within(tls).bundle, connect))
+    print_line(_python(python_settings(url.removeprefix("https://"), TlsFiles.within(tls).bundle, connect)))
 
 
 def _javascript(url: str, ca: Path) -> str:
@@ -89,14 +89,14 @@ def _javascript(url: str, ca: Path) -> str:
     return trust + f'fal.config({{ proxyUrl: {{ url: "{url}/api/fal/proxy", when: "always" }} }});'
 
 
-def _python(address: str, bundle: Path, connect: str | None) -> str:
-    """Recipe P1, and with `connect` P2 on top of it."""
-    settings = {
-        "FAL_RUN_HOST": f"{address}/run",
-        "FAL_QUEUE_RUN_HOST": f"{address}/queue",
-        "SSL_CERT_FILE": str(bundle),
-    }
+def python_settings(address: str, trusted: Path, connect: str | None = None) -> dict[str, str]:
+    """Recipe P1 as environment variables, and with `connect` P2 on top of it. address: host and TLS port of the service."""
+    settings = {"FAL_RUN_HOST": f"{address}/run", "FAL_QUEUE_RUN_HOST": f"{address}/queue", "SSL_CERT_FILE": str(trusted)}
     if connect is not None:
         settings |= {"HTTPS_PROXY": f"http://{connect}", "NO_PROXY": "127.0.0.1,localhost,::1"}
+    return settings
+
+
+def _python(settings: dict[str, str]) -> str:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
     return "\n".join(["export FAL_KEY=${FAL_KEY:-anything}  # with auth: keys, one of `reelray keys create`", *lines])

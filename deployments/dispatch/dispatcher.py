@@ -253,13 +253,18 @@ class Dispatcher:
             metrics.seconds[stage] = done.seconds
             return done.product
 
+        unread = ENDPOINTS[claim.endpoint].input.unread(claim.input, claim.input_version)
+        if unread and not claim.resumes:
+            job_log.note(Note(unread, "WARN"))
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
         latents = await stages.saved(checkpoint, notes_of("preprocess")) if checkpoint.used else None
         watchdog.waiting()
         metrics.at_work = None
         if latents is None:
-            conditioning = product_of("preprocess", await stages.preprocess(claim.input, notes_of("preprocess")))
+            suspect = "preprocess" in claim.lost_in
+            made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
+            conditioning = product_of("preprocess", made)
             latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
         clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine

@@ -42,8 +42,8 @@ def run(config: Path, host: str, port: int, workers: int, tls: Path | None = Non
         workers=workers,
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
-        ssl_certfile=certificate and certificate.chain,
-        ssl_keyfile=certificate and certificate.key,
+        ssl_certfile=certificate.chain if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
     )
 
 

@@ -68,6 +68,8 @@ def fronted(certificate: bytes = b"") -> Iterator[bool]:
         wanted = {SWITCH: "1", **LIMITS}
         wanted |= {name: str(folder / file) for name, file in FILES.items()}
         wanted |= {name: str(_free(port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free())}
+        if certificate:  # replicas believe their HAProxy that a caller speaks TLS, whichever loopback address it comes from
+            wanted["FORWARDED_ALLOW_IPS"] = "127.0.0.1,::1"
         has_launcher = BINARY not in os.environ
         if has_launcher:
             wanted[BINARY] = _launcher(folder, certificate)

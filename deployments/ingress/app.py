@@ -6,7 +6,7 @@ uvicorn, in several processes if need be. This file puts the app together; the r
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 
@@ -45,8 +45,11 @@ REFUSED_PAUSE_S = 5.0
 """How long the app waits before it tries a database again that has refused it."""
 
 
-def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
-    """The ASGI app. database: the URL of a store that the app opens and closes; or an open store, which the caller closes."""
+def create_app(settings: Settings, database: str | JobStore, check: Callable[[], None] = lambda: None) -> FastAPI:
+    """The ASGI app. database: the URL of a store that the app opens and closes; or an open store, which the caller closes.
+
+    check: called for `/health`, in a thread; raises `ReelrayError` while the service is not fit for use.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +70,7 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
 
     app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # parts of fal's Python client follow none
     app.state.settings = settings
+    app.state.check = check
     app.state.store = None if isinstance(database, str) else database
     app.state.files = FileStore(settings.files_url)
     app.state.bodies = Bodies(settings.max_bodies_bytes)

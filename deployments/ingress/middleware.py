@@ -106,9 +106,9 @@ class TrustedPages:
     The owner of any site can also point its name at this machine (DNS rebinding). To the browser its pages then call their own
     host, so they may read as well. But the name is in `Host`: this service answers to its own names only, and to addresses.
 
-    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network does
-    not know its names: it answers to any, and trusts pages that call their own host, as fal's client does through a relative
-    proxy URL.
+    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network and
+    was not told its name by `public_url` answers to any: then a page of any site can use it through the browser of somebody on
+    that network. It also trusts pages that call their own host, as fal's client does through a relative proxy URL.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -116,6 +116,7 @@ class TrustedPages:
         self.origins = {_origin(url) for url in (settings.public_url, *(settings.allowed_origins or ())) if url}
         self.hosts = {"localhost", urlsplit(settings.public_url or "").hostname, *PREFIXES}
         self.open_to_network = settings.open_to_network
+        self.knows_its_name = not settings.open_to_network or settings.public_url is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 403."""
@@ -136,7 +137,7 @@ class TrustedPages:
         return None
 
     def _is_own(self, host: str) -> bool:
-        if self.open_to_network:
+        if not self.knows_its_name:
             return True
         try:
             name = urlsplit(f"//{host}").hostname

@@ -8,10 +8,13 @@ from pydantic import ValidationError
 
 from deployments.ingress.access import issued_token, shown_secret
 from deployments.ingress.body import read_body
+from deployments.ingress.middleware import failure_response
 from deployments.ingress.request_context import InvalidBody, TextRoute, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
+from deployments.schemas.failures import request_failure
 from deployments.schemas.tokens import TokenRequest
 from deployments.webhooks.signing import jwks
+from engines.errors import ReelrayError
 
 HEALTH_TIMEOUT_S = 2.0
 MAX_TOKEN_BODY_BYTES = 10_000
@@ -51,6 +54,9 @@ async def health(request: Request) -> Response:
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_S):
             await store_of(request).check()
+            await asyncio.to_thread(request.app.state.check)
+    except ReelrayError as exc:
+        return failure_response(request_failure(503, "internal_error", exc.message))
     except TimeoutError as exc:
         raise StoreAway("the database does not answer") from exc
     return JSONResponse({"status": "ok"})

@@ -19,6 +19,7 @@ from typing import Any
 from uuid import UUID
 
 from deployments.schemas.failures import Failure
+from deployments.schemas.inputs import INPUT_VERSION
 from deployments.schemas.submission import RetryCondition
 
 
@@ -72,7 +73,7 @@ class NewJob:
     within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
-    listed, see `Retention.add_file`. notes: the first lines of its log, all WARN.
+    listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
     """
 
     endpoint: str
@@ -90,6 +91,7 @@ class NewJob:
     service_url: str | None = None
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    input_version: int = INPUT_VERSION
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Claim:
     endpoint: str
     owner: str | None
     input: dict[str, Any]
+    input_version: int
     attempt: int
     max_attempts: int
     files_s: float | None

@@ -8,7 +8,8 @@
     all else             1                  what the model or we refuse once is refused again
 
 * Three attempts that were lost while the same stage worked on the job: its input kills or hangs replicas. An attempt that no
-replica had begun to work on does not count for this.
+replica had begun to work on does not count for this. Preprocessing works on several jobs in one process, which are lost together:
+after the first such loss a job is preprocessed alone, so an innocent one is lost once, not three times.
 
 A caller may set how often a job is tried again after each condition of fal's `X-Fal-Retry-Config`, up to `max_attempts`; the
 conditions have budgets of their own, and no other limit holds for them. `CONDITIONS` says what is which. A lost lease is

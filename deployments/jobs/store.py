@@ -54,6 +54,7 @@ class _Submission(NamedTuple):
     service_url: str | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    input_version: int
     retries: Json
     files_access: dict[str, Any] | None
 
@@ -304,6 +305,7 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         service_url=new.service_url,
         files=new.files,
         notes=tuple(map(storable, new.notes)),
+        input_version=new.input_version,
         retries=to_json(dict(new.retries)),
         files_access=new.files_access,
     )

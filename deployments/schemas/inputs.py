@@ -18,6 +18,9 @@ from engines.spec import RenderSpec
 MAX_TEXT_CHARS = 2000
 """Of a prompt, of which a model reads 75 tokens."""
 
+INPUT_VERSION = 1
+"""Of all endpoints' fields; stored with every job. Increase it when a field is added, removed or changes its meaning."""
+
 KEPT = "kept:"
 """Begins a stored input's reference to a file of its own in the file store. No caller can send one."""
 
@@ -113,6 +116,14 @@ class EndpointInput(BaseModel):
         Fields that this version does not know are ignored, and those that it has added have their defaults.
         """
         return cast("Self", cls.model_construct(**job_input))  # pydantic's plugin for mypy says "EndpointInput"
+
+    @classmethod
+    def unread(cls, job_input: Mapping[str, Any], version: int) -> str | None:
+        """A line for the log of a job of another version, whose row has fields that this one ignores; None: there are none."""
+        names = [shortened(name) for name in job_input if name not in cls.model_fields]
+        if not names:
+            return None
+        return f"accepted under version {version} of the inputs; this service has {INPUT_VERSION} and ignores {', '.join(names)}"
 
     @classmethod
     def _object(cls, body: bytes | bytearray) -> dict[str, Any]:

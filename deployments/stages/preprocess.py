@@ -1,5 +1,8 @@
 """Serve's wrapper of a model's preprocessing: fetches the input's files, then calls the stage.
 
+Several calls work in one replica. If its process dies, all of them are lost, and nobody knows whose input did it. So each of
+these jobs is then worked on alone, and an innocent one is not lost a second time.
+
 It also looks for an earlier attempt's finished latents: unlike in the other two stages, no call waits here for its turn.
 """
 
@@ -13,6 +16,7 @@ from deployments.files.file_store import FileStore, is_served
 from deployments.schemas.endpoint import Endpoint
 from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings
+from deployments.stages.isolation import Isolation
 from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
 from engines.errors import FileDownloadError
@@ -31,26 +35,30 @@ class Preprocess:
         self.stage = build_stage(endpoint.model, "preprocess", config)
         self.files = FileStore(files_url)
         self.checkpoints = Checkpoints(files_url, config)
+        self.isolation = Isolation()
 
-    async def run(self, job_input: dict[str, Any]) -> Stream[Conditioning]:
+    async def run(self, job_input: dict[str, Any], alone: bool = False) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a stored input.
+
+        alone: no other call works in this replica meanwhile.
 
         Raises `ModelError` for files that cannot be downloaded or used, `StorageFailed` if they cannot be stored or read. If
         cancelled, it returns when the stage has stopped and the files are deleted.
         """
-        started = time.monotonic()
-        yield Started()
         parsed = self.endpoint.input.stored(job_input)
-        with download_folder() as folder:
-            media = await self._fetch(parsed.media(), folder)
+        async with self.isolation.turn(alone):
+            started = time.monotonic()
+            yield Started()
+            with download_folder() as folder:
+                media = await self._fetch(parsed.media(), folder)
 
-            def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
-                spec = parsed.spec(media)  # here, because it may read the files
-                return self.stage.encode(spec, on_progress=tell, should_stop=should_stop)
+                def encode(tell: OnProgress, should_stop: ShouldStop) -> Conditioning:
+                    spec = parsed.spec(media)  # here, because it may read the files
+                    return self.stage.encode(spec, on_progress=tell, should_stop=should_stop)
 
-            async with InThread("preprocess", encode) as work:
-                async for note in work:
-                    yield note
+                async with InThread("preprocess", encode) as work:
+                    async for note in work:
+                        yield note
         for warning in work.product.notes:
             yield Note(warning, "WARN")
         yield Done(work.product, time.monotonic() - started)

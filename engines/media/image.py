@@ -7,6 +7,7 @@ arbitrary colour under it. Metadata that cannot be read says nothing; it costs n
 import io
 import struct
 import warnings
+from math import ceil
 
 import numpy as np
 import torch
@@ -74,8 +75,12 @@ def load_cover(data: bytes, height: int, width: int, max_pixels: int, min_side: 
         limits = {"min_height": min_side, "min_width": min_side}
         raise ImageTooSmall(f"The image has fewer than {min_side} pixels on a side.", (), limits)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, picture.height, picture.width) uint8
-    scaled_height = max(height, _ceil_div(picture.height * width, picture.width))
-    scaled_width = max(width, _ceil_div(picture.width * height, picture.height))
+    scaled_height, scaled_width = height, width
+    ratio = picture.height / picture.width  # a float, whose rounding moves the published code's ceiling for some sizes
+    if ratio < height / width:
+        scaled_width = ceil(height / ratio)
+    else:
+        scaled_height = ceil(width * ratio)
     up, down, row_share = _taps(picture.height, scaled_height, height)
     left, right, column_share = _taps(picture.width, scaled_width, width)
     upper = _mixed(_at(pixels, up, left), _at(pixels, up, right), column_share)
@@ -102,10 +107,6 @@ def _at(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _mixed(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
     return one * (1 - share) + other * share  # not `lerp`, which rounds differently
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
 
 
 def _stretched(picture: Image.Image, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from deployments.cli.client_setup import python_settings
 from deployments.files.file_store import FileStore
 from deployments.hosting import connect_listener
 from deployments.hosting.tls import TlsFiles
@@ -27,7 +28,7 @@ from tests.wire.service import listening, working
 
 CASES = Path(__file__).with_name("cases")
 JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
-PROCESS_S = 150.0
+PROCESS_S = 160.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""
@@ -81,7 +82,7 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
         js = {"base": base, "tlsPort": tls_port, "keys": keys}
         python = {"base": base, "keys": keys, "hooks": hooks, "heard": heard}
         tls_host = tls_base.removeprefix("https://")
-        by_variables = {"FAL_RUN_HOST": f"{tls_host}/run", "FAL_QUEUE_RUN_HOST": f"{tls_host}/queue"}
+        by_variables = python_settings(tls_host, tls.ca)  # as `reelray env` prints them
         by_proxy = {"HTTPS_PROXY": proxy_url, "NO_PROXY": "127.0.0.1,localhost"}
         trust = {"SSL_CERT_FILE": str(tls.ca), "NODE_EXTRA_CA_CERTS": str(tls.ca)}
         module = (sys.executable, "-m", "tests.wire.cases")

@@ -6,7 +6,7 @@
 -- nothing waits, the turn is that of the running jobs, so that one of them that comes back keeps its place. No row if the id is
 -- taken: the answer was lost and the call is repeated. No row either if the caller's idempotency key $9 already stands for a job, see
 -- `repeated`. A key is free again when its time is over, or for another body if its own was no valid input ($12). The input's files
--- ($16) now stay until the job ends; $17 are the first lines of its log.
+-- ($16) now stay until the job ends; $17 are the first lines of its log. $18: the version of the schemas that accepted the input.
 WITH kept AS (
     INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
     SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
@@ -27,9 +27,9 @@ WITH kept AS (
 )
 INSERT INTO jobs (
     id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
-    retries, files_access, state, turn
+    input_version, retries, files_access, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -107,7 +107,8 @@ WITH claimed AS (
     INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
-SELECT id AS job_id, token, endpoint, owner, input, attempt, max_attempts, files_s, files_access, checkpoint_name(id) AS checkpoint,
+SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
+    checkpoint_name(id) AS checkpoint,
     NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
 FROM claimed
 

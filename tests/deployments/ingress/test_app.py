@@ -869,6 +869,13 @@ async def test_an_open_service_answers_to_its_own_names_only(method: str, host: 
         assert (await alone.request(method, path, headers={"host": host})).status_code == 403
 
 
+async def test_a_service_on_the_network_that_was_told_its_name_answers_to_no_other(settings: Settings) -> None:
+    named = settings.model_copy(update={"open_to_network": True, "public_url": "http://door:8000"})
+    async with calling(create_app(named, NOWHERE)) as client:
+        for host, status in {"evil.example": 403, "door": 200, "10.0.0.7:8000": 200}.items():
+            assert (await client.get("/openapi.json", headers={"host": host})).status_code == status
+
+
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "http://localhost.evil.example", "null", "http://localhost:80@evil.example"]
 )
@@ -903,6 +910,7 @@ async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx
         ({"allowed_origins": ("https://studio.example",)}, "https://studio.example", "localhost:8000"),
         ({"open_to_network": True}, "http://door:8000", "door:8000"),
         ({"open_to_network": True}, "https://door", "door"),
+        ({"open_to_network": True, "public_url": "http://door:8000"}, "http://door:8000", "door:8000"),
         ({"auth": "keys"}, "https://studio.example", "door:8000"),  # a page has no key unless it was given one
     ],
 )

@@ -1,5 +1,6 @@
 import asyncio
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -69,6 +70,40 @@ async def test_a_job_that_waited_while_the_schema_changed_is_not_refused(replica
     *_, done = await listen(replica(Stage()).run(stored))
     assert isinstance(done, Done)
     assert (specs[0].seed, specs[0].guidance_scale) == (1, 1)
+
+
+async def test_a_job_that_may_kill_the_replica_works_alone_in_it(replica: Callable[[Any], Preprocess], temporary: Path):
+    began: list[int] = []
+    go_on = threading.Semaphore(0)
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            began.append(spec.seed)
+            assert go_on.acquire(timeout=10)
+            return Conditioned()
+
+    one = replica(Stage())
+
+    async def until(*seeds: int) -> None:
+        async with asyncio.timeout(10):
+            while set(began) != set(seeds):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert set(began) == set(seeds)
+
+    calls = [(1, False), (2, False), (3, True), (4, False), (5, False)]
+    async with asyncio.TaskGroup() as group:
+        for seed, alone in calls:
+            group.create_task(listen(one.run({"prompt": "a", "seed": seed}, alone)))
+            await asyncio.sleep(0)
+        await until(1, 2)
+        go_on.release()
+        await until(1, 2)
+        go_on.release()
+        await until(1, 2, 3)
+        go_on.release()
+        await until(1, 2, 3, 4, 5)
+        go_on.release(2)
 
 
 async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any], Preprocess], temporary: Path):

@@ -1,4 +1,4 @@
-// Runs the rules of rules.mjs with the unmodified @fal-ai/client, all at the same time, in one process:
+// Runs the rules of rules.mjs with the unmodified @fal-ai/client, many at a time, in one process:
 //
 //   node harness.mjs <recipe>   (on standard input: {"base": "https://...", "tlsPort": 8443, "keys": {"own": ..., ...} or null})
 //
@@ -77,10 +77,11 @@ const fal = clientWith(keys?.own);
 const context = { ...client, fal, raw, hook, keys, base, recipe, clientWith, everything };
 for (const file of ["./rules.mjs", "./uploads.mjs"]) (await import(file)).default(rule, context);
 
-const LIMIT_MS = 40_000;
+const LIMIT_MS = 90_000;
+const AT_ONCE = 32;
 const outcome = async ({ text, check }) => {
   const calls = [];
-  const late = new Promise((_, reject) => setTimeout(reject, LIMIT_MS, new Error("not within 40 s")).unref());
+  const late = new Promise((_, reject) => setTimeout(reject, LIMIT_MS, new Error("not within 90 s")).unref());
   try {
     await current.run(calls, () => Promise.race([check(calls), late]));
     return null;
@@ -96,7 +97,11 @@ const last = chosen.filter((each) => each.name.startsWith("every-"));
 const first = chosen.filter((each) => !last.includes(each));
 const outcomes = {};
 for (const some of [first, last]) {
-  await Promise.all(some.map(async (each) => (outcomes[each.name] = await outcome(each))));
+  const left = some.values();
+  const work = async () => {
+    for (const each of left) outcomes[each.name] = await outcome(each);
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, work));
 }
 console.warn = warn;
 process.stdout.write(JSON.stringify(outcomes), () => process.exit(0));

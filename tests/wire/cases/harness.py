@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 AT_ONCE = 16
-LIMIT_S = 40.0
+LIMIT_S = 90.0
 
 Check = Callable[[], None] | Callable[[], Awaitable[None]]
 

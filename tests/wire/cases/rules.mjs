@@ -150,8 +150,8 @@ export default function define(rule, { fal, raw, hook, keys, base, recipe, clien
   // Status.
 
   rule("status-in-queue", "2.2: IN_QUEUE has a position, and 202", async (calls) => {
-    const seen = await status(await submit("held"));
-    assert.deepEqual([seen.status, typeof seen.queue_position, calls[1].status], ["IN_QUEUE", "number", 202]);
+    const seen = await until(await submit("held"), "IN_QUEUE");
+    assert.deepEqual([typeof seen.queue_position, calls[1].status], ["number", 202]);
   });
   rule("status-in-progress", "2.2: IN_PROGRESS has the logs as an array, and 202", async (calls) => {
     const id = await submit("endless");
@@ -312,6 +312,7 @@ export default function define(rule, { fal, raw, hook, keys, base, recipe, clien
   rule("result-cancelled", "2.2: a cancelled request's result is a 499, client_cancelled", async () => {
     const id = await submit("held");
     await cancel(id);
+    await until(id, "COMPLETED");
     const error = await failure(result(id));
     assert.deepEqual([error.status, error.body.error_type], [499, "client_cancelled"]);
   });
@@ -433,7 +434,7 @@ console.log(result.requestId);`);
     const id = await submit("held");
     await cancel(id);
     assert.equal(calls.at(-1).status, 202);
-    assert.equal((await status(id)).error_type, "client_cancelled");
+    assert.equal((await until(id, "COMPLETED")).error_type, "client_cancelled");
   });
   rule("cancel-running", "9.3: a running request that is cancelled reaches COMPLETED", async () => {
     const id = await submit("endless");

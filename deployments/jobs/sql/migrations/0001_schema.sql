@@ -13,6 +13,7 @@ CREATE TABLE jobs (
     state text NOT NULL CHECK (state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
     -- json and not jsonb here and below: jsonb refuses \u0000 and lone surrogates, which callers do send.
     input json NOT NULL,
+    input_version integer NOT NULL DEFAULT 1,  -- of the endpoints' schemas, when it was accepted
     webhook_url text,
     created_at timestamptz NOT NULL DEFAULT now(),
     start_by timestamptz,
