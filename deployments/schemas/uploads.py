@@ -15,7 +15,7 @@ MAX_KEEP_S = 100 * 365 * 86_400.0
 MAX_PARTS = 10_000
 MAX_NAME_CHARS = 1000
 MAX_TYPE_CHARS = 255
-MAX_LIFECYCLE_CHARS = 8_000
+MAX_LIFECYCLE_CHARS = 16_000
 """All headers of a request together are 16 kB at most."""
 
 Decision = Literal["allow", "forbid", "hide"]
