@@ -1,4 +1,4 @@
-"""The routes of the service itself: its public keys, tokens, files and health."""
+"""The routes of the service itself: its public keys, tokens and health."""
 
 import asyncio
 
@@ -8,11 +8,10 @@ from pydantic import ValidationError
 
 from deployments.ingress.access import issued_token, shown_secret
 from deployments.ingress.body import read_body
-from deployments.ingress.file_response import file_response
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import TextRoute, files_of, outbox_of, settings_of, store_of
+from deployments.ingress.request_context import InvalidBody, TextRoute, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
-from deployments.schemas.failures import request_failure, validation_failure
+from deployments.schemas.failures import request_failure
 from deployments.schemas.tokens import TokenRequest
 from deployments.webhooks.signing import jwks
 from engines.errors import ReelrayError
@@ -45,15 +44,8 @@ async def token(request: Request) -> Response:
     try:
         asked = TokenRequest.model_validate_json(await read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
     except ValidationError as exc:
-        return failure_response(validation_failure(exc))
+        raise InvalidBody(exc) from None
     return JSONResponse(issued_token(secret, asked), headers={"cache-control": "no-store"})
-
-
-@router.head("/files/{name:path}", include_in_schema=False)
-@router.get("/files/{name:path}")
-async def file(request: Request, name: str) -> Response:
-    """A generated file, or the byte range asked for."""
-    return await file_response(files_of(request), name, request)
 
 
 @router.get("/health")
