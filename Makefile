@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE # some images set it: then every process compil
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,10 @@ bench-media: install ## measure what decoding callers' files in a child process 
 .PHONY: fuzz
 fuzz: install ## send requests made up from our OpenAPI documents, EXAMPLES of each operation
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),300) $(BIN)/pytest --timeout 3600 tests/deployments/ingress/test_schema.py
+
+.PHONY: bench-transfers
+bench-transfers: install ## measure the memory that uploads and downloads of 1 GB cost a gateway; writes 20 GB to the disk
+	$(BIN)/python -m tests.load.bench_transfers
 
 .PHONY: bench-streams
 bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes

@@ -6,11 +6,11 @@ Unknown keys are refused at every level, so a misspelt option never passes for i
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from fsspec.utils import get_protocol
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from engines.config import ModelConfig
@@ -101,13 +101,31 @@ class RetentionSettings(_Strict):
 class QuotaSettings(_Strict):
     """What one API key may have at once; None is any number. Where `auth` is open there are no keys, and no quotas.
 
-    waiting_jobs: queued at all endpoints together. stored_bytes: of the files that were sent as data URIs with jobs which have
-    not ended. open_streams: streams, direct calls and WebSockets of one ingress process.
+    waiting_jobs: queued at all endpoints together. stored_bytes: of uploads, and of files that were sent as data URIs with jobs
+    which have not ended. open_streams: streams, direct calls and WebSockets of one ingress process. open_uploads: bodies that it
+    receives at a time.
     """
 
     waiting_jobs: int | None = Field(10_000, gt=0)
     stored_bytes: int | None = Field(20_000_000_000, gt=0)
     open_streams: int | None = Field(200, gt=0)
+    open_uploads: int | None = Field(200, gt=0)
+
+
+class UploadSettings(_Strict):
+    """Files that callers upload.
+
+    max_bytes: of one file. `fetch.max_bytes` says how large one may be that a job uses.
+    open_s: for how long an upload URL is good, and how long its body may take, in seconds. What is not complete after twice this
+    is deleted.
+    direct: lets callers of `storage/upload/initiate` send a file to the bucket itself, by a URL that it has signed, where `files`
+    is an S3-compatible one. The bucket must be within their reach, and allow web pages of other origins if those are to upload.
+    A file that turns out larger than its upload reserved (100 MB, or the `file_size` asked for) is deleted.
+    """
+
+    max_bytes: int = Field(5_000_000_000, gt=0)
+    open_s: float = Field(43_200.0, gt=0, le=7 * 86_400.0)
+    direct: bool = False
 
 
 class WebhookSettings(_Strict):
@@ -179,7 +197,14 @@ class Settings(_Endpoints):
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     quotas: QuotaSettings = QuotaSettings()
+    uploads: UploadSettings = UploadSettings()
     webhooks: WebhookSettings = WebhookSettings()
+
+    @model_validator(mode="after")
+    def _direct_uploads_need_a_bucket(self) -> Self:
+        if self.uploads.direct and get_protocol(self.files_url) not in ("s3", "s3a"):
+            raise ValueError("uploads.direct needs `files` to be an s3:// URL")
+        return self
 
     @property
     def files_url(self) -> str:

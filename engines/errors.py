@@ -17,9 +17,12 @@
     │   └── GenerationFailed            500  internal_server_error
     ├── RequestError                detail is a string, error_type beside it (fal: request errors)
     │   ├── BadRequest                  400  bad_request
+    │   │   └── BodyTooSlow                 400  bad_request
     │   ├── Unauthorized                401  unauthorized
     │   ├── Forbidden                   403  forbidden
     │   ├── NotFound                    404  not_found
+    │   ├── LengthRequired              411  bad_request
+    │   ├── PreconditionFailed          412  bad_request
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
     │   ├── TooManyRequests             429  too_many_requests
@@ -170,6 +173,10 @@ class BadRequest(RequestError):
     status = 400
 
 
+class BodyTooSlow(BadRequest):
+    """The request body came too slowly."""
+
+
 class Unauthorized(RequestError):
     """The API key is missing or not valid."""
 
@@ -190,6 +197,20 @@ class NotFound(RequestError):
 
     type = "not_found"
     status = 404
+
+
+class LengthRequired(RequestError):
+    """The request does not say how long its body is."""
+
+    type = "bad_request"
+    status = 411
+
+
+class PreconditionFailed(RequestError):
+    """The file is not the one that the request is for."""
+
+    type = "bad_request"
+    status = 412
 
 
 class BodyTooLarge(RequestError):

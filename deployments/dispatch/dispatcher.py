@@ -30,7 +30,6 @@ from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled
-from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +168,7 @@ class Dispatcher:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
+                await self.store.uploads.settle_overdue(self.files.size)
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()
@@ -268,17 +268,21 @@ class Dispatcher:
             latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
         clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine
-        file = await self._keep_file(claim, clip)
+        file = await self.keep_file(claim, clip.mp4)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
         return output.model_dump(mode="json")
 
-    async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
-        keep_s = self.retention.keep_file_s(claim.files_s)
+    async def keep_file(self, claim: Claim, mp4: bytes) -> StoredFile:
+        """Stores what a job has made, for as long and for those readers that its caller wanted."""
+        keep_s, access = self.retention.keep_file_s(claim.files_s), claim.files_access
         name = self.files.new_name("video", "video/mp4", keep_s)
-        if keep_s is not None:
-            await patiently(lambda: self.store.retention.add_file(name, keep_s))
-        return await self.files.put("video", clip.mp4, "video/mp4", name)
+        if access is not None:
+            name = self.files.new_listed_name("video", "video/mp4")
+        if keep_s is not None or access is not None:
+            row = (name, keep_s, claim.owner, 0, "video/mp4", access)
+            await patiently(lambda: self.store.retention.add_file(*row))
+        return await self.files.put("video", mp4, "video/mp4", name)
 
     async def _renew_lease(
         self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog

@@ -15,7 +15,7 @@ from starlette.requests import HTTPConnection
 from deployments.ingress.access import Caller
 from deployments.ingress.body import SplitBody
 from deployments.ingress.input_files import check_places, with_input
-from deployments.ingress.request_context import files_of, quotas_of, settings_of, store_of
+from deployments.ingress.request_context import quotas_of, settings_of, store_of
 from deployments.ingress.target_routing import service_base
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Idempotency, Job, NewJob
@@ -61,8 +61,10 @@ async def accept(
         raise refusal
     resolved = parsed.input.resolved()
     try:
-        new = await with_input(new, resolved, body, files_of(connection), store_of(connection), settings.fetch)
-    except ModelError as exc:  # a data URI that is none
+        new = await with_input(connection, caller, new, resolved, body)
+    except ModelError as exc:  # a data URI that is none, or a file that the caller may not read
+        if (job := await store_of(connection).repeated(new)) is not None:
+            return Accepted(job)
         return await _reject(connection, new, error_failure(exc))
     stored = await _write(connection, replace(new, notes=parsed.notes))
     if isinstance(stored, Failure):
@@ -96,6 +98,7 @@ async def _new_job(
         webhook_url=options.webhook_url,
         idempotency=once,
         files_s=options.files_s,
+        files_access=options.files_access.model_dump() if options.files_access else None,
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(connection.scope, settings.public_url),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.requests import HTTPConnection
 
@@ -37,6 +38,14 @@ class TextRoute(APIRoute):
             return await endpoint(request, **request.path_params, **{name: query[name] for name in names if name in query})
 
         return handle
+
+
+class InvalidBody(Exception):
+    """The body is no valid JSON, or not what the route takes. findings: pydantic's."""
+
+    def __init__(self, findings: ValidationError):
+        super().__init__(findings)
+        self.findings = findings
 
 
 class UnknownRequest(Exception):

@@ -1,7 +1,6 @@
-"""The routes of the service itself: its public keys, tokens, files and health."""
+"""The routes of the service itself: its public keys, tokens and health."""
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -9,11 +8,10 @@ from pydantic import ValidationError
 
 from deployments.ingress.access import issued_token, shown_secret
 from deployments.ingress.body import read_body
-from deployments.ingress.file_response import file_response
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import TextRoute, files_of, outbox_of, settings_of, store_of
+from deployments.ingress.request_context import InvalidBody, TextRoute, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
-from deployments.schemas.failures import request_failure, validation_failure
+from deployments.schemas.failures import request_failure
 from deployments.schemas.tokens import TokenRequest
 from deployments.webhooks.signing import jwks
 from engines.errors import ReelrayError
@@ -23,12 +21,6 @@ MAX_TOKEN_BODY_BYTES = 10_000
 JWKS_MAX_AGE_S = 3600
 
 _TOKEN_BODY = {"requestBody": {"content": {"application/json": {"schema": TokenRequest.model_json_schema(by_alias=False)}}}}
-_FILE_ANSWERS: dict[int | str, Any] = {
-    200: {"description": "The file.", "content": {"*/*": {"schema": {}}}},
-    206: {"description": "The range.", "content": {"*/*": {"schema": {}}}},
-    304: {"description": "The file has not changed."},
-    416: {"description": "The range begins after the end of the file."},
-}
 
 router = APIRouter(route_class=TextRoute)
 
@@ -54,15 +46,8 @@ async def token(request: Request) -> Response:
     try:
         asked = TokenRequest.model_validate_json(await read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
     except ValidationError as exc:
-        return failure_response(validation_failure(exc))
+        raise InvalidBody(exc) from None
     return JSONResponse(issued_token(secret, asked), headers={"cache-control": "no-store"})
-
-
-@router.head("/files/{name:path}", include_in_schema=False)
-@router.get("/files/{name:path}", response_class=Response, responses=_FILE_ANSWERS)
-async def file(request: Request, name: str) -> Response:
-    """A generated file, or the byte range asked for."""
-    return await file_response(files_of(request), name, request)
 
 
 @router.get("/health")

@@ -14,12 +14,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 PROXY_PATH = "/api/fal/proxy"
+CDN_HOST = "v3.fal.media"
 PREFIXES = {
     "queue.fal.run": "/queue",
     "fal.run": "/run",
     "rest.fal.ai": "/rest",
     "rest.alpha.fal.ai": "/rest",
-    "v3.fal.media": "/cdn",
+    CDN_HOST: "/cdn",
     # the Python client's backups for the first two: where it sends a request again if it cannot connect
     "queue.falrun.com": "/queue",
     "falrun.com": "/run",
@@ -48,8 +49,9 @@ class TargetRouting:
                 await JSONResponse("Invalid request", 400)(scope, receive, send)  # the words of fal's proxies
                 return
             scope = {**scope, **rewritten}
-        elif (prefix := PREFIXES.get(_host_name(_host(scope) or ""))) and not _is_file(path):
-            scope = {**scope, "path": root_path + prefix + path, _BY_HOST: True}
+        elif prefix := PREFIXES.get(_host_name(_host(scope) or "")):
+            whole = path if _is_file(path) else prefix + path
+            scope = {**scope, "path": root_path + whole, _BY_HOST: True}
         await self.app(scope, receive, send)
 
 
@@ -74,6 +76,14 @@ def queue_base(scope: Scope, public_url: str | None) -> str:
 def _is_file(path: str) -> bool:
     """The URLs of files have no prefix: a caller who reaches us as queue.fal.run fetches files from that host too."""
     return path.startswith(FILES_PREFIX) and path != UPLOAD_PATH and not path.startswith(f"{UPLOAD_PATH}/")
+
+
+def files_base(scope: Scope, public_url: str | None) -> str:
+    """The URL that this caller puts before "/files/": of fal's host for files, if it reaches us by one of fal's hosts."""
+    if public_url is not None or not scope.get(_BY_HOST):
+        return service_base(scope, public_url)
+    port = (_host(scope) or "").partition(":")[2]
+    return f"{scope['scheme']}://{CDN_HOST}{f':{port}' if port.isdecimal() else ''}{scope.get('root_path', '')}"
 
 
 def _from_target(target: str, root_path: str) -> dict[str, Any] | None:

@@ -68,8 +68,9 @@ class NewJob:
     """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
 
     retries: condition -> how many more attempts may follow those that ended in it; the others follow `retry.py` alone.
-    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. store_io: False deletes its
-    input at its end, and the rest within hours.
+    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. files_access: who may read
+    them, as fal's `initial_acl`; None: everybody who knows their URLs. store_io: False deletes its input at its end, and the rest
+    within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
     listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
@@ -85,6 +86,7 @@ class NewJob:
     webhook_url: str | None = None
     idempotency: Idempotency | None = None
     files_s: float | None = None
+    files_access: dict[str, Any] | None = None
     store_io: bool = True
     service_url: str | None = None
     files: tuple[str, ...] = ()
@@ -162,11 +164,13 @@ class Claim:
     job_id: UUID
     token: UUID
     endpoint: str
+    owner: str | None
     input: dict[str, Any]
     input_version: int
     attempt: int
     max_attempts: int
     files_s: float | None
+    files_access: dict[str, Any] | None
     checkpoint: str
     resumes: bool
     lost_in: dict[str, int]

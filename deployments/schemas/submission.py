@@ -5,7 +5,6 @@ Options without effect here, such as runner hints and fallbacks, are accepted, a
 
 import hashlib
 import json
-import math
 import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,12 +14,12 @@ from typing import Literal, get_args
 import httpx
 
 from deployments.schemas.failures import shortened
+from deployments.schemas.uploads import AccessRules, read_lifecycle
 from engines.errors import BadRequest
 
 PRIORITIES = {"normal": 0, "low": 1}
 MAX_START_TIMEOUT_S = 365 * 86_400.0
 MAX_KEY_CHARS = 255
-MAX_FILES_S = 100 * 365 * 86_400.0
 MAX_RETRIES = 1000
 MAX_IGNORED = 20
 
@@ -56,6 +55,7 @@ class SubmissionOptions:
     retries: Mapping[RetryCondition, int] = field(default_factory=dict)
     webhook_url: str | None = None
     files_s: float | None = None
+    files_access: AccessRules | None = None
     store_io: bool = True
     max_queue_length: int | None = None
     idempotency_key: str | None = None
@@ -67,13 +67,15 @@ def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> Submis
     no_retry = is_set(headers.get("x-fal-no-retry", ""))
     retries, without_effect = _retries(headers.get(RETRY_CONFIG), no_retry)
     others = [name for name in headers if name.startswith(("x-fal-", "x-app-fal-")) and name not in {*EFFECTIVE, RETRY_CONFIG}]
+    files = read_lifecycle(headers.get("x-fal-object-lifecycle-preference"))
     return SubmissionOptions(
         priority=_priority(headers.get("x-fal-queue-priority", "normal")),
         start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
         no_retry=no_retry,
         retries=retries,
         webhook_url=_webhook_url(query.get("fal_webhook") or None),  # forms send it empty
-        files_s=_files_s(headers.get("x-fal-object-lifecycle-preference")),
+        files_s=files.keep_s,
+        files_access=files.access,
         store_io=headers.get("x-fal-store-io", "1").lower() not in ("0", "false", "no"),
         max_queue_length=_max_queue_length(query.get("fal_max_queue_length")),
         idempotency_key=_idempotency_key(headers.get("idempotency-key")),
@@ -144,22 +146,6 @@ def _start_timeout_s(value: str | None) -> float | None:
     if not 0 < seconds <= MAX_START_TIMEOUT_S:  # false for NaN as well
         raise BadRequest("X-Fal-Request-Timeout must be a number of seconds, above 0 and at most a year.")
     return seconds
-
-
-def _files_s(value: str | None) -> float | None:
-    """The expiration in a lifecycle preference; None where it has none. Its access rules have no effect here."""
-    if value is None:
-        return None
-    try:
-        wish = json.loads(value)
-        seconds = wish.get("expiration_duration_seconds")
-    except (ValueError, AttributeError, RecursionError):
-        raise BadRequest("X-Fal-Object-Lifecycle-Preference must be a JSON object.") from None
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise BadRequest("expiration_duration_seconds must be a number of seconds, above 0.")
-    return float(min(seconds, MAX_FILES_S))
 
 
 def _webhook_url(value: str | None) -> str | None:

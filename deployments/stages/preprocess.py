@@ -12,13 +12,14 @@ from typing import Any
 
 from deployments.files.checkpoints import Checkpoints
 from deployments.files.download import download_all, download_folder
-from deployments.files.file_store import FileStore
+from deployments.files.file_store import FileStore, is_served
 from deployments.schemas.endpoint import Endpoint
 from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings
 from deployments.stages.isolation import Isolation
 from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stream
 from deployments.stages.threaded import InThread
+from engines.errors import FileDownloadError
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
 from engines.temporary import delete_left_folders
@@ -63,10 +64,12 @@ class Preprocess:
         yield Done(work.product, time.monotonic() - started)
 
     async def _fetch(self, urls: dict[str, str], folder: Path) -> dict[str, Path]:
-        """Field -> file. The door has put large data URIs into the file store; the rest is downloaded."""
+        """Field -> file. The door has found out what is in the file store; the rest is downloaded."""
         kept = {field: url.removeprefix(KEPT) for field, url in urls.items() if url.startswith(KEPT)}
         for field, name in kept.items():
-            await self.files.copy_input(name, folder / field)
+            if is_served(name) and await self.files.size(name) is None:
+                raise FileDownloadError("The file could not be downloaded: its time is over.", ("body", field))
+            await self.files.copy(name, folder / field)
         others = {field: url for field, url in urls.items() if field not in kept}
         return {field: folder / field for field in kept} | await download_all(others, self.fetch_settings, folder)
 

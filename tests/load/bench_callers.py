@@ -170,8 +170,7 @@ async def measure(port: int, body: bytes, times: int) -> tuple[dict[str, float],
 
 
 def main() -> None:
-    report = Report("callers", "What one caller can cost", "`python -m tests.load.bench_callers` (`make bench-callers`)")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("callers", "What one caller can cost", __doc__, "`python -m tests.load.bench_callers` (`make bench-callers`)")
     report.add("Targets: the loop never stands still for more than 50 ms; the last line stays within 1 GB.")
     shown = table("One worker", "what is sent", "answers", "loop stood still, ms", "peak memory, MB", "seconds")
     with embedded() as settings:

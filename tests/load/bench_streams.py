@@ -229,8 +229,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--save", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    report = Report("streams", "Open status streams", "`make bench-streams`")
-    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    report = Report("streams", "Open status streams", __doc__, "`make bench-streams`")
     with embedded() as settings:
         settings.home.mkdir(parents=True, exist_ok=True)
         asyncio.run(migrated(settings))

@@ -37,19 +37,20 @@ Outcomes = dict[str, dict[str, str | None]]
 def declared() -> list[tuple[str, str, bool]]:
     """(recipe, rule's name, whether it needs keys) of every case, read from the sources."""
     found = []
-    script = (CASES / "rules.mjs").read_text()
+    script = "".join((CASES / file).read_text() for file in ("rules.mjs", "uploads.mjs"))
     constants = {"REALTIME": '{ only: ["J3"] }'}
     for name, options in re.findall(r'^  rule\("([a-z0-9-]+)", .*?^  \}(?:, (.*?))?\);$', script, re.MULTILINE | re.DOTALL):
         only = re.findall(r"J\d", constants.get(options, options))
         found += [(recipe, name, "withKeys" in options) for recipe in (only or JS)]
-    module = ast.parse((CASES / "rules.py").read_text())
-    groups = {"WITH_REST": ("P2", "P4")}
+    module = ast.parse("".join((CASES / file).read_text() for file in ("rules.py", "uploads.py")))
+    groups = {"WITH_REST": ("P2", "P4"), "PYTHON": PYTHON}
     for function in module.body:
         decorators = getattr(function, "decorator_list", [])
         for decorator in (each for each in decorators if isinstance(each, ast.Call)):
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             options_of = {each.arg: each.value for each in decorator.keywords}
-            only_of = groups[ast.unparse(options_of["only"])] if "only" in options_of else PYTHON
+            only = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
+            only_of = groups[only] if only in groups else ast.literal_eval(only)
             found += [(recipe, function.name.replace("_", "-"), "with_keys" in options_of) for recipe in only_of]
     return found
 

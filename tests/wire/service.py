@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.hosting.tls import TlsFiles
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
+from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages.progress import StageProgress
 from engines import errors
 from engines.errors import ModelError, ReelrayError
@@ -148,6 +150,6 @@ async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float
         loc = ("body", "keyframe_0_image_url") if issubclass(kind, ModelError) else ()
         await store.claims.fail(claim, error_failure(kind("", loc)), {"inference_time": 4 * step_s})
         return
-    kept = await files.put("video.mp4", VIDEO, "video/mp4")
+    kept = await Dispatcher(store, files, {}, QueueSettings(), RetentionSettings()).keep_file(claim, VIDEO)
     video = {"url": kept.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": kept.size}
     await store.claims.succeed(claim, {"video": video, "seed": claim.input["seed"]}, {"inference_time": 4 * step_s})

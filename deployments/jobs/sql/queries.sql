@@ -27,9 +27,9 @@ WITH kept AS (
 )
 INSERT INTO jobs (
     id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
-    input_version, retries, state, turn
+    input_version, retries, files_access, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -107,7 +107,8 @@ WITH claimed AS (
     INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
-SELECT id AS job_id, token, endpoint, input, input_version, attempt, max_attempts, files_s, checkpoint_name(id) AS checkpoint,
+SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
+    checkpoint_name(id) AS checkpoint,
     NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
 FROM claimed
 
@@ -201,15 +202,20 @@ WITH due AS (
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: add_file
--- A file that is about to be written. A repeated call has no effect, because names are not used twice.
-INSERT INTO stored_files (name, expires_at, owner, size_bytes) VALUES ($1, now() + make_interval(secs => $2), $3, $4)
+-- A file that is about to be written ($2 null: it is kept for ever). A repeated call has no effect, because names are not used twice.
+INSERT INTO stored_files (name, expires_at, owner, size_bytes, content_type, access)
+VALUES ($1, coalesce(now() + make_interval(secs => $2), 'infinity'), $3, $4, $5, $6)
 ON CONFLICT (name) DO NOTHING
 
 -- name: take_expired_files
 -- Files whose time is over, for this process to delete: no other gets them within an hour. After that, those that could not be
--- deleted are tried again. No transaction stays open while files are deleted, however slow the file store is.
-UPDATE stored_files SET expires_at = now() + interval '1 hour'
-WHERE name IN (SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+-- deleted are tried again. No transaction stays open while files are deleted, however slow the file store is. Meanwhile they are
+-- `gone` for all others.
+UPDATE stored_files SET expires_at = now() + interval '1 hour', gone = true
+WHERE name IN (
+    SELECT name FROM stored_files WHERE expires_at <= now() AND NOT (direct AND digest IS NULL)
+    ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+)
 RETURNING name
 
 -- name: forget_files
@@ -331,3 +337,8 @@ WHERE secret.hash = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires
 -- The same by its id.
 SELECT secret.id, key_id, scopes, token_key FROM api_key_secrets AS secret JOIN api_keys ON api_keys.id = key_id
 WHERE secret.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+
+-- name: open_secret
+-- The key that an open service signs with; the first call makes it.
+WITH made AS (INSERT INTO open_token_key DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING token_key)
+SELECT token_key FROM made UNION ALL SELECT token_key FROM open_token_key LIMIT 1

@@ -1,10 +1,12 @@
 import asyncio
+import email.policy as policy
 import json
 import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from email.parser import BytesParser
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,17 @@ async def test_what_the_caller_left_open_is_drawn_once(client: httpx.AsyncClient
         ({"X-Fal-Store-IO": "0"}, {}, {"store_io": False}),
         ({"X-Fal-Store-IO": "1"}, {}, {"store_io": True}),
         ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {"files_s": 3600.0}),
-        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'}, {}, {"files_s": None}),
+        (
+            {"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'},
+            {},
+            {"files_s": None, "files_access": {"default": "forbid", "rules": []}},
+        ),
+        (
+            {"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"rules":[{"user":"a","decision":"hide"}]}}'},
+            {},
+            {"files_access": {"default": "allow", "rules": [{"user": "a", "decision": "hide"}]}},
+        ),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"allow"}}'}, {}, {"files_access": None}),
     ],
 )
 async def test_submit_options(
@@ -978,7 +990,11 @@ async def test_what_a_browser_could_run_is_a_download(settings: Settings, alone:
         ("bytes=-0", 416, b"", "bytes */10"),
         ("bytes=5-3", 200, b"0123456789", None),
         ("bytes=-", 200, b"0123456789", None),
-        ("bytes=0-1,4-5", 200, b"0123456789", None),
+        ("bytes=0-1,", 200, b"0123456789", None),
+        ("bytes=0-4,3-5", 200, b"0123456789", None),
+        ("bytes=20-, 4-5", 206, b"45", "bytes 4-5/10"),
+        ("bytes=20-,30-40", 416, b"", "bytes */10"),
+        ("bytes=" + ",".join(f"{i % 10}-{i % 10}" for i in range(40)), 200, b"0123456789", None),
         ("lines=0-1", 200, b"0123456789", None),
         ("bytes=a-b", 200, b"0123456789", None),
     ],
@@ -989,6 +1005,46 @@ async def test_ranges(
     response = await alone.get(video, headers={"range": asked})
     assert (response.status_code, response.content) == (status, content)
     assert response.headers.get("content-range") == content_range
+
+
+async def test_several_ranges_come_in_one_answer(video: str, alone: httpx.AsyncClient) -> None:
+    response = await alone.get(video, headers={"range": "bytes=-2, 0-1,4-4"})
+    assert response.status_code == 206
+    assert response.headers["content-length"] == str(len(response.content))
+    message = BytesParser(policy=policy.HTTP).parsebytes(
+        b"content-type: " + response.headers["content-type"].encode() + b"\r\n\r\n" + response.content
+    )
+    parts = [(part["content-type"], part["content-range"], part.get_payload(decode=True)) for part in message.iter_parts()]
+    assert parts == [
+        ("video/mp4", "bytes 8-9/10", b"89"),
+        ("video/mp4", "bytes 0-1/10", b"01"),
+        ("video/mp4", "bytes 4-4/10", b"4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"if-none-match": "{etag}"}, 304),
+        ({"if-none-match": 'W/{etag}, "other"'}, 304),
+        ({"if-none-match": '"other", {etag}'}, 304),
+        ({"if-none-match": "*"}, 304),
+        ({"if-none-match": '"other"'}, 200),
+        ({"if-none-match": "{etag}x"}, 200),
+        ({"if-match": "{etag}"}, 200),
+        ({"if-match": "*"}, 200),
+        ({"if-match": '"other"'}, 412),
+        ({"if-match": '"other"', "range": "bytes=0-1"}, 412),
+        ({"if-none-match": "{etag}", "range": "bytes=0-1"}, 304),
+        ({"if-range": "{etag}", "range": "bytes=0-1"}, 206),
+        ({"if-range": "W/{etag}", "range": "bytes=0-1"}, 200),
+        ({"if-range": "Wed, 21 Oct 2015 07:28:00 GMT", "range": "bytes=0-1"}, 200),
+    ],
+)
+async def test_conditions(headers: dict[str, str], status: int, video: str, alone: httpx.AsyncClient) -> None:
+    etag = (await alone.head(video)).headers["etag"]
+    answer = await alone.get(video, headers={name: value.replace("{etag}", etag) for name, value in headers.items()})
+    assert answer.status_code == status
 
 
 async def test_a_range_of_another_version_is_not_mixed_in(video: str, alone: httpx.AsyncClient) -> None:

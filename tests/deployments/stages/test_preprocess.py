@@ -145,6 +145,27 @@ async def test_a_file_that_the_door_has_stored_is_read_from_there(
     assert seen == [b"stored", b"hi"]
 
 
+async def test_a_file_of_ours_is_read_from_the_store_and_one_whose_time_is_over_is_the_callers_fault(
+    replica: Callable[[Any], Preprocess], tmp_path: Path
+):
+    seen: list[bytes] = []
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            seen.extend(keyframe.image for keyframe in spec.keyframes)
+            return Conditioned()
+
+    store = FileStore(str(tmp_path / "files"))
+    name = store.new_listed_name("a.png", "image/png")
+    await store.put("a.png", b"uploaded", "image/png", name)
+    await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    assert seen == [b"uploaded"]
+    await store.delete(name)
+    with pytest.raises(FileDownloadError) as raised:
+        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    assert raised.value.loc == ("body", "keyframe_0_image_url")
+
+
 @pytest.mark.parametrize("how", ["cancelled", "closed"])
 async def test_a_call_that_ends_early_stops_its_stage_and_leaves_no_files(
     replica: Callable[[Any], Preprocess], temporary: Path, how: str

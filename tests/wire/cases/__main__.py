@@ -1,4 +1,4 @@
-"""Runs the rules of `rules.py` with the unmodified fal-client, many at a time, in one process:
+"""Runs the rules of `rules.py` and `uploads.py` with the unmodified fal-client, many at a time, in one process:
 
     python -m tests.wire.cases <recipe>     (on standard input: what `Given` holds, as JSON)
 
@@ -13,7 +13,7 @@ import sys
 
 import fal_client.client
 
-from tests.wire.cases import rules
+from tests.wire.cases import rules, uploads
 from tests.wire.cases.harness import RULES, Given, outcomes, record
 
 
@@ -31,6 +31,7 @@ def main() -> None:
             assert hasattr(fal_client.client, name)
             setattr(fal_client.client, name, value)
     rules.begin(given)
+    assert uploads  # it has added its rules
     chosen = [
         each
         for each in RULES

@@ -75,7 +75,7 @@ const rule = (name, text, check, { only = null, withKeys = false } = {}) => {
 };
 const fal = clientWith(keys?.own);
 const context = { ...client, fal, raw, hook, keys, base, recipe, clientWith, everything };
-(await import("./rules.mjs")).default(rule, context);
+for (const file of ["./rules.mjs", "./uploads.mjs"]) (await import(file)).default(rule, context);
 
 const LIMIT_MS = 90_000;
 const AT_ONCE = 32;
