@@ -18,8 +18,10 @@ def service() -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
         running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
-        running.start()
-        yield running
-        if running.running:
-            assert running.stop() == 0
-        stop_embedded(Settings(home=running.home))  # of a test that stopped it
+        try:
+            running.start()
+            yield running
+        finally:
+            if running.running:
+                assert running.stop() == 0
+            stop_embedded(Settings(home=running.home))  # of a test that stopped it
