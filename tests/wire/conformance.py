@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from deployments.cli.client_setup import python_settings
+from deployments.cli.commands.client_setup import python_settings
 from deployments.files.file_store import FileStore
 from deployments.hosting import connect_listener
 from deployments.hosting.tls import TlsFiles
