@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engines.diffusion.frame_decoder import FrameDecoder
 from engines.errors import GenerationFailed
-from engines.frame_decoder import FrameDecoder
 
 
 class FakeVAE(nn.Module):
