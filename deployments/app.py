@@ -16,16 +16,18 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from deployments import tracing
 from deployments.dispatch.dispatcher import Dispatcher
+from deployments.dispatch.queue_gauges import QueueGauges
 from deployments.files.file_store import FileStore
 from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url
-from deployments.hosting.logs import configure_logging
 from deployments.hosting.nodes import NodeWatch
+from deployments.hosting.telemetry import begin_telemetry
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
-from deployments.settings import Settings
+from deployments.settings import Settings, TelemetrySettings
 from deployments.stages.handles import ServeStages, crossing
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef
@@ -41,7 +43,7 @@ class DispatcherReplica:
     """
 
     def __init__(self, settings: Settings, handles: dict[str, tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]]):
-        configure_logging()
+        begin_telemetry(settings.telemetry, "dispatcher", in_ray=True)
         self.settings = settings
         self.stages = {endpoint: ServeStages(*stages) for endpoint, stages in handles.items()}
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -52,8 +54,9 @@ class DispatcherReplica:
         try:
             settings, files = self.settings, FileStore(self.settings.files_url)
             dispatcher = Dispatcher(store, files, self.stages, settings.queue, settings.retention)
+            outbox = Outbox(store.database)
             courier = Courier(
-                Outbox(store.database),
+                outbox,
                 settings.webhooks,
                 allow_private=settings.fetch.allow_private,
                 public_url=settings.public_url,
@@ -61,6 +64,7 @@ class DispatcherReplica:
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())
                 group.create_task(courier.run())
+                group.create_task(QueueGauges(store, outbox, self.stages).run())
                 group.create_task(NodeWatch(settings, _nodes).watch())
         finally:
             await store.close()
@@ -76,22 +80,25 @@ class DispatcherReplica:
 
 
 class PreprocessReplica:
-    """Hosts `Preprocess` in Serve; args: its own."""
+    """Hosts `Preprocess` in Serve; args: its own. In all three stages a call's last argument is the trace that it belongs to."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, telemetry: TelemetrySettings, *args: Any):
+        begin_telemetry(telemetry, "preprocess", in_ray=True)
         from deployments.stages.preprocess import Preprocess
 
         self.wrapper = Preprocess(*args)
 
-    async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
+    async def run(self, job_input: dict[str, Any], alone: bool, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
+        tracing.enter(traceparent)
         items = crossing(self.wrapper.run(job_input, alone))
         async with aclosing(items):
             async for item in items:
                 yield item
 
-    async def saved(self, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+    async def saved(self, checkpoint: CheckpointRef, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
+        tracing.enter(traceparent)
         items = crossing(self.wrapper.saved(checkpoint))
         async with aclosing(items):
             async for item in items:
@@ -104,15 +111,16 @@ class DenoiseReplica:
     Serve counts a call as ended as soon as it is cancelled, and would kill the replica while the call still stops and writes.
     """
 
-    def __init__(self, *args: Any):
-        configure_logging()  # before the engines are made ready, which can take minutes
+    def __init__(self, telemetry: TelemetrySettings, *args: Any):
+        begin_telemetry(telemetry, "denoise", in_ray=True)  # before the engines are made ready, which can take minutes
         from deployments.stages.denoise import Denoise
 
         self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
-    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
+    async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Denoise` and `crossing`."""
+        tracing.enter(traceparent)
         call = asyncio.current_task()
         assert call is not None  # Serve makes a task for each call
         self.calls.add(call)
@@ -130,13 +138,15 @@ class DenoiseReplica:
 class DecodeReplica:
     """Hosts `Decode` in Serve; args: its own."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, telemetry: TelemetrySettings, *args: Any):
+        begin_telemetry(telemetry, "decode", in_ray=True)
         from deployments.stages.decode import Decode
 
         self.wrapper = Decode(*args)
 
-    async def run(self, latents: Latents) -> AsyncIterator[Any]:
+    async def run(self, latents: Latents, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Decode` and `crossing`."""
+        tracing.enter(traceparent)
         items = crossing(self.wrapper.run(latents))
         async with aclosing(items):
             async for item in items:
@@ -146,8 +156,8 @@ class DecodeReplica:
 class IngressReplica:
     """Hosts the ingress app in Serve. dispatcher: given here only so that it is deployed; the two share nothing but the store."""
 
-    def __init__(self, dispatcher: DeploymentHandle):
-        configure_logging()
+    def __init__(self, telemetry: TelemetrySettings, dispatcher: DeploymentHandle):
+        begin_telemetry(telemetry, "ingress", in_ray=True)
         self.dispatcher = dispatcher
 
 
@@ -158,14 +168,14 @@ def build(args: Settings) -> serve.Application:
     settings.refuse_split(_nodes())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
-    files_url, checkpoint_s = settings.files_url, settings.queue.checkpoint_s
+    told, files_url, checkpoint_s = settings.telemetry, settings.files_url, settings.queue.checkpoint_s
     for endpoint in ENDPOINTS.values():
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _stage(PreprocessReplica, endpoint, "preprocess").bind(endpoint, config, settings.fetch, files_url),
-                _stage(DenoiseReplica, endpoint, "denoise").bind(endpoint.model, config, files_url, checkpoint_s),
-                _stage(DecodeReplica, endpoint, "decode").bind(endpoint.model, config),
+                _stage(PreprocessReplica, endpoint, "preprocess").bind(told, endpoint, config, settings.fetch, files_url),
+                _stage(DenoiseReplica, endpoint, "denoise").bind(told, endpoint.model, config, files_url, checkpoint_s),
+                _stage(DecodeReplica, endpoint, "decode").bind(told, endpoint.model, config),
             )
     write_missing_weights(settings)
     # The time that Serve waits before it first checks whether a stopping replica is idle; it cancels nothing in that time. The
@@ -173,7 +183,7 @@ def build(args: Settings) -> serve.Application:
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
     check = NodeWatch(settings, _nodes).check
     ingress = serve.ingress(lambda: create_app(settings, database_url(settings), check))(IngressReplica)
-    return _deploy(ingress, "ingress").bind(dispatcher)
+    return _deploy(ingress, "ingress").bind(told, dispatcher)
 
 
 def _listening_host() -> str | None:

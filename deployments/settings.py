@@ -145,6 +145,19 @@ class WebhookSettings(_Strict):
     max_per_owner: int = Field(64, ge=1)
 
 
+class TelemetrySettings(_Strict):
+    """What each process tells its operator. Metrics go through Ray in any case.
+
+    logs: "text", or "json" for one object a line. otlp_endpoint: where spans are sent by OTLP over HTTP, e.g.
+    http://collector:4318/v1/traces; None makes none. `OTEL_EXPORTER_OTLP_HEADERS` in the environment may carry a token for it.
+    traces: the share of the traces whose spans are sent, in [0, 1].
+    """
+
+    logs: Literal["text", "json"] = "text"
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://")
+    traces: float = Field(1.0, ge=0, le=1)
+
+
 if TYPE_CHECKING:
 
     class _Endpoints(_Strict):
@@ -199,6 +212,7 @@ class Settings(_Endpoints):
     quotas: QuotaSettings = QuotaSettings()
     uploads: UploadSettings = UploadSettings()
     webhooks: WebhookSettings = WebhookSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="after")
     def _direct_uploads_need_a_bucket(self) -> Self:

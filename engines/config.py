@@ -22,6 +22,11 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its nets run on a GPU."""
+        return self.device.startswith("cuda")
+
     def placed(self, demo_weights: Path, engines: Path) -> Self:
         """The config with folders where it has none yet: of the demo checkpoint, if it asks for that, and of the engines."""
         return self if self.engine.folder is not None else replace(self, engine=replace(self.engine, folder=engines))

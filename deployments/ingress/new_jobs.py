@@ -12,6 +12,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
+from deployments import metrics, tracing
 from deployments.ingress.access import Caller
 from deployments.ingress.body import SplitBody
 from deployments.ingress.input_files import check_places, with_input
@@ -32,6 +33,9 @@ IGNORED_FIELDS_HEADER = "x-reelray-ignored-fields"
 IGNORED_HEADERS_HEADER = "x-reelray-ignored-headers"
 """The same for fal's headers: those of the submission that have no effect here."""
 
+TRACE_HEADER = "x-reelray-trace-id"
+"""The id of the job's trace: what to look for in logs and traces, and in the webhook's `traceparent`."""
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -45,7 +49,20 @@ class Accepted:
 async def accept(
     connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
 ) -> Accepted | Failure:
-    """Checks a submission and stores its job; a failure is what its caller is answered. Raises `RequestError`."""
+    """Checks a submission and stores its job; a failure is what its caller is answered. Raises `RequestError`.
+
+    The job is in the trace of the caller's `traceparent` header; without a valid one it begins a trace.
+    """
+    with tracing.span("submit", connection.headers.get("traceparent"), begins=True, endpoint=endpoint.id):
+        accepted = await _accept(connection, endpoint, caller, options, body)
+    if isinstance(accepted, Failure) or accepted.job.traceparent is None:
+        return accepted
+    return replace(accepted, headers={**accepted.headers, TRACE_HEADER: tracing.trace_id(accepted.job.traceparent)})
+
+
+async def _accept(
+    connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
+) -> Accepted | Failure:
     settings, size = settings_of(connection), body.size_bytes
     new = await _new_job(connection, endpoint, caller, options, body)
     try:
@@ -101,6 +118,7 @@ async def _new_job(
         files_access=options.files_access.model_dump() if options.files_access else None,
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(connection.scope, settings.public_url),
+        traceparent=tracing.current(),
     )
 
 
@@ -123,5 +141,6 @@ async def _write(connection: HTTPConnection, new: NewJob, failure: Failure | Non
         logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
         detail = "The service failed while it queued the request, which may or may not run."
         return request_failure(500, "internal_error", detail)
+    metrics.SUBMITTED.record(endpoint=new.endpoint)
     logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": new.endpoint})
     return Accepted(job)

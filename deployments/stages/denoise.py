@@ -25,6 +25,7 @@ class Denoise:
         self.checkpoints = Checkpoints(files_url, config, lambda: self.stage.engines)
         self.checkpoint_s = checkpoint_s
         self.turn = asyncio.Lock()
+        self.on_gpu = config.on_gpu
 
     async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream[Latents]:
         """Notes of its progress, then the latents, which by then are stored as the job's checkpoint.
@@ -52,7 +53,7 @@ class Denoise:
                 logger.warning(mixed, extra={"action": "engines_mixed", "file": checkpoint.name})
                 yield Note(mixed, "WARN")
             await saving.finish(work.product)  # after its turn, so that the next call works meanwhile
-        yield Done(work.product, work.seconds)
+        yield Done(work.product, work.seconds, work.seconds * self.on_gpu)
 
 
 def _mixed(engine: str) -> str | None:

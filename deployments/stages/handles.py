@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray import ObjectRef
@@ -9,6 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from deployments import tracing
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
 from engines.spec import Clip
@@ -17,7 +19,10 @@ T = TypeVar("T")
 
 
 class ServeStages:
-    """Stages as deployments. Serve retries nothing that a replica has accepted; the dispatcher decides."""
+    """Stages as deployments. Serve retries nothing that a replica has accepted; the dispatcher decides.
+
+    The last argument of each call is the trace that this task belongs to: Ray takes no context to another process.
+    """
 
     def __init__(self, preprocess: DeploymentHandle, denoise: DeploymentHandle, decode: DeploymentHandle):
         self._preprocess = preprocess.options(stream=True)
@@ -26,24 +31,24 @@ class ServeStages:
 
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[ObjectRef]:
         """See `Stages`."""
-        return await _finished(self._preprocess.run.remote(job_input, alone), on_note)
+        return await _finished(self._preprocess.run.remote(job_input, alone, tracing.current()), on_note)
 
     async def denoise(self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote) -> Done[ObjectRef]:
         """See `Stages`."""
-        return await _finished(self._denoise.run.remote(conditioning, checkpoint), on_note)
+        return await _finished(self._denoise.run.remote(conditioning, checkpoint, tracing.current()), on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> ObjectRef | None:
         """See `Stages`."""
-        return (await _outcome(self._preprocess.saved.remote(checkpoint), on_note)).product
+        return (await _outcome(self._preprocess.saved.remote(checkpoint, tracing.current()), on_note)).product
 
     async def decode(self, latents: ObjectRef, on_note: OnNote) -> Done[Clip]:
         """See `Stages`."""
-        done = await _finished(self._decode.run.remote(latents), on_note)
+        done = await _finished(self._decode.run.remote(latents, tracing.current()), on_note)
         try:
             clip: Clip = await done.product
         except RayError as exc:
             raise translated(exc) from exc
-        return Done(clip, done.seconds)
+        return replace(done, product=clip)
 
 
 async def crossing(stream: Stream[T]) -> AsyncGenerator[Started | Note | Done[None] | T, None]:
@@ -57,7 +62,7 @@ async def crossing(stream: Stream[T]) -> AsyncGenerator[Started | Note | Done[No
             if not isinstance(item, Done):
                 yield item
                 continue
-            yield Done(None, item.seconds)
+            yield Done(None, item.seconds, item.gpu_seconds, item.receipt)
             if item.product is not None:
                 yield item.product
 
@@ -78,7 +83,7 @@ async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> Do
         async for ref in refs:
             item = await ref
             if isinstance(item, Done):
-                return Done(await anext(refs, None), item.seconds)
+                return replace(item, product=await anext(refs, None))
             await on_note(item)
     except (RayError, RayServeException) as exc:
         raise translated(exc) from exc

@@ -5,8 +5,8 @@ conditioning and latents as references only, which it passes on to the next stag
 the clip, to store it.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from deployments.stages.progress import StageProgress
@@ -31,10 +31,15 @@ class Note:
 
 @dataclass(frozen=True)
 class Done(Generic[T]):
-    """The last item of every stream. seconds: spent working, without the wait for the call's turn."""
+    """The last item of every stream. seconds: spent working, without the wait for the call's turn.
+
+    gpu_seconds: those of one GPU or several together; 0 on a CPU. receipt: what the stage adds to the job's receipt, as JSON.
+    """
 
     product: T
     seconds: float
+    gpu_seconds: float = 0.0
+    receipt: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

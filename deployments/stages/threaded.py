@@ -5,6 +5,7 @@ stop. The replica's event loop meanwhile stays free to receive a cancel, and for
 """
 
 import asyncio
+import contextvars
 import threading
 import time
 import traceback
@@ -48,7 +49,7 @@ class InThread(Generic[T]):
         self._started = time.monotonic()
         # Not asyncio's pool: a few calls of minutes would use up its threads, and downloads could not be written meanwhile
         thread = ThreadPoolExecutor(1)
-        self._work = loop.run_in_executor(thread, call)
+        self._work = loop.run_in_executor(thread, contextvars.copy_context().run, call)  # its log records name the job's trace
         thread.shutdown(wait=False)  # ends with the call
         self._work.add_done_callback(lambda _: self._told.put_nowait(None))
         return self

@@ -27,9 +27,9 @@ WITH kept AS (
 )
 INSERT INTO jobs (
     id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
-    input_version, retries, files_access, state, turn
+    input_version, retries, files_access, traceparent, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, $21, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -44,7 +44,7 @@ SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 
 FROM fresh
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
+    priority, turn, number, traceparent, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
 
 -- name: repeated
 -- The job that an idempotency key stands for, and whether it was given with the same body. No row if the key is free, see `submit`.
@@ -65,7 +65,7 @@ UPDATE jobs SET state = 'failed', failure = $2 WHERE id = $1 AND state = 'queued
 -- What callers may see of some jobs, each with its lines after one already seen ($2; null: without). The input is left out: it may be
 -- megabytes, and clients poll this. Of the jobs ahead it counts no more than 200, so a status costs the same in any queue.
 SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number,
+    priority, turn, number, traceparent,
     CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS ahead,
     CASE WHEN after IS NOT NULL THEN ARRAY(
         SELECT ROW(seq, at, level, message, progress) FROM job_logs WHERE job_id = jobs.id AND seq > after ORDER BY seq
@@ -109,7 +109,8 @@ WITH claimed AS (
 )
 SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
     checkpoint_name(id) AS checkpoint,
-    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
+    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries, created_at,
+    extract(epoch FROM started_at - created_at)::double precision AS waited_s, traceparent
 FROM claimed
 
 -- name: claimed
@@ -259,6 +260,20 @@ SELECT
     (SELECT count(*) FROM jobs WHERE state = 'queued' AND not_before IS NOT NULL AND endpoint = $1) AS delayed,
     (SELECT count(*) FROM jobs WHERE state = 'running' AND endpoint = $1) AS running,
     (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
+
+-- name: queue_gauges
+-- Every endpoint of $1, for its metrics: how many jobs wait and run, and for how long the first of those that wait has waited. Counting
+-- takes 50 ms per million jobs.
+SELECT served.endpoint, counted.queued, counted.delayed, counted.running, counted.oldest_s,
+    EXISTS (SELECT FROM paused_endpoints WHERE paused_endpoints.endpoint = served.endpoint) AS paused
+FROM unnest($1::text[]) AS served (endpoint) CROSS JOIN LATERAL (
+    SELECT
+        count(*) FILTER (WHERE state = 'queued') AS queued,
+        count(*) FILTER (WHERE state = 'queued' AND not_before IS NOT NULL) AS delayed,
+        count(*) FILTER (WHERE state = 'running') AS running,
+        coalesce(extract(epoch FROM now() - min(created_at) FILTER (WHERE state = 'queued')), 0)::double precision AS oldest_s
+    FROM jobs WHERE endpoint = served.endpoint AND state IN ('queued', 'running')
+) AS counted
 
 -- name: timeline
 -- Every state of a job, in order.

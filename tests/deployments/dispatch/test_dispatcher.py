@@ -84,7 +84,10 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     name = job.result["video"]["url"].removeprefix("/files/")
     assert await files.size(name) == job.result["video"]["file_size"] > 1000
     assert job.metrics["inference_time"] > 0
-    assert job.metrics["receipt"]["engine"] == "eager"
+    receipt = job.metrics["receipt"]
+    assert (receipt["engine"], receipt["options"]["dtype"], receipt["gpu_seconds"]) == ("eager", "float32", {})
+    assert receipt["weights"]["base"].keys() == {"fingerprint"}
+    assert receipt["seconds"].keys() == {"preprocess", "denoise", "decode"}
     lines = await store.logs(job_id)
     assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
     assert (lines[0].level, lines[0].message) == ("WARN", "prompt cut to its first 75 of 120 tokens")
@@ -249,7 +252,7 @@ async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, fi
 
     async with dispatching(store, files, ScriptedStages(wait)):
         job = await ended(store, await submit(store))
-    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}}
+    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}, "gpu_seconds": {}}
     # as the stages reported, without the time spent waiting
     assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}
 

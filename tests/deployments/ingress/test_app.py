@@ -841,7 +841,7 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
     exposed |= {"x-fal-runner-hints", "x-fal-billable-units", "x-reelray-ignored-fields", "x-reelray-ignored-headers"}
-    exposed |= {"content-range", "content-disposition", "etag"}
+    exposed |= {"content-range", "content-disposition", "etag", "x-reelray-trace-id"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 

@@ -39,6 +39,8 @@ CREATE TABLE jobs (
     retries json NOT NULL DEFAULT '{}',  -- condition -> how many more retries its caller allows; others follow `retry.py` alone
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
+    -- The trace that it belongs to: W3C Trace Context, version 00. It becomes a header of the webhook, so nothing else may stand here.
+    traceparent text CHECK (traceparent ~ '^00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]$'),
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
     CHECK ((state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
     CHECK ((state = 'succeeded') = (result IS NOT NULL)),
