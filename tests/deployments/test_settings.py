@@ -12,7 +12,7 @@ from deployments.app import build
 from deployments.settings import Exposed, Settings, Split, load_settings
 from engines.checkpoints.source import Source
 
-CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
+CONFIGS = ["serve_config.yaml", *sorted(map(str, Path("cluster").glob("serve_config.*.yaml")))]
 
 
 @pytest.mark.parametrize(

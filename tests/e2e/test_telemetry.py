@@ -1,0 +1,78 @@
+"""What an operator's tools get from the running service."""
+
+import json
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from deployments import metrics
+from deployments.cli.client import QueueClient
+from deployments.hosting.demo_weights import demo_inputs
+from tests.e2e.service import Service
+
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+OF_EVERY_JOB = (
+    metrics.SUBMITTED,
+    metrics.WAIT,
+    metrics.STAGE_WAIT,
+    metrics.STAGE,
+    metrics.ATTEMPTS,
+    metrics.JOB_GPU,
+    metrics.QUEUED,
+    metrics.OLDEST,
+    metrics.DATABASE,
+    metrics.WEBHOOKS,
+)
+RAYS = (
+    "ray_serve_deployment_replica_healthy",
+    "ray_serve_replica_initialization_latency_ms_bucket",
+    "ray_component_rss_bytes",
+    "ray_node_mem_used",
+    "ray_node_mem_total",
+    "ray_node_disk_free",
+    "ray_node_disk_usage",
+)
+"""Those of Ray's own that the dashboard and the alerts use and a machine without a GPU has."""
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[QueueClient]:
+    with QueueClient(service.url) as client:
+        yield client
+
+
+def test_the_metrics_of_a_traced_job_reach_prometheus(service: Service, client: QueueClient):
+    headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+    job_input = demo_inputs()[ENDPOINT] | {"prompt": "a red ball"}
+    submitted = httpx.post(f"{service.url}/queue/{ENDPOINT}", json=job_input, headers=headers, timeout=20)
+    assert submitted.headers["x-reelray-trace-id"] == TRACE
+    *_, last = client.follow(ENDPOINT, submitted.json()["request_id"])
+    receipt = last["metrics"]["receipt"]
+    assert receipt["weights"]["base"].keys() == {"fingerprint"}, json.dumps(receipt)
+    wanted = {name for metric in OF_EVERY_JOB for name in metric.exported_as} | set(RAYS)
+    deadline = time.monotonic() + 60
+    while missing := wanted - names_in(scrape(service)):
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+
+
+def scrape(service: Service) -> str:
+    """What Prometheus would read from the node's agent, which listens on several ports."""
+    (agent,) = service.processes("dashboard/agent.py")
+    for listening in agent.net_connections(kind="tcp"):
+        if listening.status == psutil.CONN_LISTEN:
+            try:
+                text = httpx.get(f"http://127.0.0.1:{listening.laddr.port}/metrics", timeout=5).text
+            except httpx.HTTPError:
+                continue
+            if "ray_node_mem_used" in text:
+                return text
+    return ""
+
+
+def names_in(text: str) -> set[str]:
+    return {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line and not line.startswith("#")}
