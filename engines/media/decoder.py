@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from engines import errors
 from engines.errors import ImageLoadError, ModelError, RunnerDisconnected, VideoLoadError
 from engines.media.messages import Closed, fill, receive, send
+from engines.media.shared_frames import SLOTS, mapped, new_memory
 from engines.spec import ShouldStop
 from engines.stopping import check
 
@@ -136,6 +137,13 @@ class Child:
         except Closed as exc:
             raise self._death() from exc
         return pixels
+
+    def release_frame(self) -> None:
+        """Lets it use the slot of the oldest frame that it has given. Raises `Died`."""
+        try:
+            self._socket.sendall(b"f")
+        except OSError as exc:
+            raise self._death() from exc
 
     @property
     def alive(self) -> bool:
@@ -269,7 +277,7 @@ class DecodedVideo:
     def __init__(self, child: Child, fields: dict[str, Any], max_pixels: int, should_stop: ShouldStop | None):
         self._child, self._should_stop = child, should_stop
         self._notes: tuple[str, ...] = ()
-        self._left = 0
+        self._left = self._given = 0
         self.closed = False
         try:
             self.height, self.width = int(fields["height"]), int(fields["width"])
@@ -280,12 +288,17 @@ class DecodedVideo:
             raise Died("its decoder failed")
 
     def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
-        """See `VideoReader.frames`. The child decodes the next frames while one is worked on, as many as its socket holds."""
-        with _blamed(VideoLoadError, "video"):
-            self._child.ask({"stride": stride, "count": count})
+        """See `VideoReader.frames`. The child decodes the next frame while one is looked at.
+
+        A frame is read-only, and is there until the next one is asked for: its memory is used again.
+        """
+        with new_memory(self.height, self.width) as memory:
+            slots = mapped(memory, self.height, self.width, writable=False)
+            with _blamed(VideoLoadError, "video"):
+                self._child.ask({"stride": stride, "count": count}, file=memory)
         self._left = count
-        while (frame := self._next()) is not None:
-            yield frame
+        while self._next():
+            yield slots[(self._given - 1) % SLOTS]
 
     def at_most(self, stride: int, count: int) -> int:
         """How many frames `frames` will give according to the file's header, or count if it does not say. For progress only."""
@@ -298,19 +311,23 @@ class DecodedVideo:
             self._next()
         return self._notes
 
-    def _next(self) -> NDArray[np.uint8] | None:
+    def _next(self) -> bool:
+        """Waits for the next frame. False after the last one."""
         if self.closed:
             raise ValueError("The video is closed.")
         with _blamed(VideoLoadError, "video"):
-            fields, size = self._child.answer(self._should_stop)
+            if self._given:
+                self._child.release_frame()
+            fields, _ = self._child.answer(self._should_stop)
             if "notes" in fields:
                 self._notes = tuple(map(str, fields["notes"]))
                 self._child.busy = False
-                return None
+                return False
             if not self._left:
                 raise Died("its decoder failed")
             self._left -= 1
-            return self._child.pixels(size, (self.height, self.width, 3), self._should_stop)
+            self._given += 1
+            return True
 
 
 @contextmanager
