@@ -20,7 +20,7 @@ from engines.errors import ModelError
 from engines.media import picture
 from engines.media.confinement import confine
 from engines.media.messages import Closed, fill, receive, send
-from engines.media.shared_frames import SLOTS, mapped
+from engines.media.shared_frames import KEPT_BYTES, SLOTS, Memory
 from engines.media.video_reader import reading
 
 MAX_PIXELS = 1000
@@ -99,7 +99,7 @@ def _video(connection: socket.socket, file: Any, max_pixels: int, max_duration_s
     with reading(file, max_pixels, max_duration_s) as video:
         send(connection, {"height": video.height, "width": video.width, "declared": video.declared_frames})
         asked, _ = receive(connection)
-        slots = _Slots(connection, video.height, video.width)
+        slots = _Slots(connection, asked.get("memory"), video.height, video.width)
         try:
             for _ in video.frames(asked["stride"], asked["count"], slots.free):
                 send(connection, {})
@@ -111,10 +111,19 @@ def _video(connection: socket.socket, file: Any, max_pixels: int, max_duration_s
 class _Slots:
     """Where frames are put for the replica, which says of each when it is done with it."""
 
-    def __init__(self, connection: socket.socket, height: int, width: int):
-        self._connection, descriptor = connection, _descriptor(connection)
-        self._slots = mapped(descriptor, height, width, writable=True)
-        os.close(descriptor)
+    kept: Memory | None = None
+
+    def __init__(self, connection: socket.socket, size: int | None, height: int, width: int):
+        """size: of new memory, which comes with the request, in bytes. None: the memory that was kept is used."""
+        memory = self.kept
+        if size is not None:
+            descriptor = _descriptor(connection)
+            memory = Memory(descriptor, size, writable=True)
+            os.close(descriptor)
+            if size == KEPT_BYTES:
+                _Slots.kept = memory
+        assert memory is not None
+        self._connection, self._slots = connection, memory.slots(height, width)
         self._given = self._returned = 0
 
     def free(self) -> NDArray[np.uint8]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from engines import errors
 from engines.errors import ImageLoadError, ModelError, RunnerDisconnected, VideoLoadError
 from engines.media.messages import Closed, fill, receive, send
-from engines.media.shared_frames import SLOTS, mapped, new_memory
+from engines.media.shared_frames import KEPT_BYTES, SLOTS, Memory, sealed, size_for
 from engines.spec import ShouldStop
 from engines.stopping import check
 
@@ -66,6 +66,7 @@ class Child:
     def __init__(self, limits: Limits):
         self.limits, self.busy, self.files = limits, False, 0
         self._ready = False
+        self._memory: Memory | None = None
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(POLL_S)
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -137,6 +138,23 @@ class Child:
         except Closed as exc:
             raise self._death() from exc
         return pixels
+
+    def ask_for_frames(self, stride: int, count: int, height: int, width: int) -> NDArray[np.uint8]:
+        """Asks for the frames of its video, which have this size in pixels. Returns (SLOTS, height, width, 3), read-only: where
+        they will be, in turn. Each stays until `release_frame`. Raises `Died`.
+        """
+        request = {"stride": stride, "count": count}
+        needed = size_for(height, width)
+        memory = self._memory
+        if memory is None or needed > memory.size:
+            size = max(needed, KEPT_BYTES)
+            with sealed(size) as descriptor:
+                memory = Memory(descriptor, size, writable=False)
+                self.ask(request | {"memory": size}, file=descriptor)
+            self._memory = memory if size == KEPT_BYTES else self._memory
+        else:
+            self.ask(request)
+        return memory.slots(height, width)
 
     def release_frame(self) -> None:
         """Lets it use the slot of the oldest frame that it has given. Raises `Died`."""
@@ -292,10 +310,8 @@ class DecodedVideo:
 
         A frame is read-only, and is there until the next one is asked for: its memory is used again.
         """
-        with new_memory(self.height, self.width) as memory:
-            slots = mapped(memory, self.height, self.width, writable=False)
-            with _blamed(VideoLoadError, "video"):
-                self._child.ask({"stride": stride, "count": count}, file=memory)
+        with _blamed(VideoLoadError, "video"):
+            slots = self._child.ask_for_frames(stride, count, self.height, self.width)
         self._left = count
         while self._next():
             yield slots[(self._given - 1) % SLOTS]

@@ -5,6 +5,7 @@ file has taken over has no say in places and sizes. It can change pixels while t
 its own job. It cannot shrink the memory, which would end the replica with SIGBUS: the size is sealed (memfd_create(2)).
 """
 
+import fcntl
 import mmap
 import os
 import sys
@@ -16,20 +17,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLOTS = 2
+KEPT_BYTES = 16 << 20
+"""Memory of this size serves video after video, up to 1080p: new memory costs 12 ms for two such frames, kept memory nothing.
+A video with larger frames has memory of its own."""
 
-Frames = NDArray[np.uint8]
-"""(SLOTS, height, width, 3), RGB."""
+
+class Memory:
+    """For `SLOTS` frames of some size, mapped into this process until neither it nor an array of it exists any more."""
+
+    def __init__(self, descriptor: int, size: int, writable: bool):
+        """descriptor: of so many bytes; it is not needed afterwards. Raises `MemoryError`."""
+        self.size = size
+        try:
+            self._mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        except OSError as exc:
+            raise MemoryError from exc
+
+    def slots(self, height: int, width: int) -> NDArray[np.uint8]:
+        """(SLOTS, height, width, 3): room for frames of this size in pixels."""
+        used = size_for(height, width)
+        return np.frombuffer(self._mapped, np.uint8, used).reshape(SLOTS, height, width, 3)
+
+
+def size_for(height: int, width: int) -> int:
+    """Bytes of memory for frames of this size in pixels."""
+    return SLOTS * height * width * 3
 
 
 @contextmanager
-def new_memory(height: int, width: int) -> Iterator[int]:
-    """The descriptor of memory for frames of this size in pixels. Whoever has mapped it needs the descriptor no longer."""
-    size = SLOTS * height * width * 3
+def sealed(size: int) -> Iterator[int]:
+    """The descriptor of new memory of so many bytes, zero until written."""
     if sys.platform == "linux":
-        import fcntl
-
         descriptor = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:  # such a system keeps a child from nothing: see `confinement.py`
+    else:  # it keeps a child from nothing: see `confinement.py`
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     try:
@@ -39,13 +59,3 @@ def new_memory(height: int, width: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def mapped(descriptor: int, height: int, width: int, writable: bool) -> Frames:
-    """The memory of `new_memory`, for as long as the array or a view of it exists. Raises `MemoryError`."""
-    size, access = SLOTS * height * width * 3, mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-    try:
-        memory = mmap.mmap(descriptor, size, access=access)
-    except OSError as exc:
-        raise MemoryError from exc
-    return np.frombuffer(memory, np.uint8).reshape(SLOTS, height, width, 3)
