@@ -87,7 +87,7 @@ JOB_GPU = Metric("reelray_job_gpu_seconds", "histogram", "The same for each job 
 DELIVERIES = Metric("reelray_webhook_attempts", "counter", "Deliveries tried. outcome: delivered, refused.", ("outcome",))
 DELIVERY = Metric("reelray_webhook_seconds", "histogram", "An attempt at a webhook.", (), _SHORT_S)
 
-# Scaling, recorded by the autoscaling policy
+# Scaling, as the autoscaling policy has written it into the database; every dispatcher sets the same
 BACKLOG = Metric("reelray_backlog_seconds", "gauge", "Waiting work in seconds of its replicas.", ("endpoint", "stage"))
 TARGET = Metric("reelray_replicas_target", "gauge", "Replicas that the autoscaling policy wants.", ("endpoint", "stage"))
 REPLICAS = Metric("reelray_replicas", "gauge", "Replicas that run.", ("endpoint", "stage"))

@@ -54,8 +54,9 @@ async def test_a_url_without_parts_takes_the_server_from_the_environment(databas
     """So the YAML of a cluster holds no password."""
     parts = urlsplit(database)
     at = {"host": parts.hostname, "port": parts.port, **dict(parse_qsl(parts.query))}
-    for name, value in {"HOST": at["host"], "PORT": at["port"], "USER": parts.username, "DATABASE": parts.path[1:]}.items():
-        monkeypatch.setenv(f"PG{name}", str(value))
+    at |= {"user": parts.username, "password": parts.password or "", "database": parts.path[1:]}
+    for name, value in at.items():
+        monkeypatch.setenv(f"PG{name.upper()}", str(value))
     store = await JobStore.open("postgresql://")
     job = await store.submit(NEW)
     await store.close()
