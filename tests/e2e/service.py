@@ -56,7 +56,7 @@ class Service:
             application["deployments"] = [each for each in application["deployments"] if not each["name"].startswith(model)]
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
-        command = [REELRAY, "serve", "--config", path, "--port", str(self.port)]
+        command = [str(REELRAY), "serve", "--config", str(path), "--port", str(self.port)]
         log_path = self.home / "serve.log"
         with log_path.open("ab") as log:
             begin = log.tell()
@@ -104,7 +104,8 @@ class Service:
 def gateway(service: Service) -> Iterator[str]:
     """The URL of a gateway with two workers beside `service`, which need not run."""
     port = free_port()
-    command = [REELRAY, "gateway", "--config", service.home / "serve_config.yaml", "--port", str(port), "--workers", "2"]
+    config = service.home / "serve_config.yaml"
+    command = [str(REELRAY), "gateway", "--config", str(config), "--port", str(port), "--workers", "2"]
     with (service.home / "gateway.log").open("ab") as log:
         env = os.environ | {"PYTHONPATH": str(service.root)}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=service.root, start_new_session=True)

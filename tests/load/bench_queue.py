@@ -24,6 +24,7 @@ from uuid import UUID
 import asyncpg
 import httpx
 import yaml
+from rich.table import Table
 
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.haproxy import SWITCH
@@ -221,7 +222,7 @@ def main() -> None:
     report.save()
 
 
-def measure(shown, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
+def measure(shown: Table, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:
     turn = iter(range(1 << 62))
     kinds: dict[str, tuple[str, Callable[[], bytes]]] = {
         "constant, GET": ("GET", lambda: get("/constant")),

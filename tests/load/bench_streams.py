@@ -79,7 +79,7 @@ def gateway(settings: Settings) -> Iterator[tuple[int, psutil.Process]]:
     port = free_port()
     config = settings.home / "serve_config.yaml"
     config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(settings.home)}}]}))
-    command = [REELRAY, "gateway", "--config", config, "--port", str(port)]
+    command = [str(REELRAY), "gateway", "--config", str(config), "--port", str(port)]
     with (settings.home / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             deadline = time.monotonic() + 30

@@ -18,6 +18,7 @@ from deployments.files.file_store import FileStore
 from deployments.hosting.connect_listener import ConnectListener
 from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
+from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
 from deployments.settings import FetchSettings, Settings
 from deployments.webhooks.courier import Courier
@@ -52,9 +53,9 @@ def declared() -> list[tuple[str, str, bool]]:
         for decorator in (each for each in decorators if isinstance(each, ast.Call)):
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             options_of = {each.arg: each.value for each in decorator.keywords}
-            only = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
-            only_of = groups[only] if only in groups else ast.literal_eval(only)
-            found += [(recipe, function.name.replace("_", "-"), "with_keys" in options_of) for recipe in only_of]
+            group = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
+            recipes = groups[group] if group in groups else ast.literal_eval(group)
+            found += [(recipe, function.name.replace("_", "-"), "with_keys" in options_of) for recipe in recipes]
     return found
 
 
@@ -70,7 +71,7 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
             base = await stack.enter_async_context(listening(app))
             tls_base = await stack.enter_async_context(listening(app, tls))
             keys = {who: await store.keys.create(who) for who in ("own", "other")}
-            keys["reader"] = await store.keys.create("reader", scopes=["read"])
+            keys["reader"] = await store.keys.create("reader", scopes=[Scope.READ])
         else:
             base = tls_base = host.url
         workers = await JobStore.open(database, max_connections=16)
