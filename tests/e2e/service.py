@@ -110,10 +110,7 @@ def gateway(service: Service) -> Iterator[str]:
         env = os.environ | {"PYTHONPATH": str(service.root)}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=service.root, start_new_session=True)
     try:
-        deadline = time.monotonic() + READY_S
-        while not answers(f"http://127.0.0.1:{port}"):
-            assert time.monotonic() < deadline, (service.home / "gateway.log").read_text()
-            time.sleep(0.2)
+        wait_until_healthy(f"http://127.0.0.1:{port}", process, service.home / "gateway.log")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -122,9 +119,18 @@ def gateway(service: Service) -> Iterator[str]:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=2).is_success
+        return httpx.get(f"{url}/health", timeout=2, verify=False).is_success
     except httpx.HTTPError:
         return False
+
+
+def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path | None = None) -> None:
+    """Returns once a server answers. Raises `AssertionError` with its log if it ends, and after `READY_S`."""
+    deadline = time.monotonic() + READY_S
+    while not answers(url):
+        assert process.poll() is None, log and log.read_text()
+        assert time.monotonic() < deadline, log and log.read_text()
+        time.sleep(0.1)
 
 
 def free_port() -> int:
