@@ -17,7 +17,8 @@ import httpx
 import psutil
 import yaml
 
-READY_S = 120.0
+from tests.patience import PATIENCE_S
+
 REELRAY = Path(sys.executable).with_name("reelray")
 ENVIRONMENT = {"RAY_worker_niceness": "0"}
 """Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core."""
@@ -62,10 +63,10 @@ class Service:
             begin = log.tell()
             env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.root)}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=self.root, start_new_session=True)
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + PATIENCE_S
         while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
             assert self.process.poll() is None, log_path.read_text()
-            assert time.monotonic() < deadline, f"not ready after {READY_S} s"
+            assert time.monotonic() < deadline, f"not ready after {PATIENCE_S} s"
             time.sleep(0.2)
 
     @property
@@ -83,7 +84,7 @@ class Service:
         """As an operator stops it. Returns the exit status."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(PATIENCE_S)
 
     def kill(self) -> None:
         """SIGKILL to every process: the command, Ray's, Serve's and PostgreSQL's."""
@@ -96,8 +97,8 @@ class Service:
         for victim in victims.values():
             with suppress(psutil.NoSuchProcess):  # some end by themselves when the one above them is gone
                 victim.kill()
-        psutil.wait_procs(victims.values(), timeout=20)
-        self.process.wait(20)
+        psutil.wait_procs(victims.values(), timeout=PATIENCE_S)
+        self.process.wait(PATIENCE_S)
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def gateway(service: Service) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def answers(url: str) -> bool:
@@ -125,8 +126,8 @@ def answers(url: str) -> bool:
 
 
 def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path | None = None) -> None:
-    """Returns once a server answers. Raises `AssertionError` with its log if it ends, and after `READY_S`."""
-    deadline = time.monotonic() + READY_S
+    """Returns once a server answers. Raises `AssertionError` with its log if it ends, and after `PATIENCE_S`."""
+    deadline = time.monotonic() + PATIENCE_S
     while not answers(url):
         assert process.poll() is None, log and log.read_text()
         assert time.monotonic() < deadline, log and log.read_text()

@@ -23,6 +23,7 @@ from deployments.jobs.store import JobStore
 from deployments.settings import FetchSettings, Settings
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from tests.patience import PATIENCE_S
 from tests.wire.hosting import Hosted
 from tests.wire.page import NODE
 from tests.wire.service import listening, working
@@ -32,7 +33,6 @@ JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
 PROCESS_S = 160.0
 AT_ONCE = 3
 """Clients' processes: more starve each other where other tests run beside them."""
-END_S = 30.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""
@@ -108,7 +108,7 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
 
 async def _ended(listener: ConnectListener) -> None:
     """Returns when the connections of the clients, which have ended, are closed."""
-    async with asyncio.timeout(END_S):
+    async with asyncio.timeout(PATIENCE_S):
         while listener.open:  # noqa: ASYNC110  (nothing tells of it)
             await asyncio.sleep(0.02)
 

@@ -10,6 +10,7 @@ import yaml
 from deployments.cli.client import QueueClient
 from deployments.settings import Settings
 from tests.e2e.service import REELRAY, free_port, wait_until_healthy
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 
@@ -34,7 +35,7 @@ def gateways(settings: Settings) -> Iterator[tuple[int, Callable[[], subprocess.
         for gateway in started:
             with suppress(ProcessLookupError):
                 os.killpg(gateway.pid, signal.SIGKILL)
-            gateway.wait(15)
+            gateway.wait(PATIENCE_S)
 
 
 def test_the_gateway_accepts_and_answers_while_nothing_else_runs(home: Settings):
@@ -46,7 +47,7 @@ def test_the_gateway_accepts_and_answers_while_nothing_else_runs(home: Settings)
         assert client.cancel(ENDPOINT, ids[0]) == "CANCELLATION_REQUESTED"
         assert client.status(ENDPOINT, ids[0])["status"] == "COMPLETED"
         gateway.terminate()
-        assert gateway.wait(15) in (0, -15)
+        assert gateway.wait(PATIENCE_S) in (0, -15)
 
 
 def test_a_gateway_that_was_killed_can_be_started_again(home: Settings):
@@ -56,7 +57,7 @@ def test_a_gateway_that_was_killed_can_be_started_again(home: Settings):
         workers = psutil.Process(killed.pid).children()
         killed.kill()
         killed.wait()
-        assert not psutil.wait_procs(workers, timeout=15)[1]
+        assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1]
         again = start()
         wait_until_healthy(f"http://127.0.0.1:{port}", again)
         assert again.poll() is None

@@ -34,6 +34,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.settings import Settings
 from engines.errors import ImageLoadError
+from tests.patience import PATIENCE_S
 
 CHECKS = [
     not_a_server_error,
@@ -67,7 +68,7 @@ class Fuzzed:
         self.file = file.path.removeprefix("/files/")
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     async def _finish_jobs(self) -> None:
         """Ends every job at once: a direct call waits for its end."""

@@ -20,6 +20,7 @@ from engines.errors import Cancelled, FileDownloadError, ImageLoadError, Storage
 from engines.spec import Progress
 from engines.temporary import PREFIX
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
+from tests.patience import PATIENCE_S
 
 INPUT = {"prompt": "a", "seed": 1, "keyframe_0_image_url": "data:;base64,aGk=", "keyframe_0_index": 0}
 
@@ -90,13 +91,13 @@ async def test_a_job_that_may_kill_the_replica_works_alone_in_it(replica: Callab
     class Stage:
         def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
             began.append(spec.seed)
-            assert go_on.acquire(timeout=10)
+            assert go_on.acquire(timeout=PATIENCE_S)
             return Conditioned()
 
     one = replica(Stage())
 
     async def until(*seeds: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while set(began) != set(seeds):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
