@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -88,9 +87,8 @@ def loop_row(shown: Table, weights: ControlNeXtWeights, guidance: float) -> None
     asked = conditioning(16, guidance_scale=guidance)
 
     def theirs() -> torch.Tensor:
-        given: tuple[Any, ...] = (asked.poses, asked.image_latent, asked.image_embedding, first_noise(16))
-        options = {"steps": 3, "guidance": guidance, "batch_frames": 6, "overlap": 2, "ids": asked.added_ids}
-        return reference.sample(*nets, *given, **options)
+        given = (asked.poses, asked.image_latent, asked.image_embedding, first_noise(16))
+        return reference.sample(*nets, *given, steps=3, guidance=guidance, batch_frames=6, overlap=2, ids=asked.added_ids)
 
     difference = (theirs().transpose(1, 2) - stage.sample(asked).values).abs().max().item()
     add_row(shown, f"guidance {guidance:g}", side_by_side(theirs, lambda: stage.sample(asked), 5), difference)

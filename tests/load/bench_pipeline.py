@@ -10,7 +10,6 @@ import io
 import statistics
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,16 +75,15 @@ def theirs(pipe: Any, spec: AnimateDiffSpec) -> Pixels:
     return pixels
 
 
-def ours(pipeline: Pipeline, spec: AnimateDiffSpec) -> tuple[Pixels, list[float]]:
+def ours(pipeline: Pipeline, spec: AnimateDiffSpec) -> tuple[Pixels, tuple[float, float, float]]:
     """Our frames, and the seconds that preprocess, denoise and decode took."""
-    times = [time.perf_counter()]
+    began = time.perf_counter()
     conditioning = pipeline.preprocess.encode(spec)
-    times.append(time.perf_counter())
+    preprocessed = time.perf_counter()
     latents = pipeline.denoise.sample(conditioning)
-    times.append(time.perf_counter())
+    denoised = time.perf_counter()
     pixels = np.concatenate(list(pipeline.decode.frames(latents)))
-    times.append(time.perf_counter())
-    return pixels, [end - start for start, end in pairwise(times)]
+    return pixels, (preprocessed - began, denoised - preprocessed, time.perf_counter() - denoised)
 
 
 def play_round(pipeline: Pipeline, pipe: Any, spec: AnimateDiffSpec) -> Round:
@@ -100,11 +98,12 @@ def play_round(pipeline: Pipeline, pipe: Any, spec: AnimateDiffSpec) -> Round:
 
 def measure(folder: Path, size: DemoSize, rounds: int) -> list[tuple[ControlType, float, list[Round]]]:
     """Every case's rounds, on checkpoints of `size`."""
-    pipeline = Pipeline(MODEL, AnimateDiffConfig(weights=write_demo_weights(folder, size)))
+    config = AnimateDiffConfig(weights=write_demo_weights(folder, size))
+    pipeline = Pipeline(MODEL, config)
     cases: list[tuple[ControlType, float, list[Round]]] = []
     kind: ControlType
     for kind in ("scribble", "rgb"):
-        pipe = diffusers_pipeline(pipeline.denoise.config, kind, "v_prediction")
+        pipe = diffusers_pipeline(config, kind, "v_prediction")
         pipe.vae.to(memory_format=torch.contiguous_format)  # as diffusers loads it; ours is channels-last
         for guidance in (1.0, 2.0):
             specs = [AnimateDiffSpec(i, STEPS, guidance, f"a ball, take {i}", "blur", kind, KEYFRAMES) for i in range(rounds + 1)]

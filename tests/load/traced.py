@@ -79,7 +79,8 @@ class TracedReplica(app.DispatcherReplica):
     """Runs a traced dispatcher."""
 
 
-app.Dispatcher = TracedDispatcher  # type: ignore[misc]  # in every process that imports this file
+# in every process that imports this file
+app.Dispatcher = TracedDispatcher  # type: ignore[attr-defined, assignment]
 app.DispatcherReplica = TracedReplica  # type: ignore[misc]
 
 

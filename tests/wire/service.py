@@ -37,7 +37,7 @@ class Wire:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers: dict[str, str] = {key.decode(): value.decode() for key, value in scope["headers"]}
-            request = (scope["method"], headers.get("x-fal-target-url", scope["path"]))
+            request: tuple[str, str] = (scope["method"], headers.get("x-fal-target-url") or scope["path"])
             self.requests.append(request)
             self._changed.set()
 
@@ -79,8 +79,8 @@ async def listening(app: ASGIApp, tls: TlsFiles | None = None) -> AsyncIterator[
         log_level="critical",  # a stream that is cut off on purpose is an error to uvicorn
         lifespan="on",
         timeout_graceful_shutdown=1,
-        ssl_certfile=tls and tls.chain,
-        ssl_keyfile=tls and tls.key,
+        ssl_certfile=tls.chain if tls else None,
+        ssl_keyfile=tls.key if tls else None,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())

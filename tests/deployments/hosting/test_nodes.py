@@ -14,6 +14,7 @@ from deployments.hosting.nodes import NodeWatch
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
+from tests.patience import PATIENCE_S
 
 
 async def test_a_node_that_joins_a_service_with_local_files_makes_it_unhealthy_and_is_logged(
@@ -31,14 +32,15 @@ async def test_a_node_that_joins_a_service_with_local_files_makes_it_unhealthy_a
         assert (await client.get("/health")).status_code == 200
         assert not caplog.records
         cluster.append({"Alive": True})
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while not caplog.records:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         unfit = await client.get("/health")
         assert unfit.status_code == 503
         assert unfit.json()["detail"].startswith("This Ray cluster has 2 nodes, and each would keep its own files in ")
         told = {(record.levelno, record.getMessage()) for record in caplog.records}
         assert told == {(logging.CRITICAL, unfit.json()["detail"])}
         cluster.pop()
-        await asyncio.sleep(0.05)
         assert (await client.get("/health")).status_code == 200
     assert not watching.done()
     watching.cancel()

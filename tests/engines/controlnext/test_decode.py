@@ -121,7 +121,7 @@ def test_1000_frames_take_no_more_memory_than_240(decode: Decode, monkeypatch: p
         before = memory().rss
         seen: list[int] = []
         values = torch.randn((1, 4, num_frames, 16, 16), generator=torch.Generator().manual_seed(0))
-        clip = decode.decode(ControlNeXtLatents(values, 0, 2, 30), on_progress=lambda _: seen.append(memory().rss))
+        clip = decode.decode(ControlNeXtLatents(values, 0, 2, 30), on_progress=lambda _, seen=seen: seen.append(memory().rss))
         assert clip.num_frames == num_frames
         taken.append(max(seen) - before)
     assert taken[1] - taken[0] < 15e6
