@@ -31,6 +31,7 @@ from deployments.settings import QueueSettings, RetentionSettings
 from tests.chaos.units import UNITS, Unit, UnitStages
 from tests.conftest import embedded
 from tests.load.report import Report, percentile, table
+from tests.patience import PATIENCE_S
 from tests.wire.hosting import hosted
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -39,7 +40,6 @@ CALLERS = 30
 """More than `ROOM`, so that some jobs are cancelled while they wait."""
 
 UNIT_S = (0.02, 0.08)
-END_S = 60.0
 MOMENTS = ("in the queue", "at random", *(f"in {stage}" for stage in UNITS), "at the end", "twice", "after the end", "never")
 
 
@@ -91,7 +91,7 @@ class Cancels:
         elif moment in ("never", "after the end"):
             await self._end(job_id)
         elif moment != "in the queue":
-            async with asyncio.timeout(END_S):
+            async with asyncio.timeout(PATIENCE_S):
                 await reached.wait()
             await asyncio.sleep(self.random.uniform(0, 1.5 * UNIT_S[1]) if moment == "at the end" else 0)
         answers = []
@@ -120,7 +120,7 @@ class Cancels:
         return status
 
     async def _end(self, job_id: UUID) -> Job:
-        async with asyncio.timeout(END_S), self.store.watch(job_id) as changes:
+        async with asyncio.timeout(PATIENCE_S), self.store.watch(job_id) as changes:
             while (job := await self.store.get(job_id)) is None or not job.state.ended:
                 await changes.changed(5)
         return job
@@ -147,13 +147,13 @@ class Cancels:
             running.add(seed)
             if len(running) >= ROOM:
                 self._loop.call_soon_threadsafe(full.set)
-            released.wait(END_S)
+            released.wait(PATIENCE_S)
 
         self.stages.on_unit = hold
         async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30) as http:
             ids = [await self._submit(http, 1_000_000 + i) for i in range(2 * ROOM)]
         with suppress(TimeoutError):
-            async with asyncio.timeout(END_S / 2):
+            async with asyncio.timeout(PATIENCE_S):
                 await full.wait()
         most = len(running)
         released.set()
