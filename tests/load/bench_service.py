@@ -3,7 +3,7 @@
 Both take turns on the demo model with the same number of torch threads. Every job has another prompt, so that no cached
 SparseCtrl results are used. A job ends when its status stream says COMPLETED; nothing polls. In this process a job is
 `Pipeline.render`, from the keyframes' bytes to the mp4's. The times of the steps come from the database's timestamps and from
-timers in the dispatcher (`traced.py`). "in queue" ends when the dispatcher has claimed the job. "close" is the rest of its
+timers in the dispatcher (`timed.py`). "in queue" ends when the dispatcher has claimed the job. "close" is the rest of its
 work, the commit, and the delivery of the event by the stream. "result" is the request for the output.
 """
 
