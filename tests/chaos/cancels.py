@@ -138,6 +138,16 @@ class Cancels:
         if job.state is JobState.CANCELLED and "CANCELLATION_REQUESTED" not in answers:
             self.faults.append(f"job {seed} was cancelled, and its cancel was answered {answers}")
 
+    def left_behind(self, store: JobStore) -> list[str]:
+        """What should be gone when no job is left. store: the dispatcher's."""
+        listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
+        kinds = {
+            "threads at work": self.stages.working,
+            "replicas taken": self.stages.turns_taken,
+            "subscriptions": listening,
+        }
+        return [f"left behind: {what}: {left}" for what, left in kinds.items() if left]
+
     async def fill_the_room(self) -> int:
         """How many jobs run at once when more wait: `ROOM`, unless a cancelled job still holds a place. All must succeed."""
         running = set[int]()
@@ -177,15 +187,11 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
         await cancels.run(jobs)
         took_s = time.monotonic() - began
         faults = cancels.faults
-        await asyncio.sleep(1)  # what was closed needs a moment to be cleaned up
-        listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
-        for left, what in (
-            (cancels.stages.working, "threads at work"),
-            (cancels.stages.turns_taken, "replicas taken"),
-            (listening, "subscriptions"),
-        ):
-            if left:
-                faults.append(f"left behind: {what}: {left}")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):  # what was closed needs a moment to be cleaned up
+                while cancels.left_behind(store):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        faults += cancels.left_behind(store)
         room = await cancels.fill_the_room()
         if room != ROOM:
             faults.append(f"of {ROOM} places {room} are left")
