@@ -26,10 +26,10 @@ from deployments.settings import Settings
 from tests.conftest import embedded
 from tests.load.hosting import hosted, with_arguments
 from tests.load.report import Report, ms, table
+from tests.load.standstill import watched
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
-NAP_S = 0.002
 PIECE_BYTES = 1 << 18
 
 
@@ -88,25 +88,6 @@ def bodies() -> Iterator[tuple[str, bytes, int]]:
     yield "60 MB without a quote", b'{"prompt": "' + b"x" * 60_000_000 + b'"}', 1
     yield "60 MB of beginnings of data URIs", b'"data:' * 10_000_000, 1
     yield "60 MB of a data URI, from 64 at once", uri % (b"A" * 60_000_000), 64
-
-
-@asynccontextmanager
-async def watched() -> AsyncIterator[list[float]]:
-    """How long this process's loop stood still within the block, at most, in seconds; one number."""
-    longest = [0.0]
-
-    async def nap_for_ever() -> None:
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(NAP_S)
-            longest[0] = max(longest[0], time.perf_counter() - began - NAP_S)
-
-    napping = asyncio.create_task(nap_for_ever())
-    await asyncio.sleep(10 * NAP_S)
-    longest[0] = 0.0
-    yield longest
-    await asyncio.sleep(2 * NAP_S)
-    napping.cancel()
 
 
 async def workers_side(settings: Settings) -> list[tuple[str, float]]:

@@ -36,7 +36,6 @@ from tests.wire.service import listening, working
 CASES = Path(__file__).with_name("cases")
 JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
 PROCESS_S = 160.0
-END_S = 30.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""

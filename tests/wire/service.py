@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
+from deployments.hosting.gateway import KEEP_ALIVE_S
 from deployments.hosting.tls import TlsFiles
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.store import JobStore
@@ -78,6 +79,7 @@ async def listening(app: ASGIApp, tls: TlsFiles | None = None) -> AsyncIterator[
         port=0,
         log_level="critical",  # a stream that is cut off on purpose is an error to uvicorn
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,  # as long as our own hostings
         timeout_graceful_shutdown=1,
         ssl_certfile=tls.chain if tls else None,
         ssl_keyfile=tls.key if tls else None,

@@ -3,12 +3,16 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from deployments.cli.client import QueueClient
-from deployments.settings import Settings
+from deployments.hosting.gateway import run
+from deployments.settings import CONFIG_VARIABLE, Settings
 from tests.e2e.service import REELRAY, free_port, wait_until_healthy
 from tests.patience import PATIENCE_S
 
@@ -61,3 +65,15 @@ def test_a_gateway_that_was_killed_can_be_started_again(home: Settings):
         again = start()
         wait_until_healthy(f"http://127.0.0.1:{port}", again)
         assert again.poll() is None
+
+
+def test_an_idle_connection_stays_open_longer_than_its_caller_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **given: options.update(given))
+    monkeypatch.setattr("deployments.hosting.gateway.keep_running", lambda settings: None)
+    monkeypatch.setenv(CONFIG_VARIABLE, "")  # put back afterwards
+    config = tmp_path / "serve_config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(tmp_path)}}]}))
+    run(config, "127.0.0.1", 8000, 1)
+    serve = yaml.safe_load(Path("serve_config.yaml").read_text())["http_options"]["keep_alive_timeout_s"]
+    assert options["timeout_keep_alive"] == serve > 60
