@@ -17,7 +17,7 @@ import httpx
 import psutil
 import yaml
 
-READY_S = 120.0
+READY_S = 300.0
 REELRAY = Path(sys.executable).with_name("reelray")
 ENVIRONMENT = {"RAY_worker_niceness": "0"}
 """Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core."""

@@ -190,17 +190,21 @@ async def test_jobs_that_were_lost_beside_one_that_kills_its_replica_are_then_tr
         def __init__(self) -> None:
             super().__init__(nothing)
             self.isolation, self.killed, self.kills = Isolation(), asyncio.Event(), 0
+            self.begun = asyncio.Semaphore(0)
 
         async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
             async with self.isolation.turn(alone):
                 await on_note(Started())
-                killed = self.killed
+                killed, first = self.killed, not self.kills
                 if job_input["prompt"] == "poison":
-                    await asyncio.sleep(0.05)  # the others have begun
+                    for _ in "abc" if first else "":  # the others have begun
+                        await self.begun.acquire()
+                    await asyncio.sleep(0 if first else 0.05)
                     self.killed, self.kills = asyncio.Event(), self.kills + 1
                     killed.set()
+                self.begun.release()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(killed.wait(), 0.15)
+                    await asyncio.wait_for(killed.wait(), None if first else 0.15)
                     raise RunnerDisconnected
                 return Done(job_input, 0.1)
 
@@ -347,10 +351,11 @@ async def test_a_full_disk_costs_one_attempt_and_a_wait_and_not_the_job(
 ):
     monkeypatch.setattr(files, "_write", _unreachable)
     stages = ScriptedStages(nothing)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.SWEEP_INTERVAL_S", 0.05)
     async with dispatching(store, files, stages):
         job_id = await submit(store)
         await until(store, job_id, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
-        await asyncio.sleep(1.5)  # time for several sweeps
+        await asyncio.sleep(0.5)  # time for several sweeps
         assert stages.calls == 1, "no attempt is used up while the disk stays full"
         monkeypatch.undo()
         await execute(database, "UPDATE jobs SET not_before = now()")

@@ -350,14 +350,15 @@ async def test_a_body_that_breaks_off_or_crawls_leaves_nothing(
 
 
 async def test_a_caller_that_goes_away_leaves_nothing(mine: httpx.AsyncClient, settings: Settings) -> None:
-    urls = await initiated(mine)
+    urls, asked_for_more = await initiated(mine), asyncio.Event()
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x" * 2_000
+        asked_for_more.set()
         await asyncio.sleep(60)
 
     sending = asyncio.create_task(mine.put(urls["upload_url"], content=stalls(), headers={"content-length": "10000"}))
-    await asyncio.sleep(0.2)
+    await asked_for_more.wait()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     assert stored(settings) == []
@@ -451,15 +452,17 @@ async def test_uploads_that_come_at_once_do_not_exceed_the_quota_together(mine: 
 async def test_a_key_has_so_many_uploads_in_hand(settings: Settings, store: JobStore) -> None:
     callers = Callers(settings.model_copy(update={"quotas": QuotaSettings(open_uploads=1)}), store)
     mine, other = await callers.key(), await callers.key()
-    urls, go_on = [await initiated(each) for each in (mine, mine, other)], asyncio.Event()
+    urls = [await initiated(each) for each in (mine, mine, other)]
+    asked_for_more, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         yield DATA[:100]
+        asked_for_more.set()
         await go_on.wait()
         yield DATA[100:]
 
     sending = asyncio.create_task(mine.put(urls[0]["upload_url"], content=slow(), headers={"content-length": str(len(DATA))}))
-    await asyncio.sleep(0.2)
+    await asked_for_more.wait()
     assert (await mine.put(urls[1]["upload_url"], content=DATA)).status_code == 429
     assert (await other.put(urls[2]["upload_url"], content=DATA)).status_code == 200
     go_on.set()
