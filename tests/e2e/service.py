@@ -64,10 +64,11 @@ class Service:
             env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.root)}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=self.root, start_new_session=True)
         deadline = time.monotonic() + PATIENCE_S
-        while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
+        while b"Reelray answers at" not in log_path.read_bytes()[begin:]:
             assert self.process.poll() is None, log_path.read_text()
             assert time.monotonic() < deadline, f"not ready after {PATIENCE_S} s"
-            time.sleep(0.2)
+            time.sleep(0.1)
+        assert answers(self.url)
 
     @property
     def running(self) -> bool:

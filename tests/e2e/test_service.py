@@ -92,18 +92,16 @@ async def test_the_page_submits_follows_and_fetches(service: Service, page_clien
 
 
 async def test_webhooks_arrive_signed(service: Service):
-    async with receiving(answering(500, 200)) as receiver, httpx.AsyncClient(base_url=service.url, timeout=PATIENCE_S) as http:
+    async with receiving(answering(200)) as receiver, httpx.AsyncClient(base_url=service.url, timeout=PATIENCE_S) as http:
         submission = {"json": {"prompt": "a red ball", "seed": 3}, "params": {"fal_webhook": receiver.url()}}
         request_id = (await http.post(f"/queue/{ENDPOINT}", **submission)).json()["request_id"]
-        await receiver.arrival(2)  # the second is the first retry
+        await receiver.arrival(1)
         result = await http.get(f"/queue/{ENDPOINT}/requests/{request_id}")
         keys = (await http.get("/.well-known/jwks.json")).json()
-    first, second = receiver.received
-    assert first.body == second.body
-    assert second.json["payload"] == result.json()
-    assert second.json["payload"]["video"]["url"].startswith(service.url)
-    assert is_signed(first, keys, time.time())
-    assert is_signed(second, keys, time.time())
+    [received] = receiver.received
+    assert received.json["payload"] == result.json()
+    assert received.json["payload"]["video"]["url"].startswith(service.url)
+    assert is_signed(received, keys, time.time())
 
 
 async def test_the_status_stream_passes_through_serve_as_it_happens(service: Service, page_client: Callable[[str], PageClient]):
@@ -147,7 +145,8 @@ def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Servic
 
 
 def test_jobs_side_by_side_do_not_disturb_each_other(client: QueueClient):
-    jobs = [{"prompt": "ball" * (n % 6 + 1), "negative_prompt": "x" * (n % 6), "guidance_scale": 2, "seed": 1} for n in range(12)]
+    job = {"guidance_scale": 2, "seed": 1, "num_inference_steps": 2}
+    jobs = [job | {"prompt": "ball" * (n % 6 + 1), "negative_prompt": "x" * (n % 6)} for n in range(12)]
     ids = [client.submit(ENDPOINT, job) for job in jobs]
     assert all("error" not in finished(client, request_id) for request_id in ids)
     files = [client.download(client.result(ENDPOINT, request_id)["video"]["url"]) for request_id in ids]

@@ -14,7 +14,7 @@ import pytest
 from deployments.jobs.job import Claim, NewJob
 from deployments.jobs.store import JobStore
 from tests.patience import PATIENCE_S
-from tests.wire.service import ENDPOINT, LEASE_S
+from tests.wire.service import ENDPOINT, LEASE_S, Wire
 
 
 @dataclass
@@ -133,7 +133,7 @@ async def test_the_end_is_told_at_once(base_url: str, store: JobStore, claim: Cl
 
 
 async def test_no_line_is_told_twice_or_left_out_over_retries_and_a_full_log(
-    base_url: str, store: JobStore, claim: Claim
+    wire: Wire, base_url: str, store: JobStore, claim: Claim
 ) -> None:
     said = 0
 

@@ -24,7 +24,8 @@ from tests.patience import PATIENCE_S
 CONTROLNEXT = "fal-ai/controlnext"
 INPUTS: dict[str, dict[str, Any]] = {
     ENDPOINT: demo_inputs()[ENDPOINT] | {"num_inference_steps": 12, "guidance_scale": 1},
-    CONTROLNEXT: demo_inputs()[CONTROLNEXT] | {"num_inference_steps": 4, "height": 256, "max_frame_num": 6, "batch_frames": 4},
+    CONTROLNEXT: demo_inputs()[CONTROLNEXT]
+    | {"num_inference_steps": 4, "guidance_scale": 1, "height": 256, "max_frame_num": 6, "batch_frames": 4},
 }
 
 

@@ -352,14 +352,15 @@ async def test_a_body_that_breaks_off_or_crawls_leaves_nothing(
 
 
 async def test_a_caller_that_goes_away_leaves_nothing(mine: httpx.AsyncClient, settings: Settings) -> None:
-    urls = await initiated(mine)
+    urls, asked_for_more = await initiated(mine), asyncio.Event()
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x" * 2_000
+        asked_for_more.set()
         await asyncio.sleep(60)
 
     sending = asyncio.create_task(mine.put(urls["upload_url"], content=stalls(), headers={"content-length": "10000"}))
-    await asyncio.sleep(0.2)
+    await asked_for_more.wait()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     assert stored(settings) == []
