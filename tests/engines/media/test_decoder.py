@@ -1,5 +1,6 @@
 """The child processes that decode: what they give, what becomes of a file that kills one, and what they can still do."""
 
+import fcntl
 import io
 import logging
 import os
@@ -22,8 +23,9 @@ from engines.errors import Cancelled, ImageLoadError, ImageTooLarge, ModelError,
 from engines.media import decoder as decoder_module
 from engines.media import messages
 from engines.media.decoder import Child, Decoder, Limits
+from engines.media.shared_frames import sealed
 from engines.media.video_reader import open_video
-from tests.engines.media.test_video_reader import KINDS, write
+from tests.engines.media.test_video_reader import KINDS, grey_clip, write
 
 LIMITS = (10_000, 60)
 """Pixels and seconds of a video."""
@@ -70,7 +72,7 @@ def test_a_child_gives_the_frames_that_this_process_would_read(shared: Decoder, 
     with open_video(path, *LIMITS) as here, shared.video(path, *LIMITS) as there:
         assert (there.height, there.width) == (here.height, here.width)
         assert there.at_most(1, 1000) == (here.declared_frames or 1000)
-        mine, its = list(here.frames(2, 1000)), list(there.frames(2, 1000))
+        mine, its = list(here.frames(2, 1000)), [frame.copy() for frame in there.frames(2, 1000)]
         assert there.notes == here.notes
     assert len(its) == len(mine) > 20
     assert all(np.array_equal(one, other) for one, other in zip(mine, its, strict=True))
@@ -95,9 +97,36 @@ def test_a_child_is_used_for_file_after_file_whatever_they_hold(decoder: Decoder
 
 def test_several_files_at_once_have_a_child_each(decoder: Decoder, clip: Path):
     with decoder.video(clip, *LIMITS) as one, decoder.video(clip, *LIMITS) as other:
-        pairs = zip(one.frames(1, 50), other.frames(1, 50), strict=True)
-        assert all(np.array_equal(*pair) for pair in pairs)
+        for frame, same in zip(one.frames(1, 50), other.frames(1, 50), strict=True):
+            time.sleep(0.003)  # while the children decode on
+            assert np.array_equal(frame, same)
     assert len(decoder._idle) == 2
+
+
+def test_a_frame_stays_while_it_is_looked_at_and_its_memory_is_used_again(decoder: Decoder, clip: Path, tmp_path: Path):
+    large = write(tmp_path / "large.mp4", grey_clip(4, 1600, 1760), size=(1600, 1760))
+    for path in (clip, large, clip):
+        with open_video(path, 10_000_000, 60) as here, decoder.video(path, 10_000_000, 60) as there:
+            places = set[int]()
+            for mine, its in zip(here.frames(1, 50), there.frames(1, 50), strict=True):
+                time.sleep(0.003)  # the child goes on meanwhile
+                assert np.array_equal(mine, its)
+                assert not its.flags.writeable
+                places.add(its.ctypes.data)
+        assert len(places) == 2
+    mapped = Path(f"/proc/{pid(decoder)}/maps").read_text()
+    assert mapped.count("memfd:frames") == 1  # what one video's large frames needed is given back
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no seals: not verified that a child cannot shrink the memory")
+@pytest.mark.parametrize("size", [0, 8192])
+def test_memory_of_frames_keeps_its_size_whoever_has_it(size: int):
+    """A replica that read beyond its end would die of SIGBUS."""
+    with sealed(4096) as descriptor:
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
@@ -310,6 +339,27 @@ def test_what_a_child_forges_is_its_death():
             if not died():
                 survived.append(name)
     assert survived == []
+
+
+@pytest.mark.parametrize("count", [3, 10**6])
+def test_a_child_that_gives_frames_without_end_is_given_up(count: int):
+    """It heeds neither how many were asked for nor which the replica is done with."""
+    child = Child(Limits())
+    child.started()
+    child.kill()
+    child._socket, other = socket.socketpair()
+    child._socket.settimeout(0.05)
+
+    def flood() -> None:
+        with suppress(OSError):
+            while True:
+                messages.send(other, {})
+
+    threading.Thread(target=flood).start()
+    video = decoder_module.DecodedVideo(child, {"height": 2, "width": 2, "declared": None}, 10_000, None)
+    with child._socket, other, pytest.raises(VideoLoadError, match="could not be decoded"):
+        for _ in video.frames(1, count):
+            pass
 
 
 def test_a_video_may_not_claim_more_pixels_than_allowed(shared: Decoder):
