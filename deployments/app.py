@@ -33,6 +33,7 @@ from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from engines.quick_start import without_collections
 from engines.spec import Conditioning, Latents
 
 
@@ -84,9 +85,10 @@ class PreprocessReplica:
 
     def __init__(self, telemetry: TelemetrySettings, *args: Any):
         begin_telemetry(telemetry, "preprocess", in_ray=True)
-        from deployments.stages.preprocess import Preprocess
+        with without_collections():
+            from deployments.stages.preprocess import Preprocess
 
-        self.wrapper = Preprocess(*args)
+            self.wrapper = Preprocess(*args)
 
     async def run(self, job_input: dict[str, Any], alone: bool, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
@@ -113,9 +115,10 @@ class DenoiseReplica:
 
     def __init__(self, telemetry: TelemetrySettings, *args: Any):
         begin_telemetry(telemetry, "denoise", in_ray=True)  # before the engines are made ready, which can take minutes
-        from deployments.stages.denoise import Denoise
+        with without_collections():
+            from deployments.stages.denoise import Denoise
 
-        self.wrapper = Denoise(*args)
+            self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
     async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef, traceparent: str | None) -> AsyncIterator[Any]:
@@ -140,9 +143,10 @@ class DecodeReplica:
 
     def __init__(self, telemetry: TelemetrySettings, *args: Any):
         begin_telemetry(telemetry, "decode", in_ray=True)
-        from deployments.stages.decode import Decode
+        with without_collections():
+            from deployments.stages.decode import Decode
 
-        self.wrapper = Decode(*args)
+            self.wrapper = Decode(*args)
 
     async def run(self, latents: Latents, traceparent: str | None) -> AsyncIterator[Any]:
         """See `Decode` and `crossing`."""

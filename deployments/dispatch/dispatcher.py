@@ -23,6 +23,7 @@ from deployments.dispatch.attempt_metrics import AttemptMetrics, Outcome
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
+from deployments.files.uploads import take_in
 from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
@@ -157,7 +158,7 @@ class Dispatcher:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
-                await self.store.uploads.settle_overdue(self.files.size)
+                await self.store.uploads.settle_direct(partial(take_in, self.files))
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()

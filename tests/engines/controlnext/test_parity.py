@@ -77,9 +77,7 @@ def test_the_control_scale_does_what_it_says(denoise: Denoise, nets: tuple[Any, 
 
 
 @pytest.mark.parametrize("ids", [(6.0, 128.0, 0.02), (59.0, 0.5, 0.02)])
-def test_the_ids_reach_the_model(
-    denoise: Denoise, nets: tuple[Any, Any], plain: torch.Tensor, ids: tuple[float, float, float]
-):
+def test_the_ids_reach_the_model(denoise: Denoise, nets: tuple[Any, Any], plain: torch.Tensor, ids: tuple[float, float, float]):
     asked = conditioning(4, added_ids=ids, num_inference_steps=2)
     ours = denoise.sample(asked).values
     assert (ours - direct(nets, asked)).abs().max() <= 1e-4
