@@ -49,7 +49,7 @@ async def test_a_node_that_joins_a_service_with_local_files_makes_it_unhealthy_a
 async def _answer(client: httpx.AsyncClient, code: int) -> httpx.Response:
     """The first answer with this code."""
     async with asyncio.timeout(10):
-        while (answer := await client.get("/health")).status_code != code:
+        while (answer := await client.get("/health")).status_code != code:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return answer
 
