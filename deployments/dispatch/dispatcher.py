@@ -11,6 +11,7 @@ pauses and goes on.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -153,7 +154,8 @@ class Dispatcher:
                 await asyncio.sleep(database.OUTAGE_PAUSE_S)
 
     async def _sweep_forever(self) -> None:
-        """After an outage the workers come first: they live, and only could not renew their leases."""
+        """After an outage, and after this process has stood still, the workers come first: they live, and only could not renew
+        their leases."""
         while True:
             pause_s = SWEEP_INTERVAL_S
             try:
@@ -162,7 +164,10 @@ class Dispatcher:
             except Exception:
                 logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
                 pause_s = max(pause_s, self.queue.lease_s)
+            due = time.monotonic() + pause_s
             await asyncio.sleep(pause_s)
+            if time.monotonic() - due > self.queue.lease_s / 10:
+                await asyncio.sleep(self.queue.lease_s)
 
     async def _expire_forever(self) -> None:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""

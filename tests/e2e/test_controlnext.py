@@ -23,6 +23,7 @@ from engines.pipeline import Pipeline
 from tests.e2e.files import serving
 from tests.e2e.service import Service
 from tests.engines.controlnext.media import huge_png
+from tests.patience import PATIENCE_S
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/controlnext"
@@ -103,7 +104,7 @@ async def test_the_page_code_renders_a_driven_clip(
     assert done.error is None
     assert done.value["data"]["seed"] == 3
     file = done.value["data"]["video"]
-    mp4 = await asyncio.to_thread(lambda: httpx.get(file["url"]).content)
+    mp4 = await asyncio.to_thread(lambda: httpx.get(file["url"], timeout=PATIENCE_S).content)
     assert (file["content_type"], file["file_size"]) == ("video/mp4", len(mp4))
     with av.open(io.BytesIO(mp4)) as container:
         stream = container.streams.video[0]

@@ -22,6 +22,7 @@ from engines.pipeline import Pipeline
 from tests.deployments.webhooks.receiver import answering, is_signed, receiving
 from tests.e2e.files import serving
 from tests.e2e.service import REELRAY, Service
+from tests.patience import PATIENCE_S
 from tests.wire.page import PageClient
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -70,7 +71,7 @@ async def test_the_page_code_renders_a_playable_video(service: Service, page_cli
     assert done.updates[-1]["metrics"]["inference_time"] > 0
     assert done.updates[-1]["metrics"]["receipt"]["engine"] == "eager"
     video = done.value["data"]["video"]
-    mp4 = await asyncio.to_thread(lambda: httpx.get(video["url"]).content)
+    mp4 = await asyncio.to_thread(lambda: httpx.get(video["url"], timeout=PATIENCE_S).content)
     assert (video["content_type"], video["file_name"], video["file_size"]) == ("video/mp4", "video.mp4", len(mp4))
     with av.open(io.BytesIO(mp4)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -91,7 +92,7 @@ async def test_the_page_submits_follows_and_fetches(service: Service, page_clien
 
 
 async def test_webhooks_arrive_signed(service: Service):
-    async with receiving(answering(200)) as receiver, httpx.AsyncClient(base_url=service.url) as http:
+    async with receiving(answering(200)) as receiver, httpx.AsyncClient(base_url=service.url, timeout=PATIENCE_S) as http:
         submission = {"json": {"prompt": "a red ball", "seed": 3}, "params": {"fal_webhook": receiver.url()}}
         request_id = (await http.post(f"/queue/{ENDPOINT}", **submission)).json()["request_id"]
         await receiver.arrival(1)
@@ -243,12 +244,12 @@ def test_a_running_job_is_cancelled_within_one_call_of_the_unet(client: QueueCli
 
 def test_a_job_that_is_cancelled_while_its_files_come_drops_them(client: QueueClient):
     with socket.create_server(("127.0.0.1", 0)) as slow:
-        slow.settimeout(30)
+        slow.settimeout(PATIENCE_S)
         url = f"http://127.0.0.1:{slow.getsockname()[1]}/x.png"
         request_id = client.submit(ENDPOINT, {"prompt": "a", "keyframe_0_image_url": url, "keyframe_0_index": 0})
         connection, _ = slow.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(PATIENCE_S)
             assert connection.recv(10_000).startswith(b"GET /x.png")
             connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nsome")
             client.cancel(ENDPOINT, request_id)

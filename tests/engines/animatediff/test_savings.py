@@ -19,7 +19,7 @@ from tests.engines.animatediff.media import keyframes
 from tests.engines.rounding import assert_rounding, randn
 
 FRAMES = 16
-TIMESTEPS = (999, 759, 499, 259)
+TIMESTEPS = (999, 499, 259)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_5k_all_steps_in_one_batch_equal_one_by_one(config: AnimateDiffConfig, k
 def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     pipeline: Pipeline, demo_weights: AnimateDiffWeights
 ):
-    spec = AnimateDiffSpec(1, 4, 2.0, "a red ball", keyframes=keyframes(0, 8))
-    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=4)
+    spec = AnimateDiffSpec(1, 2, 2.0, "a red ball", keyframes=keyframes(0, 8))
+    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=2)
     fresh = Pipeline("animatediff-sparsectrl-lcm", config)
     calls: list[int] = []
     fresh.denoise.controls["scribble"].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -101,8 +101,7 @@ def test_5l_keyframes_and_one_empty_frame_stand_for_all_frames(config: AnimateDi
         assert_rounding(embedded[f], columns[frames.index(f) if f in frames else len(frames)])
 
 
-@pytest.mark.parametrize("kind", ["scribble", "rgb"])
-@pytest.mark.parametrize("frames", [(0,), (3, 12), (15, 0)])
+@pytest.mark.parametrize(("kind", "frames"), [("scribble", (3, 12)), ("scribble", (15, 0)), ("rgb", (0,)), ("rgb", (15, 0))])
 def test_5m_few_columns_before_the_first_motion_module_equal_all_frames(
     config: AnimateDiffConfig, kind: ControlType, frames: tuple[int, ...]
 ):

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,7 +22,7 @@ from engines.media.video_reader import VideoReader, open_video
 STEP = 5
 """Difference in grey level between one frame of a clip and the next."""
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "bframes.mp4": {"options": {"bf": "3"}},
     "faststart.mp4": {"container": {"movflags": "faststart"}},
     "fragmented.mp4": {"options": {"g": "10"}, "container": {"movflags": "frag_keyframe+empty_moov"}},
@@ -120,8 +121,7 @@ UNEVEN = ("the video's frames are unevenly spaced in time: they are taken by tim
 )
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "live.webm"])
 def test_unevenly_spaced_frames_are_taken_by_time(tmp_path: Path, times: list[int], name: str):
-    kind = {"codec": "libvpx", "container": {"live": "1"}} if name == "live.webm" else {}
-    seen, notes = given(write(tmp_path / name, grey_clip(30, 48, 64), times, **kind), stride=2)
+    seen, notes = given(write(tmp_path / name, grey_clip(30, 48, 64), times, **KINDS.get(name, {})), stride=2)
     assert notes == UNEVEN
     mean = (times[-1] - times[0]) / 29
     for k, index in enumerate(seen):  # the frame shown then, within the precision of the container's clock
@@ -132,9 +132,8 @@ def test_unevenly_spaced_frames_are_taken_by_time(tmp_path: Path, times: list[in
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "live.webm"])
 def test_times_that_are_uneven_by_less_than_a_third_are_counted(tmp_path: Path, name: str):
-    codec = {"codec": "libvpx"} if name == "live.webm" else {}
     times = [index * 5 + index % 2 for index in range(30)]  # every second frame is a fifth late
-    path = write(tmp_path / name, grey_clip(30, 48, 64), times, **codec, container=KINDS.get(name, {}).get("container"))
+    path = write(tmp_path / name, grey_clip(30, 48, 64), times, **KINDS.get(name, {}))
     assert given(path, 5) == ([0, 5, 10, 15, 20, 25], ())
 
 
