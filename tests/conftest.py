@@ -5,6 +5,7 @@ Tests of the store also run on a second server, see `tests/deployments/jobs/conf
 
 import asyncio
 import fcntl
+import gc
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -61,6 +62,17 @@ os.environ.setdefault(
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch, beside busy workers
 # not in the home of the first test that builds a stage, which is deleted after it
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays to the end: the garbage collector need never go through these millions of objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -117,7 +117,7 @@ def http(status: str, body: bytes = b"", *, length: int | None = None, **headers
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode("latin-1") + body
 
 
-BOMB = gzip.compress(bytes(50_000_000))
+BOMB = gzip.compress(bytes(20_000_000), compresslevel=1)
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 ANSWERS: dict[str, bytes] = {
     "/not-found": http("404 Not Found"),
