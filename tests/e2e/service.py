@@ -23,8 +23,8 @@ READY_S = 300.0
 """A start takes half a minute of both cores, and minutes beside other work."""
 REELRAY = Path(sys.executable).with_name("reelray")
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3"}
-"""Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core. Serve's controller looks
-at its replicas ten times a second, for which it takes 6% of a core.
+"""Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core. Serve's
+controller looks at its replicas ten times a second, for which it takes 6% of a core.
 """
 
 
