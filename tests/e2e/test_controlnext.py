@@ -98,9 +98,8 @@ async def test_the_page_code_renders_a_driven_clip(
     image = f"{media}/image.png" if given == "by URL" else data_uri(folder / "image.png", "image/png")
     video = f"{media}/clip.mp4" if given == "by URL" else data_uri(folder / "clip.mp4", "video/mp4")
     page = page_client(service.url)
-    done = await page(
-        "subscribe", ENDPOINT, input=SMALL | {"image_url": image, "video_url": video, "fps": 12, "max_frame_num": DRIVEN_FRAMES}
-    )
+    asked = SMALL | {"image_url": image, "video_url": video, "fps": 12, "max_frame_num": 1 + DRIVEN_FRAMES}
+    done = await page("subscribe", ENDPOINT, input=asked)
     assert done.error is None
     assert done.value["data"]["seed"] == 3
     file = done.value["data"]["video"]
