@@ -74,9 +74,7 @@ class VideoReader:
         self.width, self.height = reversed(self._size) if _lies_down(self._matrix) else self._size
         self._frames = chain((first,), self._decoding)
 
-    def frames(
-        self, stride: int, count: int, room: Callable[[], NDArray[np.uint8]] | None = None
-    ) -> Iterator[NDArray[np.uint8]]:
+    def frames(self, stride: int, count: int, room: Callable[[], NDArray[np.uint8]] | None = None) -> Iterator[NDArray[np.uint8]]:
         """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB.
 
         If the frames are unevenly spaced in time, these are the frames shown at those multiples of their mean interval, some of

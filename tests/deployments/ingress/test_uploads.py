@@ -416,9 +416,7 @@ async def test_of_several_lists_of_parts_that_come_at_once_one_wins(
     seen = set[tuple[int, ...]]()
     for _ in range(25):
         urls = await initiated(mine, "initiate-multipart")
-        etags = {
-            n: (await mine.put(with_part(urls["upload_url"], n), content=body)).json()["etag"] for n, body in bodies.items()
-        }
+        etags = {n: (await mine.put(with_part(urls["upload_url"], n), content=body)).json()["etag"] for n, body in bodies.items()}
         complete = with_part(urls["upload_url"], "complete")
         calls = [
             client.post(complete, json={"parts": [{"partNumber": n, "etag": etags[n]} for n in numbers]})
