@@ -36,11 +36,11 @@ test-fast: install ## run the tests that need neither Ray nor a compiler
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 .PHONY: check
-check: install ## lint, types, import directions; changes no file
+check: install ## lint, types, import directions, what the READMEs name; changes no file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layers.py
+	$(BIN)/pytest tests/test_layers.py tests/test_readmes.py
 
 .PHONY: fix
 fix: install ## format and mend what ruff can

@@ -94,5 +94,5 @@ def _described(cubin: bytes) -> str:
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [program, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [str(program), "--dump-resource-usage", "--dump-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -23,10 +23,12 @@ from deployments.files.file_store import FileStore
 from deployments.hosting.connect_listener import ConnectListener
 from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
+from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
 from deployments.settings import FetchSettings, Settings
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from tests.patience import PATIENCE_S
 from tests.wire.hosting import Hosted
 from tests.wire.page import NODE
 from tests.wire.service import listening, working
@@ -34,7 +36,6 @@ from tests.wire.service import listening, working
 CASES = Path(__file__).with_name("cases")
 JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
 PROCESS_S = 160.0
-END_S = 30.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""
@@ -68,9 +69,9 @@ def declared() -> list[Case]:
         for decorator in (each for each in decorators if isinstance(each, ast.Call)):
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             options_of = {each.arg: each.value for each in decorator.keywords}
-            only = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
-            only_of = groups[only] if only in groups else ast.literal_eval(only)
-            found.append(Case("python", function.name.replace("_", "-"), only_of, "with_keys" in options_of))
+            group = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
+            recipes = groups[group] if group in groups else ast.literal_eval(group)
+            found.append(Case("python", function.name.replace("_", "-"), recipes, "with_keys" in options_of))
     return found
 
 
@@ -105,7 +106,7 @@ async def outcomes(host: Hosted | None, hosting: str, database: str, home: Path,
             base = await stack.enter_async_context(listening(app))
             tls_base = await stack.enter_async_context(listening(app, tls))
             keys = {who: await store.keys.create(who) for who in ("own", "other")}
-            keys["reader"] = await store.keys.create("reader", scopes=["read"])
+            keys["reader"] = await store.keys.create("reader", scopes=[Scope.READ])
         else:
             base = tls_base = host.url
         workers = await JobStore.open(database, max_connections=16)
@@ -139,7 +140,7 @@ async def outcomes(host: Hosted | None, hosting: str, database: str, home: Path,
 
 async def _ended(listener: ConnectListener) -> None:
     """Returns when the connections of the clients, which have ended, are closed."""
-    async with asyncio.timeout(END_S):
+    async with asyncio.timeout(PATIENCE_S):
         while listener.open:  # noqa: ASYNC110  (nothing tells of it)
             await asyncio.sleep(0.02)
 

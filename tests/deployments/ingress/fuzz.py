@@ -25,6 +25,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.settings import Settings
 from engines.errors import ImageLoadError
+from tests.patience import PATIENCE_S
 
 BASE_URL = "http://localhost"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -51,7 +52,7 @@ class Fuzzed:
         self.file = file.path.removeprefix("/files/")
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     async def _finish_jobs(self) -> None:
         """Ends every job at once: a direct call waits for its end."""
@@ -77,7 +78,8 @@ class Fuzzed:
     def send(self, case: Any) -> httpx.Response:
         request = requests.Request(**case.as_transport_kwargs(base_url=BASE_URL)).prepare()
         headers = {name: value for name, value in request.headers.items() if isinstance(value, str)}
-        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=request.body))
+        body: Any = request.body
+        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=body))
 
 
 async def jobs_in_every_state(store: JobStore, endpoint: str) -> list[str]:
@@ -107,10 +109,12 @@ def fuzzed(database: str, home: Path) -> Iterator[Fuzzed]:
 def try_all(target: Fuzzed, document: dict[str, Any], examples: int) -> dict[str, set[int]]:
     """Tries every operation of a document. Returns operation -> the status codes it answered. Raises what Schemathesis finds."""
     import schemathesis  # slow to import, and every worker imports this file
+    from schemathesis.core.result import Ok
 
     schema = schemathesis.openapi.from_dict(document)
     seen: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
         operation = result.ok()
         codes = seen.setdefault(operation.label, set())
         try_one(target, operation, EXAMPLES or examples, codes)

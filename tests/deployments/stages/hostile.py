@@ -278,7 +278,7 @@ def videos(folder: Path) -> Iterator[tuple[str, bytes]]:
         for _ in range(40):
             stream = output.add_stream("mjpeg", rate=25)
             stream.height, stream.width, stream.pix_fmt = 48, 64, "yuvj420p"
-        for stream in output.streams:
+        for stream in output.streams.video:
             output.mux([*stream.encode(av.VideoFrame(64, 48, "yuvj420p")), *stream.encode()])
     yield "forty streams", streams.getvalue()
     yield "a picture", puppet_image(64, 64)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -22,7 +23,7 @@ from engines.media.video_reader import VideoReader, open_video
 STEP = 5
 """Difference in grey level between one frame of a clip and the next."""
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "bframes.mp4": {"options": {"bf": "3"}},
     "faststart.mp4": {"container": {"movflags": "faststart"}},
     "fragmented.mp4": {"options": {"g": "10"}, "container": {"movflags": "frag_keyframe+empty_moov"}},

@@ -7,6 +7,7 @@
 //   J1  the client's proxy setting
 //   J2  its middleware
 //   J3  nothing but a DNS that leads fal's hosts here, and our CA. The name lookups of this process stand for the DNS.
+import assert from "node:assert/strict";
 import { AsyncLocalStorage } from "node:async_hooks";
 import { readFileSync } from "node:fs";
 import http from "node:http";
@@ -53,6 +54,16 @@ const raw = (url, init = {}) => {
   return fetch(recipe === "J2" ? prefixed(url) : url, { ...init, headers });
 };
 
+// The error that a promise ends with.
+const failure = async (work, kind = client.ApiError) => {
+  const error = await work.then(
+    (value) => assert.fail(`no error but ${JSON.stringify(value)}`),
+    (thrown) => thrown,
+  );
+  assert.ok(error instanceof kind, `${error.name}: ${error.message}`);
+  return error;
+};
+
 // A receiver of webhooks.
 const waiting = new Map();
 const receiver = http.createServer((request, response) => {
@@ -77,7 +88,7 @@ const rule = (name, text, check) => {
   rules.push({ name, text, check });
 };
 const fal = clientWith(keys?.own);
-const context = { ...client, fal, raw, hook, keys, base, recipe, clientWith, everything, chosen };
+const context = { ...client, fal, raw, failure, hook, keys, base, recipe, clientWith, everything, chosen };
 for (const file of ["./rules.mjs", "./uploads.mjs"]) (await import(file)).default(rule, context);
 
 const LIMIT_MS = 90_000;
