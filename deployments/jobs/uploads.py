@@ -5,7 +5,7 @@ over, and so are its parts. Bytes are reserved before they are received: uploads
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -109,9 +109,31 @@ class Uploads:
         """A part has been stored. False: its upload's time is over."""
         return bool(await self._fetch("finish_part", part, digest, size))
 
-    async def parts(self, name: str) -> dict[str, tuple[bytes, int]]:
-        """The parts that have been stored of an upload: name -> digest, size in bytes."""
-        return {row["name"]: (row["digest"], row["size_bytes"]) for row in await self._fetch("parts", name)}
+    async def finish_parts(
+        self, name: str, digest: bytes, parts: Sequence[str], digests: Sequence[bytes], exact: int | None
+    ) -> int | None:
+        """An upload is complete, with these parts in this order; none is taken any more. They stay until `drop_parts`.
+
+        digest: of the list. exact: the size in bytes that it must have. Returns None, also when it was completed with this list
+        before, or the index of the first part that has not been stored with its digest. Raises `UploadIsOver`,
+        `UploadIsComplete` if it was completed with another list, `Forbidden` for another size.
+        """
+        refusal = (await self._fetch("finish_parts", name, digest, exact, parts, digests))[0]["refusal"]
+        if refusal == "over":
+            raise UploadIsOver
+        if refusal == "complete":
+            raise UploadIsComplete
+        if refusal == "size":
+            raise Forbidden(f"This upload is of {exact} bytes.")
+        return None if refusal is None else int(refusal) - 1
+
+    async def part_sizes(self, name: str) -> dict[str, int]:
+        """The parts that have been stored of an upload: name -> size in bytes."""
+        return {row["name"]: row["size_bytes"] for row in await self._fetch("parts", name)}
+
+    async def drop_parts(self, name: str) -> None:
+        """The file is there, so its parts are not needed."""
+        await self._fetch("drop_parts", name)
 
     async def finish(self, name: str, digest: bytes, size: int) -> bool:
         """An upload is complete. False: its time was over, or it was complete with other bytes."""

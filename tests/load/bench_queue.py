@@ -12,30 +12,23 @@ with the index and without it.
 import argparse
 import asyncio
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import asyncpg
-import httpx
-import yaml
+from rich.table import Table
 
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.haproxy import SWITCH
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
-from deployments.settings import CONFIG_VARIABLE, Settings
+from deployments.settings import Settings
 from tests.conftest import embedded
-from tests.e2e.service import REELRAY, free_port
+from tests.load.hosting import hosted
 from tests.load.report import Report, percentile, table
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -45,7 +38,6 @@ CLAIMERS = 8
 ROUNDS = 7
 HISTORY_ENDPOINT = "fal-ai/controlnext"
 """No other jobs of it are waiting."""
-READY_S = 120.0
 HOSTS = ("uvicorn", "Serve", "Serve with HAProxy")
 
 
@@ -197,48 +189,20 @@ async def some_waiting(settings: Settings, count: int = 1000) -> list[UUID]:
 
 
 @contextmanager
-def hosted(host: str, settings: Settings) -> Iterator[int]:
-    """Hosts the app in this way. Gives its port once it answers."""
-    with TemporaryDirectory(prefix="reelray-") as folder:
-        config, port = Path(folder) / "serve_config.yaml", free_port()
-        application = {
-            "name": "reelray",
-            "route_prefix": "/",
-            "import_path": "tests.load.constant:build",
-            "logging_config": {"enable_access_log": False},
-            "args": {"home": str(settings.home)},
-            "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
-        }
-        options = {"host": "127.0.0.1", "port": port}
-        config.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": options, "applications": [application]}))
-        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
-        if host == "uvicorn":
-            command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.constant:app", "--port", str(port)]
-            command += ["--log-level", "warning", "--no-access-log"]
-        else:
-            command = [str(REELRAY), "serve", "--config", str(config), "--port", str(port)]
-        environment[SWITCH] = "1" if host == "Serve with HAProxy" else "0"
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            try:
-                wait_for(port, process, log)
-                yield port
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(60)
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/constant").status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.2)
+def hosted_by(host: str, settings: Settings) -> Iterator[int]:
+    """Hosts the app in this way. Gives its port."""
+    application = {
+        "name": "reelray",
+        "route_prefix": "/",
+        "import_path": "tests.load.constant:build",
+        "logging_config": {"enable_access_log": False},
+        "args": {"home": str(settings.home)},
+        "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
+    }
+    config = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1"}, "applications": [application]}
+    switch = {SWITCH: "1" if host == "Serve with HAProxy" else "0"}
+    with hosted("tests.load.constant:app" if host == "uvicorn" else "serve", config, **switch) as (port, _):
+        yield port
 
 
 def main() -> None:
@@ -262,7 +226,7 @@ def main() -> None:
             asyncio.run(fill(settings, waiting))
             ids = [str(each) for each in asyncio.run(some_waiting(settings))]
             for host in HOSTS:
-                with hosted(host, settings) as port, report.console.status(f"{waiting:,} waiting, {host}"):
+                with hosted_by(host, settings) as port, report.console.status(f"{waiting:,} waiting, {host}"):
                     measure(shown, reference, f"{waiting:,} waiting, {host}", port, ids, asked.seconds)
             rate = asyncio.run(claims(settings, asked.seconds))
             shown.add_row(f"{waiting:,} waiting, claims (no HTTP)", f"{rate.per_s:.0f}", "", *times(rate))
@@ -277,7 +241,7 @@ def main() -> None:
     report.save()
 
 
-def measure(shown, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
+def measure(shown: Table, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:
     turn = iter(range(1 << 62))
     kinds: dict[str, tuple[str, Callable[[], bytes]]] = {
         "constant, GET": ("GET", lambda: get("/constant")),

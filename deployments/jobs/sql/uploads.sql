@@ -32,7 +32,7 @@ UPDATE stored_files SET digest = $2, size_bytes = $3 FROM relaxed WHERE name = $
 RETURNING name
 
 -- name: parts
-SELECT name, digest, size_bytes FROM stored_files WHERE part_of = $1 AND digest IS NOT NULL AND NOT gone
+SELECT name, size_bytes FROM stored_files WHERE part_of = $1 AND digest IS NOT NULL AND NOT gone
 
 -- name: finish_upload
 -- The time for which it is kept begins. Its parts are deleted by the next sweep. Returns a row also when the call is repeated.
@@ -47,6 +47,13 @@ WITH finished AS (
     UPDATE stored_files SET expires_at = now(), size_bytes = 0 FROM finished WHERE part_of = finished.name
 )
 SELECT name FROM finished UNION ALL SELECT name FROM stored_files WHERE name = $1 AND digest = $2 AND NOT gone
+
+-- name: finish_parts
+SELECT finish_parts($1, $2, $3, $4, $5) AS refusal
+
+-- name: drop_parts
+-- They are in the file: the next sweep deletes them.
+UPDATE stored_files SET expires_at = now() WHERE part_of = $1
 
 -- name: find_file
 -- What is known of a file, whose time is not over.

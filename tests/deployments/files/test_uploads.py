@@ -22,6 +22,7 @@ from deployments.jobs.store import JobStore
 from deployments.settings import QuotaSettings, Settings, UploadSettings
 from engines.errors import BadRequest, StorageFailed
 from tests.bucket import bucket, s3_server
+from tests.patience import PATIENCE_S
 
 OPEN_S = 60.0
 
@@ -68,7 +69,6 @@ async def test_a_body_is_stored_as_it_came(size: int, files: FileStore) -> None:
 
 
 async def test_a_body_that_fails_leaves_nothing(files: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "IDLE_S", 0.2)
     name, data = files.new_listed_name("a.txt", "text/plain"), b"x" * (3 * MIN_BLOCK_BYTES)
     before = listed(files)
 
@@ -80,13 +80,14 @@ async def test_a_body_that_fails_leaves_nothing(files: FileStore, monkeypatch: p
         yield data
         await asyncio.sleep(60)
 
-    for body, size, error in (
-        (pieces(data), 10**9, BadRequest),
-        (stalls(), 10**9, BadRequest),
-        (breaks(), 10**9, ConnectionResetError),
+    for body, idle_s, error in (
+        (pieces(data), PATIENCE_S, BadRequest),
+        (stalls(), 0.2, BadRequest),
+        (breaks(), PATIENCE_S, ConnectionResetError),
     ):
+        monkeypatch.setattr(uploads, "IDLE_S", idle_s)
         with pytest.raises(error):
-            await receive(files, name, body, size, OPEN_S)
+            await receive(files, name, body, 10**9, OPEN_S)
     assert listed(files) == before
     if not files.is_local:
         assert files.fs.list_multipart_uploads(files._root.partition("/")[0]) == []

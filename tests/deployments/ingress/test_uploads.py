@@ -23,6 +23,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings, QuotaSettings, Settings, UploadSettings
 from engines.errors import StorageFailed
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
@@ -346,18 +347,20 @@ async def test_a_body_that_breaks_off_or_crawls_leaves_nothing(
             assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
     assert stored(settings) == []
     assert (await callers.store.keys.usage(key_id(mine), at_most=1)).stored_bytes == 0, "nothing stays reserved"
+    monkeypatch.setattr(uploads, "IDLE_S", PATIENCE_S)
     assert (await mine.put(urls["upload_url"], content=DATA)).status_code == 200
 
 
 async def test_a_caller_that_goes_away_leaves_nothing(mine: httpx.AsyncClient, settings: Settings) -> None:
-    urls = await initiated(mine)
+    urls, asked_for_more = await initiated(mine), asyncio.Event()
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x" * 2_000
+        asked_for_more.set()
         await asyncio.sleep(60)
 
     sending = asyncio.create_task(mine.put(urls["upload_url"], content=stalls(), headers={"content-length": "10000"}))
-    await asyncio.sleep(0.2)
+    await asked_for_more.wait()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     assert stored(settings) == []
@@ -499,15 +502,16 @@ async def test_uploads_that_come_at_once_do_not_exceed_the_quota_together(mine: 
 async def test_a_key_has_so_many_uploads_in_hand(settings: Settings, store: JobStore) -> None:
     callers = Callers(settings.model_copy(update={"quotas": QuotaSettings(open_uploads=1)}), store)
     mine, other = await callers.key(), await callers.key()
-    urls, go_on = [await initiated(each) for each in (mine, mine, other)], asyncio.Event()
+    urls, begun, go_on = [await initiated(each) for each in (mine, mine, other)], asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         yield DATA[:100]
+        begun.set()
         await go_on.wait()
         yield DATA[100:]
 
     sending = asyncio.create_task(mine.put(urls[0]["upload_url"], content=slow(), headers={"content-length": str(len(DATA))}))
-    await asyncio.sleep(0.2)
+    await begun.wait()
     assert (await mine.put(urls[1]["upload_url"], content=DATA)).status_code == 429
     assert (await other.put(urls[2]["upload_url"], content=DATA)).status_code == 200
     go_on.set()

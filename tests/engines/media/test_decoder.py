@@ -26,6 +26,7 @@ from engines.media.decoder import Child, Decoder, Limits
 from engines.media.shared_frames import sealed
 from engines.media.video_reader import open_video
 from tests.engines.media.test_video_reader import KINDS, grey_clip, write
+from tests.patience import PATIENCE_S
 
 LIMITS = (10_000, 60)
 """Pixels and seconds of a video."""
@@ -149,8 +150,7 @@ def test_a_child_that_is_killed_between_files_costs_no_file(decoder: Decoder):
     levels(decoder, png())
     killed = pid(decoder)
     os.kill(killed, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(killed)], timeout=0.1) if psutil.pid_exists(killed) else None
-    time.sleep(0.05)
+    os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)  # waits for its end and leaves it to its decoder
     assert (levels(decoder, png()) == 255).all()
     assert pid(decoder) != killed
 
@@ -178,7 +178,7 @@ def test_a_picture_that_takes_too_much_cpu_time_is_refused():
     began = time.monotonic()
     with pytest.raises(ImageLoadError, match="took more than 1 s of CPU time"):
         quick.picture("stretched", scans_without_end(2000), 8, 8, 50_000_000)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < PATIENCE_S
     for _ in range(3):  # the limit is for each file
         assert quick.picture("stretched", png(), 8, 8, 50_000_000).shape == (8, 8, 3)
     quick.close()
@@ -196,7 +196,7 @@ def test_a_call_that_is_stopped_kills_its_child_in_the_middle_of_a_file(decoder:
     with pytest.raises(Cancelled):
         decoder.picture("stretched", scans_without_end(2000), 8, 8, 50_000_000, should_stop=should_stop)
     assert not psutil.pid_exists(child)
-    assert time.monotonic() - asked[-1] < 1
+    assert time.monotonic() - asked[-1] < PATIENCE_S
 
 
 def test_a_video_that_is_left_early_leaves_no_process(decoder: Decoder, clip: Path):
@@ -217,7 +217,7 @@ def test_a_child_ends_with_its_replica(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], input=png(), capture_output=True, check=False)
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.stdout)).wait(5)
+        psutil.Process(int(done.stdout)).wait(PATIENCE_S)
 
 
 def test_a_decoder_that_cannot_start_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch):
@@ -310,16 +310,13 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("name", FORGERIES)
-def test_what_a_child_forges_is_its_death(name: str):
+def test_what_a_child_forges_is_its_death():
     """A child that a file has taken over may say anything."""
-    forged = FORGERIES[name]
     child = Child(Limits())
     child.started()
     child.kill()
-    child._socket, other = socket.socketpair()
 
-    def forge() -> None:
+    def forge(other: socket.socket, forged: bytes | list[tuple[dict[str, str], int]]) -> None:
         with other, suppress(OSError):
             if isinstance(forged, bytes):
                 other.sendall(forged)
@@ -327,14 +324,22 @@ def test_what_a_child_forges_is_its_death(name: str):
                 for fields, size in forged:
                     other.sendall(messages._HEAD.pack(len(str(fields)), size) + str(fields).replace("'", '"').encode())
 
-    threading.Thread(target=forge).start()
+    def died() -> bool:
+        try:
+            _, size = child.answer(None)
+            child.pixels(size, (4, 6, 3), None)
+        except decoder_module.Died:
+            return True
+        return False
 
-    def read() -> None:
-        _, size = child.answer(None)
-        child.pixels(size, (4, 6, 3), None)
-
-    with child._socket, pytest.raises(decoder_module.Died):
-        read()
+    survived = []
+    for name, forged in FORGERIES.items():
+        child._socket, other = socket.socketpair()
+        threading.Thread(target=forge, args=(other, forged)).start()
+        with child._socket:
+            if not died():
+                survived.append(name)
+    assert survived == []
 
 
 @pytest.mark.parametrize("count", [3, 10**6])
