@@ -239,14 +239,15 @@ class Settings(_Endpoints):
         return {
             endpoint.model: config.placed(self.demo_weights / endpoint.family, self.home / "engines")
             for endpoint in ENDPOINTS.values()
-            if (config := self._config(endpoint)) is not None
+            if (config := self.config_of(endpoint)) is not None
         }
 
     def wants_demo_weights(self, endpoint: Endpoint) -> bool:
         """Whether the endpoint is served, with its demo checkpoint."""
-        return getattr(self._config(endpoint), "weights", None) == "demo"
+        return getattr(self.config_of(endpoint), "weights", None) == "demo"
 
-    def _config(self, endpoint: Endpoint) -> ModelConfig | None:
+    def config_of(self, endpoint: Endpoint) -> ModelConfig | None:
+        """Its model's config as it stands in the YAML; None: it is left out."""
         config: ModelConfig | None = getattr(self, endpoint.family)
         return config
 

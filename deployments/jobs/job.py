@@ -74,6 +74,7 @@ class NewJob:
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
     listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
+    units: of work in preprocessing, denoising and decoding. parallel: units of denoising that can run at the same time.
     """
 
     endpoint: str
@@ -92,6 +93,8 @@ class NewJob:
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     input_version: int = INPUT_VERSION
+    units: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    parallel: int = 1
 
 
 @dataclass(frozen=True)

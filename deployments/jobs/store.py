@@ -57,6 +57,8 @@ class _Submission(NamedTuple):
     input_version: int
     retries: Json
     files_access: dict[str, Any] | None
+    units: tuple[float, float, float]
+    parallel: int
 
 
 @dataclass(frozen=True)
@@ -308,4 +310,6 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         input_version=new.input_version,
         retries=to_json(dict(new.retries)),
         files_access=new.files_access,
+        units=new.units,
+        parallel=new.parallel,
     )

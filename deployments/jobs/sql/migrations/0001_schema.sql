@@ -39,6 +39,8 @@ CREATE TABLE jobs (
     retries json NOT NULL DEFAULT '{}',  -- condition -> how many more retries its caller allows; others follow `retry.py` alone
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
+    units double precision[] NOT NULL DEFAULT '{1,1,1}',  -- of work in preprocessing, denoising and decoding, as far as its input tells
+    parallel integer NOT NULL DEFAULT 1,  -- units of denoising that can run at the same time
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
     CHECK ((state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
     CHECK ((state = 'succeeded') = (result IS NOT NULL)),
