@@ -111,6 +111,19 @@ CREATE TABLE paused_endpoints (
     paused_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- What the autoscaling knows of each stage, written by its policy every second: for operators, and for the policy's next start.
+CREATE TABLE stages (
+    endpoint text NOT NULL,
+    stage text NOT NULL,
+    unit_s double precision NOT NULL,  -- seconds a unit of its work takes
+    ready_s double precision NOT NULL,  -- seconds from asking for a replica until it is ready
+    backlog_s double precision NOT NULL,  -- of work that waits, over the replicas that there are
+    replicas integer NOT NULL,
+    target integer NOT NULL,
+    at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (endpoint, stage)
+) WITH (fillfactor = 50);
+
 -- Files to be deleted one day. A row is written before its file is, so that a file expires even if its job never ends, or its
 -- upload never does.
 CREATE TABLE stored_files (
