@@ -37,6 +37,15 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """The jobs that were submitted at an endpoint in the last `within_s` seconds. units: the sums of theirs."""
+
+    within_s: float
+    jobs: int
+    units: Units
+
+
+@dataclass(frozen=True)
 class Measured:
     """A job that ended. seconds: stage -> what it took there."""
 
@@ -79,11 +88,15 @@ class Work:
         rows = await self._fetch("running_work", self._endpoints)
         return [_running(row["endpoint"], tuple(row["units"]), row["parallel"], row["progress"]) for row in rows]
 
-    async def arrived(self, within_s: float) -> dict[str, Units]:
-        """Endpoint -> the units of the jobs that were submitted in the last `within_s` seconds."""
-        first = UUID(int=int((time.time() - within_s) * 1000) << 80)  # ids are UUIDv7
-        rows = await self._fetch("arrived_work", self._endpoints, first)
-        return {row["endpoint"]: (row["preprocess"], row["denoise"], row["decode"]) for row in rows}
+    async def arrived(self, within_s: Sequence[float]) -> dict[str, list[Arrived]]:
+        """Endpoint -> the jobs that were submitted in the last seconds, for each of several times."""
+        now = time.time()
+        first = [UUID(int=int((now - each) * 1000) << 80) for each in within_s]  # ids are UUIDv7
+        found: dict[str, list[Arrived]] = {}
+        for row in await self._fetch("arrived_work", self._endpoints, first):
+            units = (row["preprocess"], row["denoise"], row["decode"])
+            found.setdefault(row["endpoint"], []).append(Arrived(within_s[row["place"] - 1], row["jobs"], units))
+        return found
 
     async def measured(self) -> list[Measured]:
         """The jobs that have ended since the last call, or in the last hour; at most 1,000, the rest with the next call."""

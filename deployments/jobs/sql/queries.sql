@@ -380,13 +380,14 @@ LEFT JOIN LATERAL (
 WHERE state = 'running' AND endpoint = ANY ($1::text[])
 
 -- name: arrived_work
--- The units of the jobs at the endpoints $1 that were submitted from the id $2 on, which begins with a time. Without those of keys with a
--- limit, whatever they submit, and without jobs that failed or were cancelled.
-SELECT endpoint, sum(units[1]) AS preprocess, sum(units[2]) AS denoise, sum(units[3]) AS decode FROM jobs
-WHERE id >= $2 AND endpoint = ANY ($1::text[]) AND state IN ('queued', 'running', 'succeeded')
+-- How many jobs were submitted at the endpoints $1 from each of the ids $2 on, which begin with a time, and their units. Without those of
+-- keys with a limit, whatever they submit, and without jobs that failed or were cancelled.
+SELECT place, endpoint, count(*) AS jobs, sum(units[1]) AS preprocess, sum(units[2]) AS denoise, sum(units[3]) AS decode
+FROM unnest($2::uuid[]) WITH ORDINALITY AS since (first, place) JOIN jobs ON id >= since.first
+WHERE endpoint = ANY ($1::text[]) AND state IN ('queued', 'running', 'succeeded')
     AND NOT EXISTS (SELECT FROM api_keys WHERE api_keys.id = owner AND max_running IS NOT NULL)
     AND NOT EXISTS (SELECT FROM paused_endpoints WHERE paused_endpoints.endpoint = jobs.endpoint)
-GROUP BY endpoint
+GROUP BY place, endpoint
 
 -- name: measured_work
 -- What the stages took for jobs at the endpoints $1 that ended after $2 (null: in the last hour), in the order of their ends. An attempt

@@ -6,7 +6,7 @@ import pytest
 
 from deployments.jobs.job import Claim, NewJob
 from deployments.jobs.store import JobStore
-from deployments.jobs.work import Measured, Running, StageStatus, Waiting, Work, stages
+from deployments.jobs.work import Arrived, Measured, Running, StageStatus, Waiting, Work, stages
 
 CLIPS, VIDEOS = "fal-ai/clips", "fal-ai/videos"
 VIDEO = NewJob(VIDEOS, {}, units=(240, 650, 240), parallel=26)
@@ -30,7 +30,7 @@ async def test_what_waits_is_added_up_by_endpoint(store: JobStore, work: Work):
     assert await work.waiting() == {VIDEOS: Waiting(2, (250, 700, 250), 30)}
     await store.pause(VIDEOS)
     assert await work.waiting() == {}
-    assert await work.arrived(60) == {}
+    assert await work.arrived([60]) == {}
 
 
 async def test_a_job_that_waits_for_another_attempt_does_not_count(store: JobStore, work: Work):
@@ -46,7 +46,8 @@ async def test_of_a_limited_key_no_more_counts_than_may_run(store: JobStore, wor
     assert (await work.waiting())[VIDEOS].jobs == 5
     await store.claims.take([VIDEOS], 60)  # the limited key's, being first
     assert (await work.waiting())[VIDEOS].jobs == 4
-    assert await work.arrived(60) == {VIDEOS: (480, 1300, 480)}  # of the key without a limit
+    units = (480, 1300, 480)  # of the key without a limit
+    assert await work.arrived([60, 600, 0]) == {VIDEOS: [Arrived(60, 2, units), Arrived(600, 2, units)]}
 
 
 async def test_a_running_job_has_the_progress_that_it_told_last(store: JobStore, work: Work):
