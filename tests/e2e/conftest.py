@@ -17,7 +17,8 @@ __all__ = ["page_client"]
 def service() -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
-        running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
+        scaling = {"solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}}}
+        running = Service(Path(home), added={"solid": {"frames": 5}, "scaling": scaling}, root=with_third_endpoint(Path(code)))
         try:
             running.start()
             yield running
