@@ -85,6 +85,7 @@ TINY_ANIMATEDIFF = AnimateDiffSize(
     },
     vae=_TINY_VAE | {"up_block_types": ("UpDecoderBlock2D",) * 4},
     side=8,
+    frames=4,
     text_width=32,
     steps=2,
 )

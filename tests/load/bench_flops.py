@@ -146,15 +146,12 @@ def controlnext(cache_bytes: int = CACHE_BYTES, shape: ControlNeXtShape = Contro
     ours = flops(
         lambda: (unet(meta(frames, 4, height, width), half, time, control), unet(meta(frames, 4, height, width), half, time))
     )
+    position_mlps: list[Any] = [module.position_mlp for module in unet.modules() if hasattr(module, "position_mlp")]
     once = flops(
         lambda: (
             *(unet.guidance_half(image, embedding) for _ in range(2)),
             unet.time_biases([0.7] * shape.steps, (6.0, 127.0, 0.02)),
-            [
-                m.position_mlp(meta(frames, m.position_mlp.linear_1.in_features))
-                for m in unet.modules()
-                if hasattr(m, "position_mlp")
-            ],
+            [mlp(meta(frames, mlp.linear_1.in_features)) for mlp in position_mlps],
         )
     )
     call = Count("one window in both halves", theirs, ours)

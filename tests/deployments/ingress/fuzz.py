@@ -18,6 +18,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -33,6 +34,7 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.settings import Settings
 from engines.errors import ImageLoadError
+from tests.patience import PATIENCE_S
 
 CHECKS = [
     not_a_server_error,
@@ -66,7 +68,7 @@ class Fuzzed:
         self.file = file.path.removeprefix("/files/")
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     async def _finish_jobs(self) -> None:
         """Ends every job at once: a direct call waits for its end."""
@@ -92,7 +94,8 @@ class Fuzzed:
     def send(self, case: Any) -> httpx.Response:
         request = requests.Request(**case.as_transport_kwargs(base_url=BASE_URL)).prepare()
         headers = {name: value for name, value in request.headers.items() if isinstance(value, str)}
-        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=request.body))
+        body: Any = request.body
+        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=body))
 
 
 async def jobs_in_every_state(store: JobStore, endpoint: str) -> list[str]:
@@ -124,6 +127,7 @@ def try_all(target: Fuzzed, document: dict[str, Any], examples: int) -> dict[str
     schema = schemathesis.openapi.from_dict(document)
     seen: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
         operation = result.ok()
         codes = seen.setdefault(operation.label, set())
         try_one(target, operation, EXAMPLES or examples, codes)

@@ -34,7 +34,13 @@ def diffusers_pipeline(config: AnimateDiffConfig, kind: ControlType, prediction_
 
 
 def diffusers_latents(
-    pipe: AnimateDiffSparseControlNetPipeline, images: list[Image.Image], indices: list[int], *, seed: int, **call: object
+    pipe: AnimateDiffSparseControlNetPipeline,
+    images: list[Image.Image],
+    indices: list[int],
+    *,
+    num_frames: int,
+    seed: int,
+    **call: object,
 ) -> Tensor:
     """Final latents with random numbers in our order: rgb posterior, latents, each step's noise, all from one generator."""
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +51,7 @@ def diffusers_latents(
     return pipe(
         conditioning_frames=images,
         controlnet_frame_indices=indices,
-        num_frames=16,
+        num_frames=num_frames,
         generator=generator,
         output_type="latent",
         **call,
