@@ -10,7 +10,7 @@ No variable of Serve's sets these:
   Serve has it look at 127.0.0.1 for all replicas of its node.
 - With a certificate, callers speak TLS with HAProxy, and the replicas are told so. Serve knows TLS for its own proxy only.
 - It is TLS 1.2 at most, because of fal's Python client: a thread of its WebSocket reads while another sends the handshake, which
-  CPython's `ssl` does not stand. The session tickets of TLS 1.3 come at that very moment: on a machine under load 2 to 11
+  `ssl` of Python does not stand. The session tickets of TLS 1.3 come at that very moment: on a machine under load 2 to 11
   handshakes in a thousand were never answered, and with TLS 1.2 none of 3,171.
 - A caller whose WebSocket is refused is hung up on, as by uvicorn. The replica says so, but HAProxy would keep the connection,
   and that client waits for its end.

@@ -23,6 +23,7 @@ from tests.deployments.stages.hostile import OTHERS, chunk, png, videos
 from tests.e2e.files import serving
 from tests.e2e.service import Service
 from tests.engines.media.test_cases import CASES
+from tests.patience import PATIENCE_S
 
 PICTURES = "fal-ai/animatediff-sparsectrl-lcm"
 VIDEOS = "fal-ai/controlnext"
@@ -148,7 +149,7 @@ def test_hostile_files_are_refused_and_the_service_renders_on(service: Service, 
         for name, (endpoint, field, request_id) in jobs.items():
             for _ in client.follow(endpoint, request_id):
                 pass
-            answer = httpx.get(f"{service.url}/queue/{endpoint}/requests/{request_id}")
+            answer = httpx.get(f"{service.url}/queue/{endpoint}/requests/{request_id}", timeout=PATIENCE_S)
             assert answer.status_code == 422, (name, answer.text)
             assert answer.json()["detail"][0]["loc"] == ["body", field], (name, answer.text)
         good = client.submit(PICTURES, {"prompt": "a", "num_inference_steps": 1, "seed": 1})

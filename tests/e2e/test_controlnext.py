@@ -98,9 +98,8 @@ async def test_the_page_code_renders_a_driven_clip(
     image = f"{media}/image.png" if given == "by URL" else data_uri(folder / "image.png", "image/png")
     video = f"{media}/clip.mp4" if given == "by URL" else data_uri(folder / "clip.mp4", "video/mp4")
     page = page_client(service.url)
-    done = await page(
-        "subscribe", ENDPOINT, input=SMALL | {"image_url": image, "video_url": video, "fps": 12, "max_frame_num": DRIVEN_FRAMES}
-    )
+    asked = SMALL | {"image_url": image, "video_url": video, "fps": 12, "max_frame_num": 1 + DRIVEN_FRAMES}
+    done = await page("subscribe", ENDPOINT, input=asked)
     assert done.error is None
     assert done.value["data"]["seed"] == 3
     file = done.value["data"]["video"]
@@ -156,7 +155,7 @@ def test_bad_media_end_as_a_422_that_names_them_and_the_workers_live(client: Que
     assert [status["error_type"] for status in bad] == [error_type for *_, error_type in BAD_MEDIA]
     assert "error" not in last
     for request_id, (*_, field, error_type) in zip(ids, BAD_MEDIA, strict=False):
-        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}", timeout=PATIENCE_S)
         assert response.status_code == 422
         (detail,) = response.json()["detail"]
         assert (detail["loc"], detail["type"]) == (["body", field], error_type)

@@ -103,7 +103,7 @@ async def test_a_websocket_that_is_refused_is_hung_up_on(base_url: str) -> None:
         "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
     )
     writer.write(f"GET /run/{ENDPOINT}/realtime?max_buffering=0 HTTP/1.1\r\nhost: {host}\r\n{upgrade}\r\n\r\n".encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         answer = await reader.read()
     writer.close()
     assert answer.startswith(b"HTTP/1.1 400")
