@@ -10,11 +10,12 @@ from deployments.dispatch.backlog import BacklogReader, Decision, Pace, StageLoa
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from deployments.jobs.work import Arrived, Measured, Running, StageStatus, Waiting, stages
-from tests.conftest import end_connections
+from tests.conftest import execute
 from tests.deployments.dispatch.test_autoscaling import CLIPS, Clips
 
 UNITS = (10.0, 100.0, 20.0)
 TIMES = (1.0, 2.0, 0.5)
+END_CONNECTIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}'"
 RUNNING = Running(CLIPS.id, UNITS, 4)
 
 
@@ -117,7 +118,7 @@ async def test_a_thread_reads_the_database_and_survives_its_loss(
         assert kept[0][0] == StageStatus(clips.id, "denoise", 2.0, 40.0, 50.0, 1, 2)
 
         there = False
-        await end_connections(postgres, urlsplit(database).path[1:])
+        await execute(postgres, END_CONNECTIONS.format(urlsplit(database).path[1:]))
         await until(lambda: calls > 3)
         old = reader.reading
         await asyncio.sleep(0.2)
