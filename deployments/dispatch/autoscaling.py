@@ -117,7 +117,7 @@ class BacklogPolicy:
             return {}, None
 
     def _targets(self, contexts: Mapping[Any, Any]) -> dict[Any, int]:
-        now, reading = self._clock(), self._reader.reading
+        reading, now = self._reader.reading, self._clock()  # in this order: the thread may make another one in between
         by_name = {context.deployment_name: (key, context) for key, context in contexts.items()}
         for name, (_, context) in by_name.items():
             self._stages.setdefault(name, Stage()).observe(now, context.current_num_replicas, context.target_num_replicas)
