@@ -126,6 +126,7 @@ class BacklogReader:
         self._find = find
         self._clock = clock
         self._stopped = threading.Event()
+        self.thread: threading.Thread | None = None
         self.reading: Reading | None = None
         """The last one."""
         self.decisions: Mapping[str, Decision] = {}
@@ -133,7 +134,8 @@ class BacklogReader:
 
     def start(self) -> None:
         """Starts the thread, which ends with the process or after `stop`."""
-        threading.Thread(target=lambda: asyncio.run(self._read_forever()), name="reelray-backlog", daemon=True).start()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._read_forever()), name="reelray-backlog", daemon=True)
+        self.thread.start()
 
     def stop(self) -> None:
         """Ends the thread soon."""

@@ -86,6 +86,14 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def ended(reader: BacklogReader) -> None:
+    """Waits until the reader's thread has closed its connections."""
+    reader.stop()
+    assert reader.thread is not None
+    await asyncio.to_thread(reader.thread.join, 20)
+    assert not reader.thread.is_alive()
+
+
 async def test_a_thread_reads_the_database_and_survives_its_loss(
     postgres: str, database: str, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ):
@@ -128,4 +136,4 @@ async def test_a_thread_reads_the_database_and_survives_its_loss(
         await until(lambda: reader.reading is not old)
         assert reader.reading.ready_s == {"clips-denoise": 40.0}  # what the first connection's time has measured
     finally:
-        reader.stop()
+        await ended(reader)
