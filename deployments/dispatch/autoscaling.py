@@ -13,10 +13,12 @@ For each stage, with
     R  seconds that a new replica takes to be ready, as measured
     T  `drain_s`
 
-the work that still waits once new replicas would be ready is  p = min(w + a R, w + l + a R - (r + s/2) R), and
+the work that still waits once new replicas would be ready is  p = min(w + a R, w + l + a R - r R),  or  p - s R / 2  with those
+that are starting. Of replicas
 
-    p <= 0    max(min(b, r), m) replicas are needed: others would come too late to find work;
-    p > 0     p / T more are needed: they work it off in T.
+    max(min(b, r), m)  are needed in any case, and with p <= 0 no more, as they would come too late to find work;
+    (p - s R / 2) / T  more are needed to work that off in T;
+    p / T              more, as far as they are starting, stay needed until they are there.
 
 No more are needed than there are calls to be at work, nor than the endpoint's slowest stage at its largest can feed; and one at
 least while there is any work. The target is the largest need of the last `idle_s` seconds. So it rises with the first reading
@@ -188,8 +190,10 @@ def needed(load: StageLoad, replicas: int, target: int, ready_s: float, drain_s:
         return 0
     at_work = max(min(load.busy, replicas), sustained)
     coming_s = load.waiting_s + load.arriving * ready_s
-    left_s = min(coming_s, coming_s + load.running_s - (replicas + max(0, target - replicas) / 2) * ready_s)
-    need = at_work + max(0.0, left_s) / drain_s
+    left_s = min(coming_s, coming_s + load.running_s - replicas * ready_s)
+    beside_s = left_s - max(0, target - replicas) / 2 * ready_s
+    need = at_work + max(0.0, beside_s) / drain_s
+    need = max(need, min(target, at_work + max(0.0, left_s) / drain_s))
     return max(1, math.ceil(min(need, load.parallel) - 1e-9))
 
 

@@ -125,7 +125,8 @@ def load(waiting_s: float = 0, busy: float = 0, parallel: float = 1000, **more: 
         (load(0, busy=5, running_s=500), 5, 5, 5),
         (load(60, busy=5, running_s=150), 5, 5, 7),  # the five are busy until then
         (load(60, busy=5, running_s=0), 5, 5, 5),
-        (load(60, busy=1), 1, 3, 1),  # two are coming
+        (load(90, busy=1), 1, 3, 3),  # the two that are coming are enough, and are needed
+        (load(90, busy=1), 1, 9, 3),  # eight would be too many
         (load(0, busy=1, arriving=4), 1, 1, 4),  # more arrives than one works off
         (load(900, busy=26), 1, 1, 30),
     ],
@@ -203,6 +204,11 @@ def test_a_stage_is_no_larger_than_the_slowest_can_feed():
     slow, quick = load(6000, job_s=60), load(200, job_s=2)  # a hundred jobs
     assert cluster.tick(slow, others=quick) == 8
     assert cluster.targets[NAMES[2]] == 1  # 8 replicas of 60 s a job feed a quarter of one
+
+
+def test_replicas_that_are_starting_stay_needed_however_long_they_take():
+    cluster = Cluster(ready_s=600)
+    assert {cluster.tick(load(300), 10) for _ in range(50)} == {10}
 
 
 def test_how_long_replicas_take_to_be_ready_is_measured_and_used():
