@@ -86,6 +86,10 @@ bench-kernels: install ## measure the kernels against PyTorch's at the models' s
 bench-gpu: install ## measure kernels, UNets and jobs at full size, the most valuable first, within LIMIT seconds; needs a GPU
 	$(BIN)/python -m engines.bench.within --limit $(or $(LIMIT),inf)
 
+.PHONY: simulate
+simulate: install ## compare the autoscaling with Serve's default one in a simulated cluster, on bursts, a day and 4,000 GPUs
+	$(BIN)/python -W ignore -m tests.load.simulate --save
+
 .PHONY: chaos
 chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
 	$(BIN)/python -m tests.chaos --save

@@ -1,7 +1,8 @@
 """The application that `serve_config.yaml` deploys: ingress, dispatcher (with a courier) and three stages per endpoint. It is the
 only file that knows every deployment.
 
-Placement, replicas and autoscaling are set in the YAML; here each deployment only gets its name and its arguments.
+Placement is set in the YAML; here each deployment only gets its name, its arguments and, from the settings, the bounds of its
+replicas. Within them `hosting/scaler.py` decides.
 Every replica's process imports this file, so each stage is imported by its own replica only: the ingress and the dispatcher need
 no torch.
 """
@@ -27,7 +28,8 @@ from deployments.hosting.telemetry import begin_telemetry
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
-from deployments.settings import Settings, TelemetrySettings
+from deployments.settings import Settings, StageScaling, TelemetrySettings
+from deployments.stages import device_memory
 from deployments.stages.handles import ServeStages, crossing
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef
@@ -80,7 +82,15 @@ class DispatcherReplica:
         await asyncio.wait([self.task])
 
 
-class PreprocessReplica:
+class StageReplica:
+    """What the replicas of all stages have in common."""
+
+    def check_health(self) -> None:
+        """Raises if the process can no longer compute; Serve then starts another replica."""
+        device_memory.check()
+
+
+class PreprocessReplica(StageReplica):
     """Hosts `Preprocess` in Serve; args: its own. In all three stages a call's last argument is the trace that it belongs to."""
 
     def __init__(self, telemetry: TelemetrySettings, *args: Any):
@@ -107,7 +117,7 @@ class PreprocessReplica:
                 yield item
 
 
-class DenoiseReplica:
+class DenoiseReplica(StageReplica):
     """Hosts `Denoise` in Serve; args: its own. When Serve stops it, it first lets its calls store what they have done.
 
     Serve counts a call as ended as soon as it is cancelled, and would kill the replica while the call still stops and writes.
@@ -138,7 +148,7 @@ class DenoiseReplica:
             await asyncio.wait(self.calls)
 
 
-class DecodeReplica:
+class DecodeReplica(StageReplica):
     """Hosts `Decode` in Serve; args: its own."""
 
     def __init__(self, telemetry: TelemetrySettings, *args: Any):
@@ -172,14 +182,16 @@ def build(args: Settings) -> serve.Application:
     settings.refuse_split(_nodes())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
-    told, files_url, checkpoint_s = settings.telemetry, settings.files_url, settings.queue.checkpoint_s
+    told, fetch, files_url, checkpoint_s = settings.telemetry, settings.fetch, settings.files_url, settings.queue.checkpoint_s
     for endpoint in ENDPOINTS.values():
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _stage(PreprocessReplica, endpoint, "preprocess").bind(told, endpoint, config, settings.fetch, files_url),
-                _stage(DenoiseReplica, endpoint, "denoise").bind(told, endpoint.model, config, files_url, checkpoint_s),
-                _stage(DecodeReplica, endpoint, "decode").bind(told, endpoint.model, config),
+                _stage(settings, PreprocessReplica, endpoint, "preprocess").bind(
+                    told, endpoint, config, settings.fetch, files_url
+                ),
+                _stage(settings, DenoiseReplica, endpoint, "denoise").bind(told, endpoint.model, config, files_url, checkpoint_s),
+                _stage(settings, DecodeReplica, endpoint, "decode").bind(told, endpoint.model, config),
             )
     write_missing_weights(settings)
     # The time that Serve waits before it first checks whether a stopping replica is idle; it cancels nothing in that time. The
@@ -205,10 +217,23 @@ def _nodes() -> int:
     return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
 
 
-def _stage(replica: type, endpoint: Endpoint, stage: Stage) -> Any:
+def _stage(settings: Settings, replica: type, endpoint: Endpoint, stage: Stage) -> Any:
     """A stage's deployment, with what fits a small machine where the YAML says nothing of it."""
     calls = 4 if stage == "preprocess" else 2  # the two others work on one at a time; the next waits with its data already here
-    options: dict[str, Any] = {"max_ongoing_requests": calls, "health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
+    bounds: StageScaling = getattr(settings.scaling_of(endpoint), stage)
+    options: dict[str, Any] = {
+        "max_ongoing_requests": calls,
+        "health_check_period_s": 2,
+        "ray_actor_options": {"num_cpus": 0.2},
+        # Within these bounds the policy decides, and it has delays of its own: Serve's would be added to them.
+        "autoscaling_config": {
+            "min_replicas": bounds.min,
+            "max_replicas": bounds.max,
+            "target_ongoing_requests": calls,
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+        },
+    }
     if stage == "denoise":
         options["graceful_shutdown_timeout_s"] = 60  # longer than a UNet call and writing a checkpoint take together
     return _deploy(replica, f"{endpoint.family}-{stage}", **options)

@@ -30,6 +30,7 @@
     │   ├── Cancelled                   499  client_cancelled
     │   ├── InternalError               500  internal_error
     │   ├── RunnerFailed                500  runner_server_error
+    │   ├── RunnerOutOfMemory           500  runner_server_error
     │   ├── RunnerDisconnected          503  runner_disconnected
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
@@ -260,6 +261,13 @@ class RunnerFailed(RequestError):
     """The runner failed on this request."""
 
     type = "runner_server_error"
+
+
+class RunnerOutOfMemory(RequestError):
+    """The runner had not enough memory for this request."""
+
+    type = "runner_server_error"
+    retryable = True
 
 
 class RunnerDisconnected(RequestError):

@@ -53,7 +53,7 @@ TOLD = rooms("metrics", "tracing")
 """What a process tells its operator."""
 
 ROOMS = {
-    "schemas": Room((ERRORS, SPEC, "engines.*config", "engines.*.spec"), light=True),
+    "schemas": Room((ERRORS, SPEC, "engines.*config", "engines.*.spec", "engines.*demand"), light=True),
     "jobs": Room((*rooms("schemas", "metrics"), ERRORS), light=True),
     "files": Room((*rooms("schemas"), SETTINGS, ERRORS, "engines.temporary"), light=True, heavy=("checkpoints",)),
     "webhooks": Room((*rooms("jobs", "files.download", "schemas"), *TOLD, ERRORS), light=True),

@@ -34,7 +34,15 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled
+from engines.errors import (
+    ModelError,
+    ReelrayError,
+    RequestError,
+    RunnerDisconnected,
+    RunnerFailed,
+    RunnerOutOfMemory,
+    RunnerStalled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +225,7 @@ class Dispatcher:
     async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
         """After an error: queues another attempt, or fails the job."""
         claims, losses, lost_in = self.store.claims, 0, dict(claim.lost_in)
-        if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled):
+        if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled | RunnerOutOfMemory):
             losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
         retries, condition = dict(claim.retries), condition_of(error)
         budget = retries.get(condition) if condition else None

@@ -10,9 +10,12 @@ from typing import Protocol
 
 from deployments import metrics
 from deployments.jobs.store import JobStore
+from deployments.jobs.work import StageStatus, stages
 
 logger = logging.getLogger(__name__)
 
+FRESH_S = 60.0
+"""What the autoscaling wrote longer ago is not shown: it may have ended."""
 INTERVAL_S = 10.0
 """Counting a million queued jobs takes 50 ms, and Ray sends metrics on every ten seconds."""
 
@@ -30,6 +33,7 @@ class QueueGauges:
 
     def __init__(self, store: JobStore, outbox: Webhooks, endpoints: Collection[str]):
         self.store, self.outbox, self.endpoints = store, outbox, list(endpoints)
+        self._targets: dict[tuple[str, str], int] = {}
 
     async def run(self) -> None:
         """Sets them until cancelled."""
@@ -49,7 +53,20 @@ class QueueGauges:
             metrics.RUNNING.record(queue.running, endpoint=queue.endpoint)
             metrics.OLDEST.record(queue.oldest_s, endpoint=queue.endpoint)
             metrics.PAUSED.record(queue.paused, endpoint=queue.endpoint)
+        for stage, age_s in await stages(self.store.database):
+            if age_s < FRESH_S:
+                self._set_stage(stage)
         waiting, oldest_s = await self.outbox.backlog()
         metrics.WEBHOOKS.record(waiting)
         metrics.OLDEST_WEBHOOK.record(oldest_s)
         metrics.DATABASE.record(1)
+
+    def _set_stage(self, stage: StageStatus) -> None:
+        at = {"endpoint": stage.endpoint, "stage": stage.stage}
+        metrics.BACKLOG.record(stage.backlog_s, **at)
+        metrics.TARGET.record(stage.target, **at)
+        metrics.REPLICAS.record(stage.replicas, **at)
+        before = self._targets.get((stage.endpoint, stage.stage), stage.target)
+        if before != stage.target:
+            metrics.SCALINGS.record(**at, direction="up" if stage.target > before else "down")
+        self._targets[stage.endpoint, stage.stage] = stage.target

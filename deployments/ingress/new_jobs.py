@@ -24,7 +24,7 @@ from deployments.schemas.endpoint import Endpoint
 from deployments.schemas.failures import Failure, error_failure, request_failure, validation_failure
 from deployments.schemas.inputs import EndpointInput
 from deployments.schemas.submission import SubmissionOptions, fingerprint
-from engines.errors import ModelError, QueueFull, RequestError
+from engines.errors import ModelError, QueueFull, RequestError, ValueTooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,11 @@ async def _accept(
     try:
         parsed = endpoint.input.parse(body.fields, refuse_unknown=settings.unknown_fields == "refuse")
         check_places(parsed.input, body)
+        parsed.input.check_memory(settings.config_of(endpoint))
     except ValidationError as exc:
         return await _reject(connection, new, validation_failure(exc))
+    except ValueTooLarge as exc:
+        return await _reject(connection, new, error_failure(exc))
     refusal = await _refusal(connection, new, options.max_queue_length, size)
     # a repeat adds no job, and its caller needs the job's id
     if (refusal is not None or body.uris) and (job := await store_of(connection).repeated(new)) is not None:
@@ -83,7 +86,8 @@ async def _accept(
         if (job := await store_of(connection).repeated(new)) is not None:
             return Accepted(job)
         return await _reject(connection, new, error_failure(exc))
-    stored = await _write(connection, replace(new, notes=parsed.notes))
+    work = resolved.demand()
+    stored = await _write(connection, replace(new, notes=parsed.notes, units=work.units, parallel=work.parallel))
     if isinstance(stored, Failure):
         return stored
     quotas_of(connection).accepted(new.owner, size)

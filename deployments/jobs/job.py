@@ -75,6 +75,7 @@ class NewJob:
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
     listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
     traceparent: the trace that it belongs to, see `deployments/tracing.py`.
+    units: of work in preprocessing, denoising and decoding. parallel: units of denoising that can run at the same time.
     """
 
     endpoint: str
@@ -94,6 +95,8 @@ class NewJob:
     notes: tuple[str, ...] = ()
     input_version: int = INPUT_VERSION
     traceparent: str | None = None
+    units: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    parallel: int = 1
 
 
 @dataclass(frozen=True)

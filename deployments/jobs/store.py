@@ -59,6 +59,8 @@ class _Submission(NamedTuple):
     retries: Json
     files_access: dict[str, Any] | None
     traceparent: str | None
+    units: tuple[float, float, float]
+    parallel: int
 
 
 @dataclass(frozen=True)
@@ -331,4 +333,6 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         retries=to_json(dict(new.retries)),
         files_access=new.files_access,
         traceparent=new.traceparent,
+        units=new.units,
+        parallel=new.parallel,
     )

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from deployments.stages.device_memory import proving
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import Note
 from deployments.stages.throttle import Throttle
@@ -43,7 +44,7 @@ class InThread(Generic[T]):
             loop.call_soon_threadsafe(self._told.put_nowait, note)
 
         def call() -> T:
-            with Throttle(self._stage, tell) as throttle:
+            with proving(), Throttle(self._stage, tell) as throttle:
                 return self._call(throttle, self._stop.is_set)
 
         self._started = time.monotonic()

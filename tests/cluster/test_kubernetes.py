@@ -11,6 +11,9 @@ import pytest
 import yaml
 from ray import __version__ as ray_version
 
+from deployments.schemas.endpoint import ENDPOINTS
+from deployments.settings import load_settings
+
 SCHEMA = json.loads(Path("tests/cluster/kuberay.schema.json").read_text())
 VERSION = kubernetes_validate.latest_version()
 
@@ -90,13 +93,14 @@ def test_every_group_offers_the_resource_that_its_replicas_ask_for():
 
 
 def test_groups_may_grow_to_what_the_configuration_may_ask_for():
-    serve = yaml.safe_load(documents()["RayService", "reelray"]["spec"]["serveConfigV2"])
+    path = Path("cluster/serve_config.nodes.yaml")
+    settings, (app,) = load_settings(path), yaml.safe_load(path.read_text())["applications"]
+    share = {each["name"]: each["ray_actor_options"].get("num_gpus", 0) for each in app["deployments"]}
     most = {group["groupName"]: group["maxReplicas"] for group in cluster()["workerGroupSpecs"]}
-    for deployment in serve["applications"][0]["deployments"]:
-        (group,) = deployment["ray_actor_options"]["resources"]
-        if group != "front":
-            replicas = deployment["autoscaling_config"]["max_replicas"]
-            assert replicas * deployment["ray_actor_options"]["num_gpus"] <= most[group], deployment["name"]
+    for endpoint in ENDPOINTS.values():
+        for stage in ("preprocess", "denoise", "decode"):
+            replicas = getattr(settings.scaling_of(endpoint), stage).max
+            assert 1 < replicas * share[f"{endpoint.family}-{stage}"] <= most[stage]
 
 
 def test_the_head_survives_its_loss_and_only_holders_of_the_token_reach_it():

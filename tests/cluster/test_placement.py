@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
-from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import (
     DeploymentSchema,
     HTTPOptionsSchema,
@@ -48,14 +47,13 @@ def test_serve_knows_every_option(path: str):
     ]
     for deployment in app["deployments"]:
         given += [(DeploymentSchema, deployment), (RayActorOptionsSchema, deployment["ray_actor_options"])]
-        given += [(AutoscalingConfig, deployment["autoscaling_config"])] if "autoscaling_config" in deployment else []
     assert not [(model.__name__, key) for model, keys in given for key in keys if key not in model.model_fields]
 
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_configuration_scales_by_the_same_policy_and_drains_as_long(path: str):
     ours, root = application(path), application("serve_config.yaml")
-    assert ours.get("autoscaling_policy") == root.get("autoscaling_policy")
+    assert ours["autoscaling_policy"] == root["autoscaling_policy"] | {"policy_kwargs": {"settings": ours["args"]}}
     kept = ("max_ongoing_requests", "graceful_shutdown_timeout_s")
     expected = {each["name"]: [each.get(key) for key in kept] for each in root["deployments"]}
     assert {each["name"]: [each.get(key) for key in kept] for each in ours["deployments"]} == expected
@@ -65,8 +63,7 @@ def test_on_one_gpu_all_stages_fit_with_one_replica_each():
     path = "cluster/serve_config.gpu.yaml"
     assert len(gpus(path)) == 6
     assert 0.5 < sum(gpus(path).values()) <= 1
-    bounds = [each["autoscaling_config"] for each in application(path)["deployments"] if each["name"].endswith(STAGES)]
-    assert {each["max_replicas"] for each in bounds} == {1}
+    assert "scaling" not in application(path)["args"], "the default is one replica"
 
 
 def test_in_pools_denoisers_have_whole_gpus_and_the_other_stages_share_one():

@@ -16,6 +16,7 @@ from deployments.files.file_store import FileStore
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Job, NewJob
 from deployments.jobs.store import JobStore
+from deployments.jobs.work import StageStatus, Work
 from deployments.metrics import Metric
 from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages.protocol import CheckpointRef, Done, OnNote, Started
@@ -127,6 +128,19 @@ async def test_the_queues_gauges_are_the_databases(store: JobStore, recorded: Re
     assert recorded.of(metrics.QUEUED, endpoint=OTHER) == recorded.of(metrics.OLDEST, endpoint=OTHER) == [0]
     assert recorded.of(metrics.PAUSED, endpoint=OTHER) == recorded.of(metrics.DATABASE) == [1]
     assert recorded.of(metrics.WEBHOOKS) == recorded.of(metrics.OLDEST_WEBHOOK) == [0]
+
+
+async def test_the_scalings_gauges_and_decisions_are_what_the_policy_wrote(store: JobStore, recorded: Recorded) -> None:
+    gauges = QueueGauges(store, Outbox(store.database), [ENDPOINT])
+    for target in (2, 5, 5, 1):
+        status = StageStatus(ENDPOINT, "denoise", unit_s=0.2, ready_s=30.0, backlog_s=12.5, replicas=2, target=target)
+        await Work(store.database, [ENDPOINT]).save([status])
+        await gauges.set()
+    assert recorded.of(metrics.TARGET, endpoint=ENDPOINT, stage="denoise") == [2, 5, 5, 1]
+    assert set(recorded.of(metrics.REPLICAS)) == {2}
+    assert set(recorded.of(metrics.BACKLOG)) == {12.5}
+    directions = [tags["direction"] for name, _, tags in recorded.values if name == metrics.SCALINGS.name]
+    assert directions == ["up", "down"]
 
 
 async def test_a_database_that_is_away_is_a_gauge_of_0_and_ends_nothing(recorded: Recorded, store: JobStore) -> None:

@@ -23,7 +23,8 @@ def service(demo_weights: Path) -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
         Path(home, "weights").symlink_to(demo_weights)
-        running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
+        scaling = {"solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}}}
+        running = Service(Path(home), added={"solid": {"frames": 5}, "scaling": scaling}, root=with_third_endpoint(Path(code)))
         try:
             running.start()
             yield running
