@@ -182,7 +182,7 @@ def build(args: Settings) -> serve.Application:
     settings.refuse_split(_nodes())
     handles: dict[str, Any] = {}
     configs = settings.model_configs()
-    told, fetch, files_url, checkpoint_s = settings.telemetry, settings.fetch, settings.files_url, settings.queue.checkpoint_s
+    told, files_url, checkpoint_s = settings.telemetry, settings.files_url, settings.queue.checkpoint_s
     for endpoint in ENDPOINTS.values():
         if endpoint.model in configs:
             config = configs[endpoint.model]

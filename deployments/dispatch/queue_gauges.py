@@ -68,5 +68,5 @@ class QueueGauges:
         metrics.REPLICAS.record(stage.replicas, **at)
         before = self._targets.get((stage.endpoint, stage.stage), stage.target)
         if before != stage.target:
-            metrics.SCALINGS.record(**at, direction="up" if stage.target > before else "down")
+            metrics.SCALINGS.record(1, **at, direction="up" if stage.target > before else "down")
         self._targets[stage.endpoint, stage.stage] = stage.target
