@@ -51,8 +51,9 @@ def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
     from engines.diffusion.arithmetic import exact_arithmetic
 
     exact_arithmetic()
-    # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
-    torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
+    if stage != "sampler":  # which computes little
+        # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
+        torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
     return getattr(import_module(f"{_MODELS[model]}.{stage}"), stage.title())(config)
 
 

@@ -21,6 +21,8 @@ from typing import Literal
 from engines.units import Unit
 
 MOST_AT_A_REPLICA = 2
+LEAST_SHARE = 0.25
+"""Every job gets this part of an equal share at least, whatever its priority: no stream of other jobs stops it."""
 STRAGGLES = 3.0
 """A unit that takes so many times as long as usual straggles."""
 LEAD = 0.25
@@ -34,10 +36,12 @@ SAMPLES = 3
 class Job:
     """A job's units. had: the size of its units that were sent, from where the others stood when it came.
 
+    served_at: how many units had been sent when it was served last, or came.
     owners: `keeps` of a unit -> replicas that have run one of that name. known: the replicas that have run any.
     """
 
     priority: int
+    served_at: int
     had: float = -inf
     waiting: dict[int, "Ticket"] = field(default_factory=dict)  # age -> ticket, oldest first
     open: set["Ticket"] = field(default_factory=set)
@@ -69,6 +73,10 @@ class Run:
     replica: str
     began_at: float | None = None
     stopping: bool = False
+
+    def took_s(self, now: float) -> float:
+        """How long its turn has lasted, in seconds."""
+        return 0.0 if self.began_at is None else now - self.began_at
 
 
 @dataclass(eq=False)
@@ -114,6 +122,7 @@ class Scheduler:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._ages = itertools.count()
+        self._sent = 0
         self._jobs: dict[Job, None] = {}
         self._replicas: dict[str, Replica] = {}
         self._stops: list[Run] = []
@@ -139,20 +148,22 @@ class Scheduler:
 
     def add_job(self, priority: int = 0) -> Job:
         """A new job. priority: a lower one comes first."""
-        job = Job(priority)
+        job = Job(priority, served_at=self._sent)
         self._jobs[job] = None
         return job
 
     def submit(self, job: Job, units: Sequence[Unit]) -> list[Ticket]:
         """These units wait from now on: all that the job can do before they are done.
 
-        A job that had nothing waiting while others went on catches up, but by these units at most. So does a new one.
+        A job that had nothing waiting while others went on catches up, but by these units at most. So does a new one: with those
+        that have been served, not with others that are new.
         """
         tickets = [Ticket(job, next(self._ages), unit) for unit in units]
         job.open.update(tickets)
         job.waiting |= {ticket.age: ticket for ticket in tickets}
         size = sum(unit.size for unit in units)
-        job.had = max(job.had, min((other.had for other in self._jobs if other is not job and other.open), default=size) - size)
+        others = (other.had for other in self._jobs if other is not job and other.open and other.known)
+        job.had = max(job.had, min(others, default=size) - size)
         return tickets
 
     def drop(self, job: Job) -> None:
@@ -175,7 +186,7 @@ class Scheduler:
         if how == "answered" and not ticket.over:
             if run.began_at is not None:
                 for paces in (ticket.job.paces, self.paces):
-                    paces.add(now - run.began_at, ticket.unit.size)
+                    paces.add(run.took_s(now), ticket.unit.size)
             if ticket.unit.keeps is not None and not replica.leaving:
                 ticket.job.owners.setdefault(ticket.unit.keeps, set()).add(run.replica)
             ticket.job.open.discard(ticket)
@@ -239,14 +250,19 @@ class Scheduler:
             run = Run(ticket, name, began_at=None if replica.runs else self._clock())
             ticket.job.waiting.pop(ticket.age, None)
             ticket.job.had += ticket.unit.size
+            ticket.job.served_at = self._sent
             ticket.job.known[name] = None
             replica.runs.append(run)
             ticket.runs.append(run)
+            self._sent += 1
             yield run
 
     def _next(self) -> tuple[Ticket, str] | None:
         idle = {name: None for name, replica in self._replicas.items() if not replica.runs and not replica.leaving}
-        job = min((job for job in self._jobs if job.waiting), key=lambda job: (job.priority, job.had), default=None)
+        waiting = [job for job in self._jobs if job.waiting]
+        job = min(waiting, key=lambda job: (job.priority, job.had, job.served_at), default=None)
+        if overdue := [job for job in waiting if self._sent - job.served_at >= len(self._jobs) / LEAST_SHARE]:
+            job = min(overdue, key=lambda job: job.served_at)
         if job is None:
             return self._again(next(iter(idle))) if idle else None
         free = idle or {name: None for name, replica in self._replicas.items() if self._takes_a_second(replica)}

@@ -17,7 +17,13 @@ __all__ = ["page_client"]
 def service() -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
-        running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
+        running = Service(
+            Path(home),
+            {"checkpoint_s": 0.2},
+            added={"solid": {"frames": 5}},
+            replicas={"controlnext-denoise": 2},
+            root=with_third_endpoint(Path(code)),
+        )
         try:
             running.start()
             yield running

@@ -36,10 +36,10 @@ class Timed:
         if name not in CALLS:
             return method
 
-        async def timed(*args: Any) -> Any:
+        async def timed(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
             try:
-                return await method(*args)
+                return await method(*args, **options)
             finally:
                 _laps.get()[CALLS[name]] = time.perf_counter() - started
 

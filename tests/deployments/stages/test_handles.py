@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.stages.handles import ServeStages, crossing, translated
+from deployments.stages.handles import ServeReplicas, ServeStages, crossing, translated
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
@@ -43,7 +43,7 @@ def stages_with(response: Response) -> ServeStages:
     method = SimpleNamespace(remote=lambda *_: response)
     handle: Any = SimpleNamespace(run=method, saved=method)
     handle.options = lambda *, stream: handle
-    return ServeStages(handle, handle, handle)
+    return ServeStages("a model", handle, handle, handle, ServeReplicas(handle))
 
 
 async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:

@@ -1,6 +1,7 @@
 import math
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -55,6 +56,29 @@ def test_urgent_jobs_come_first_and_each_jobs_units_in_order():
     assert told[2:5] == [(True, 0, 0), (True, 0, 1), (True, 0, 2)]
     assert told[5:7] == [(False, 0, 2), (False, 0, 3)]
     assert late.counted == 8
+
+
+def test_an_endless_stream_of_urgent_jobs_does_not_stop_a_late_one():
+    sim, urgent = pool(2), list[SimJob]()
+    late = sim.submit(SimJob(units=4, steps=5, priority=1))
+
+    def keep_six() -> None:
+        urgent[:] = [job for job in urgent if job.ended_at is None]
+        urgent.extend(sim.submit(SimJob(units=2, steps=1)) for _ in range(6 - len(urgent)))
+        sim.at(0.1, keep_six)
+
+    sim.at(0.5, keep_six)
+    sim.run(20 * 7 * 4 / 10)
+    assert late.ended_at is not None, "it had a quarter of its seventh of ten units a second"
+
+
+def test_new_jobs_of_one_unit_are_served_in_the_order_in_which_they_came():
+    sim, jobs = pool(1), list[SimJob]()
+    for n in range(20):
+        sim.at(n * 0.05, lambda: jobs.append(sim.submit(SimJob(units=1, steps=1))))
+    sim.run()
+    ends = [job.ended_at for job in jobs]
+    assert sum(one <= other for one, other in pairwise(ends)) >= 18  # type: ignore[operator]
 
 
 def test_jobs_of_one_priority_have_equal_shares_and_a_new_one_is_not_behind():
