@@ -116,7 +116,7 @@ async def measure(report: Report, weights: ControlNeXtWeights) -> None:
 def main() -> int:
     report = Report("units", "Units over replicas", __doc__, "`make bench-units`")
     with TemporaryDirectory(prefix="reelray-") as folder, serving_units(cpus=16):
-        asyncio.run(measure(report, write_demo_weights(Path(folder))))
+        asyncio.run(measure(report, write_demo_weights(Path(folder) / "controlnext")))
     report.save()
     return 0
 
