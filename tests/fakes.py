@@ -164,7 +164,7 @@ class ScriptedStages:
         return None
 
     def watch_replicas(self, changed: Callable[[int], None]) -> None:
-        changed(1)
+        changed(100)  # so that `max_in_flight` alone bounds the jobs
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         self.calls += 1
