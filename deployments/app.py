@@ -33,6 +33,7 @@ from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, UnitCall
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from engines.quick_start import without_collections
 from engines.spec import Conditioning, Latents
 
 SMALL: dict[str, Any] = {"health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
@@ -97,9 +98,10 @@ class PreprocessReplica:
     """Hosts `Preprocess` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
-        from deployments.stages.preprocess import Preprocess
+        with without_collections():
+            from deployments.stages.preprocess import Preprocess
 
-        self.wrapper = Preprocess(*args)
+            self.wrapper = Preprocess(*args)
 
     async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
@@ -124,12 +126,13 @@ class SamplerReplica:
 
     def __init__(self, files_url: str, checkpoint_s: float, models: dict[str, tuple[Any, DeploymentHandle]]):
         configure_logging()
-        from deployments.stages.sampler import Sampler
+        with without_collections():
+            from deployments.stages.sampler import Sampler
 
-        self.samplers = {
-            model: Sampler(model, config, files_url, checkpoint_s, ServeReplicas(denoise))
-            for model, (config, denoise) in models.items()
-        }
+            self.samplers = {
+                model: Sampler(model, config, files_url, checkpoint_s, ServeReplicas(denoise))
+                for model, (config, denoise) in models.items()
+            }
         self.calls: set[asyncio.Task[Any]] = set()
 
     async def run(
@@ -156,9 +159,10 @@ class DenoiseReplica:
 
     def __init__(self, *args: Any):
         configure_logging()  # before the engines are made ready, which can take minutes
-        from deployments.stages.denoise import Denoise
+        with without_collections():
+            from deployments.stages.denoise import Denoise
 
-        self.wrapper = Denoise(*args)
+            self.wrapper = Denoise(*args)
 
     async def arithmetic(self, _: str) -> str:
         """See `Denoise`."""
@@ -190,9 +194,10 @@ class DecodeReplica:
     """Hosts `Decode` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
-        from deployments.stages.decode import Decode
+        with without_collections():
+            from deployments.stages.decode import Decode
 
-        self.wrapper = Decode(*args)
+            self.wrapper = Decode(*args)
 
     async def run(self, latents: Latents) -> AsyncIterator[Any]:
         """See `Decode` and `crossing`."""

@@ -126,6 +126,9 @@ class LocalStages:
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         if self.sampler is None or self.loop is not asyncio.get_running_loop():
+            for replica in self.replicas.alive.values():  # what an event loop that has ended left there
+                replica.turn = asyncio.Lock()
+                replica._kept.clear()
             self.sampler, self.loop = self.new_sampler(), asyncio.get_running_loop()
         return await done_of(self.sampler.run(conditioning, conditioning, checkpoint, priority), on_note)
 
@@ -179,6 +182,33 @@ class ScriptedStages:
 
     async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
         return Done(CLIP, 0.125)
+
+
+def held_after(replica: Any, step: int) -> None:
+    """The replica's denoising then works up to this step, and goes on only once it is to stop."""
+    begin = replica.stage.begin
+
+    def begun(conditioning: Any) -> Any:
+        request = begin(conditioning)
+        run = request.run
+
+        def held(unit: Any, tell: Callable[[Report], None], should_stop: ShouldStop) -> UnitOutput:
+            def told(report: Report) -> None:
+                tell(report)
+                wait(isinstance(report, Progress) and report.done >= step)
+
+            def wait(now: bool) -> None:
+                while now and not should_stop():
+                    time.sleep(0.01)
+
+            wait(getattr(unit, "step", -1) >= step)
+            output: UnitOutput = run(unit, told, should_stop)
+            return output
+
+        request.run = held
+        return request
+
+    replica.stage.begin = begun
 
 
 class EndlessStage:

@@ -119,7 +119,7 @@ def _wait_until_ready(names: list[str], url: str) -> None:
         up = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
         if all(up) and _answers(url):
             return
-        time.sleep(0.2)
+        time.sleep(0.5)  # each question costs the controller some of the time in which it starts the replicas
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
 
 
