@@ -58,8 +58,8 @@ async def real(report: Report, one: UnitService, two: UnitService, expected: tor
             if take:
                 taken[replicas].append(seconds)
     shown = table("A job of ControlNeXt, demo weights", "replicas", "best s", "median s")
-    for replicas, seconds in taken.items():
-        shown.add_row(str(replicas), f"{min(seconds):.2f}", f"{statistics.median(seconds):.2f}")
+    for replicas, times in taken.items():
+        shown.add_row(str(replicas), f"{min(times):.2f}", f"{statistics.median(times):.2f}")
     report.add(shown)
     ratios = [b / a for a, b in zip(taken[1], taken[2], strict=True)]
     report.add(
@@ -102,7 +102,7 @@ async def measure(report: Report, weights: ControlNeXtWeights) -> None:
     asked = replace(
         conditioning(40, num_inference_steps=4, batch_frames=8), poses=torch.zeros(40, 3, 256, 192, dtype=torch.uint8)
     )
-    asked = replace(asked, image_latent=torch.randn(4, 32, 24))
+    asked = replace(asked, image_latent=torch.randn(4, 24, 16))
     expected = build_stage("controlnext", "denoise", config).sample(asked).values
     with units("controlnext", config, 1) as one, units("controlnext", config, 2) as two:
         await real(report, one, two, expected, asked)

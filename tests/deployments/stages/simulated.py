@@ -4,6 +4,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from deployments.stages.scheduling import Job, Run, Scheduler
@@ -45,16 +46,18 @@ class SimJob:
         return self.ended_at - self.began_at
 
 
+@dataclass(frozen=True, kw_only=True)
 class SimUnit(Unit):
     """Unit n of a step. Every second one keeps something at its replica."""
 
-    def __init__(self, asked: SimJob, step: int, n: int):
-        super().__init__(size=asked.unit_s, keeps=n if n % 2 == 0 else None)
-        object.__setattr__(self, "name", (asked, step, n))
+    asked: SimJob
+    step: int
+    n: int
 
-    @property
-    def asked(self) -> SimJob:
-        return self.name[0]
+
+def unit_of(run: Run) -> SimUnit:
+    assert isinstance(run.ticket.unit, SimUnit)
+    return run.ticket.unit
 
 
 class Sim:
@@ -68,7 +71,7 @@ class Sim:
         self.replicas: dict[str, SimReplica] = {}
         self.duration, self.step_s = duration, step_s
         self.alarm = 0
-        self.ran: list[tuple[str, Any]] = []
+        self.ran: list[tuple[str, tuple[SimJob, int, int]]] = []  # replica; job, step, unit of it
         self.most_at_a_replica = 0
 
     def at(self, delay_s: float, act: Callable[[], None]) -> None:
@@ -110,8 +113,9 @@ class Sim:
 
     def _begin(self, name: str, replica: SimReplica) -> None:
         run = replica.queue[0]
-        took_s = self.duration(name, run.ticket.unit.asked.unit_s) / replica.speed
-        self.ran.append((name, run.ticket.unit.name))
+        unit = unit_of(run)
+        took_s = self.duration(name, unit.asked.unit_s) / replica.speed
+        self.ran.append((name, (unit.asked, unit.step, unit.n)))
         self.at(took_s, lambda: self._end(name, replica, run, took_s))
 
     def _end(self, name: str, replica: SimReplica, run: Run, took_s: float) -> None:
@@ -136,16 +140,20 @@ class Sim:
     def pump(self) -> None:
         orders = self.scheduler.orders()
         for run in orders.start:
-            self.at(LATENCY_S, lambda run=run: self._arrive(run))
+            self.at(LATENCY_S, partial(self._arrive, run))
         for run in orders.stop:
-            self.at(LATENCY_S, lambda run=run: self._stop(run))
+            self.at(LATENCY_S, partial(self._stop, run))
         self.alarm = next(self.order)
         if (due_s := self.scheduler.due_in_s()) is not None:
-            self.at(due_s + 1e-6, lambda mine=self.alarm: self.pump() if mine == self.alarm else None)
+            self.at(due_s + 1e-6, partial(self._ring, self.alarm))
+
+    def _ring(self, alarm: int) -> None:
+        if alarm == self.alarm:
+            self.pump()
 
     def _answer(self, run: Run, how: Any) -> None:
         if self.scheduler.ended(run, how):
-            asked = run.ticket.unit.asked
+            asked = unit_of(run).asked
             asked.counted += 1
             asked.left -= 1
             if not asked.left:
@@ -167,8 +175,11 @@ class Sim:
             asked.ended_at = self.now
         else:
             asked.left = asked.units
-            self.scheduler.submit(asked.job, [SimUnit(asked, asked.done, n) for n in range(asked.units)])
+            self.scheduler.submit(asked.job, [self._unit(asked, n) for n in range(asked.units)])
         self.pump()
+
+    def _unit(self, asked: SimJob, n: int) -> SimUnit:
+        return SimUnit(size=asked.unit_s, keeps=n if n % 2 == 0 else None, asked=asked, step=asked.done, n=n)
 
     def cancel(self, asked: SimJob) -> None:
         if asked.ended_at is None and asked.job is not None:

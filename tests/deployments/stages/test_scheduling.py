@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from deployments.stages.scheduling import Scheduler
-from tests.deployments.stages.simulated import LATENCY_S, Sim, SimJob, pool
+from tests.deployments.stages.simulated import LATENCY_S, Sim, SimJob, pool, unit_of
 
 
 @pytest.mark.parametrize(("replicas", "least"), [(1, 0.95), (2, 0.95), (4, 0.92), (8, 0.9), (13, 0.9), (26, 0.9)])
@@ -190,7 +190,7 @@ def test_a_cancel_takes_a_jobs_units_out_at_once_and_frees_every_replica_within_
     before = len(sim.ran)
     sim.run(1.5 + 0.2 + 3 * LATENCY_S)
     assert not any(unit[0] is gone for _, unit in sim.ran[before:])
-    assert not any(run.ticket.unit.asked is gone for replica in sim.replicas.values() for run in replica.queue)
+    assert not any(unit_of(run).asked is gone for replica in sim.replicas.values() for run in replica.queue)
     sim.run()
     assert other.counted == 8 * 40
 
