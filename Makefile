@@ -58,6 +58,10 @@ bench: install ## measure both models against diffusers and the service against 
 bench-queue: install ## measure submits, claims and status reads with 1,000 and 1,000,000 jobs waiting
 	$(BIN)/python -m tests.load.bench_queue
 
+.PHONY: bench-units
+bench-units: install ## measure one job over two replicas, what the sampler costs on one, and jobs side by side
+	$(BIN)/python -m tests.load.bench_units
+
 .PHONY: bench-callers
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers

@@ -52,8 +52,8 @@ class QueueSettings(_Strict):
     again after this time.
     max_attempts: how often a job is tried before its last error ends it; `jobs/retry.py` says which errors are tried again, and
     when.
-    max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded.
+    max_in_flight: the most jobs of an endpoint in its three stages at once; None: as many as keep the replicas that there are
+    busy, and hide the time of the other stages.
     idempotency_s: how long submissions with the same `Idempotency-Key` get the job of the first one, in seconds, if that job is
     kept so long.
     deadlines: endpoint's id -> its deadlines, where the defaults do not fit.
@@ -65,7 +65,7 @@ class QueueSettings(_Strict):
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
-    max_in_flight: int = Field(3, ge=1)
+    max_in_flight: int | None = Field(None, ge=1)
     idempotency_s: float = Field(86_400.0, gt=0)
     checkpoint_s: float = Field(10.0, gt=0)
     low_after_s: float = Field(600.0, ge=0)

@@ -21,6 +21,7 @@ from deployments import metrics as measured
 from deployments import tracing
 from deployments.dispatch.attempt_metrics import AttemptMetrics, Outcome
 from deployments.dispatch.job_log import JobLog
+from deployments.dispatch.room import Room
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
 from deployments.files.uploads import take_in
@@ -73,8 +74,8 @@ class QueueLimits(Protocol):
         ...
 
     @property
-    def max_in_flight(self) -> int:
-        """How many jobs of one endpoint may be in its stages at once."""
+    def max_in_flight(self) -> int | None:
+        """The most jobs of one endpoint that may be in its stages at once; None: as many as they have room for."""
         ...
 
     @property
@@ -116,6 +117,7 @@ class Dispatcher:
         self.stages = stages
         self.queue = queue
         self.retention = retention
+        self.rooms: dict[str, Room] = {}
 
     async def run(self) -> None:
         """Works until cancelled. Then running jobs go back to the queue and are resumed; it does not count as an attempt."""
@@ -127,12 +129,23 @@ class Dispatcher:
 
     async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
         """Runs one endpoint's jobs, as many at once as its stages have room for. Other endpoints' long jobs do not delay them."""
-        room = asyncio.Semaphore(self.queue.max_in_flight)
+        changed = asyncio.Event()
+        room = self.rooms[endpoint] = Room(self.queue.max_in_flight, changed.set)
+        self.stages[endpoint].watch_replicas(room.replicas)
+        working: set[asyncio.Task[None]] = set()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            working.discard(task)
+            changed.set()
+
         async with self.store.claims.watch_work() as work:
             while True:
-                await room.acquire()
-                claim = await self._next_claim(endpoint, work)
-                group.create_task(self._traced(claim)).add_done_callback(lambda _: room.release())
+                while len(working) >= room.jobs:
+                    changed.clear()
+                    await changed.wait()
+                task = group.create_task(self._traced(await self._next_claim(endpoint, work)))
+                working.add(task)
+                task.add_done_callback(ended)
 
     async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
@@ -190,8 +203,7 @@ class Dispatcher:
         metrics = AttemptMetrics(claim.endpoint)
         watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
         render = asyncio.create_task(self._reported(claim, metrics, watchdog))
-        renewing = asyncio.create_task(self._renew_lease(claim, render, watchdog))
-        claims = self.store.claims
+        renewing, claims = asyncio.create_task(self._renew_lease(claim, render, watchdog)), self.store.claims
         try:
             result = await render
         except asyncio.CancelledError:
@@ -262,6 +274,7 @@ class Dispatcher:
             watchdog.waiting()
             job_log.stage_ended()
             metrics.done(stage, done)
+            self.rooms[claim.endpoint].learn(stage, done)
             return done.product
 
         unread = ENDPOINTS[claim.endpoint].input.unread(claim.input, claim.input_version)
@@ -278,7 +291,8 @@ class Dispatcher:
                 made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
                 conditioning = product_of("preprocess", made)
             with metrics.call("denoise"):
-                latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
+                denoised = await stages.denoise(conditioning, checkpoint, notes_of("denoise"), priority=claim.priority)
+                latents = product_of("denoise", denoised)
         with metrics.call("decode"):
             clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine

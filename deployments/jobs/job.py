@@ -163,6 +163,7 @@ class JobSummary:
 class Claim:
     """One attempt at a job. Only the holder of `token` may report on it.
 
+    priority: a lower one comes first.
     checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier attempt.
     lost_in: stage -> how many earlier attempts were lost while it worked. retries: what is left of `NewJob.retries`.
     created_at: when it was submitted, in UTC. waited_s: seconds from then to this claim. traceparent: see `NewJob`.
@@ -174,6 +175,7 @@ class Claim:
     owner: str | None
     input: dict[str, Any]
     input_version: int
+    priority: int
     attempt: int
     max_attempts: int
     files_s: float | None

@@ -21,31 +21,31 @@ from deployments.stages.throttle import Throttle
 from engines.spec import OnProgress, ShouldStop
 
 T = TypeVar("T")
+N = TypeVar("N")
 
 
-class InThread(Generic[T]):
-    """`async with` starts the call, and at its end waits for the thread. In between, iterate over it for the notes.
+class Threaded(Generic[N, T]):
+    """`async with` starts the call, and at its end waits for the thread. In between, iterate over it for what the call tells.
 
     If the block is left early (cancelled, closed), the call is stopped; else the call's error, if any, is raised.
-    stage: the one that is called. call: is given a function to report its progress to, and one that says whether to stop.
+    call: is given a function to tell items to, and one that says whether to stop.
     product, seconds: the call's result and duration, after the block.
     """
 
-    def __init__(self, stage: Stage, call: Callable[[OnProgress, ShouldStop], T]):
-        self._stage: Stage = stage
+    def __init__(self, call: Callable[[Callable[[N], None], ShouldStop], T]):
         self._call = call
         self._stop = threading.Event()
-        self._told: asyncio.Queue[Note | None] = asyncio.Queue()
+        self._told: asyncio.Queue[N | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
 
-        def tell(note: Note) -> None:
-            loop.call_soon_threadsafe(self._told.put_nowait, note)
+        def tell(item: N) -> None:
+            loop.call_soon_threadsafe(self._told.put_nowait, item)
 
         def call() -> T:
-            with proving(), Throttle(self._stage, tell) as throttle:
-                return self._call(throttle, self._stop.is_set)
+            with proving():
+                return self._call(tell, self._stop.is_set)
 
         self._started = time.monotonic()
         # Not asyncio's pool: a few calls of minutes would use up its threads, and downloads could not be written meanwhile
@@ -58,10 +58,10 @@ class InThread(Generic[T]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Note:
-        if (note := await self._told.get()) is None:
+    async def __anext__(self) -> N:
+        if (item := await self._told.get()) is None:
             raise StopAsyncIteration
-        return note
+        return item
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
@@ -86,6 +86,22 @@ class InThread(Generic[T]):
             del error, cancelled
 
     @property
+    def ended(self) -> asyncio.Future[T]:
+        """Is done when the call is."""
+        return self._work
+
+    @property
     def product(self) -> T:
         """What the call returned."""
         return self._work.result()
+
+
+class InThread(Threaded[Note, T]):
+    """Tells notes of a stage's progress. call: is given a function to report progress to, and one that says whether to stop."""
+
+    def __init__(self, stage: Stage, call: Callable[[OnProgress, ShouldStop], T]):
+        def noted(tell: Callable[[Note], None], should_stop: ShouldStop) -> T:
+            with Throttle(stage, tell) as throttle:
+                return call(throttle, should_stop)
+
+        super().__init__(noted)

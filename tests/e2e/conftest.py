@@ -23,8 +23,18 @@ def service(demo_weights: Path) -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
         Path(home, "weights").symlink_to(demo_weights)
-        scaling = {"solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}}}
-        running = Service(Path(home), added={"solid": {"frames": 5}, "scaling": scaling}, root=with_third_endpoint(Path(code)))
+        running = Service(
+            Path(home),
+            {"checkpoint_s": 0.2},
+            added={
+                "solid": {"frames": 5},
+                "scaling": {
+                    "solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}},
+                    "controlnext": {"denoise": {"min": 2, "max": 2}},
+                },
+            },
+            root=with_third_endpoint(Path(code)),
+        )
         try:
             running.start()
             yield running

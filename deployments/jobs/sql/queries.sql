@@ -107,7 +107,7 @@ WITH claimed AS (
     INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
-SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
+SELECT id AS job_id, token, endpoint, owner, input, input_version, priority, attempt, max_attempts, files_s, files_access,
     checkpoint_name(id) AS checkpoint,
     NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries, created_at,
     extract(epoch FROM started_at - created_at)::double precision AS waited_s, traceparent

@@ -25,7 +25,8 @@ from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever, held_after
 from tests.patience import PATIENCE_S
 
-QUICK = QueueSettings(max_attempts=3, max_in_flight=2)
+ROOM = 2
+QUICK = QueueSettings(max_attempts=3, max_in_flight=ROOM)
 SHORT = QUICK.model_copy(update={"lease_s": 0.6})
 """For tests in which a lease must run out, or is renewed often."""
 INPUT = {"prompt": "a red ball", "seed": 42}
@@ -114,7 +115,7 @@ async def test_a_cancelled_job_frees_the_stage(
 ):
     calls: list[int] = []
     replica = local_stages.denoise_replica
-    monkeypatch.setattr(replica.stage, "sample", replica.stage.sample)  # puts back what `held_after` exchanges
+    monkeypatch.setattr(replica.stage, "begin", replica.stage.begin)  # puts back what `held_after` exchanges
     held_after(replica, step=2)
     hook = replica.stage.unet.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
     async with dispatching(store, files, local_stages):
@@ -491,15 +492,17 @@ async def test_a_job_that_always_stands_still_fails_in_the_end(store: JobStore, 
     assert (job.attempt, job.failure.error_type) == (3, "runner_connection_timeout")
 
 
-async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
-    store: JobStore, files: FileStore, local_stages: LocalStages, monkeypatch: pytest.MonkeyPatch
+async def test_a_job_that_waits_for_a_replica_does_not_stand_still(
+    store: JobStore, files: FileStore, demo_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
+    local_stages = LocalStages(demo_settings)
+    local_stages.replicas.kill("replica-0")
     now, renewed, heartbeat, denoise = [0.0], asyncio.Event(), store.claims.heartbeat, local_stages.denoise
     monkeypatch.setattr("deployments.dispatch.dispatcher.Watchdog", lambda deadlines: Watchdog(deadlines, lambda: now[0]))
 
-    async def wait_long(*args: Any) -> Any:
+    async def wait_long(*args: Any, **options: Any) -> Any:
         now[0] += 1e6
-        return await denoise(*args)
+        return await denoise(*args, **options)
 
     async def noted_heartbeat(*args: Any) -> bool:
         if now[0]:
@@ -509,7 +512,7 @@ async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
     monkeypatch.setattr(local_stages, "denoise", wait_long)
     monkeypatch.setattr(store.claims, "heartbeat", noted_heartbeat)
     queue = SHORT.model_copy(update={"deadlines": {ENDPOINT: Deadlines(run_s=1e9, idle_s=0.5)}})
-    async with local_stages.denoise_replica.turn, dispatching(store, files, local_stages, queue):  # another job's
+    async with dispatching(store, files, local_stages, queue):
         job_id = await submit(store, num_inference_steps=1)
         async with asyncio.timeout(PATIENCE_S):
             for _ in range(3):
@@ -518,6 +521,8 @@ async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
         job = await store.get(job_id)
         assert job is not None
         assert (job.state, job.attempt) == (JobState.RUNNING, 1)
+        local_stages.replicas.add("new", local_stages.denoise_replica)
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
 
 
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
@@ -540,18 +545,34 @@ async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore
     async with dispatching(store, files, stages):
         for job in [await submit(store) for _ in range(8)]:
             assert (await ended(store, job)).state is JobState.SUCCEEDED
-    assert stages.peak == QUICK.max_in_flight
+    assert stages.peak == ROOM
+
+
+async def test_when_replicas_come_more_jobs_are_claimed_at_once(store: JobStore, files: FileStore):
+    class Growing(ScriptedStages):
+        def watch_replicas(self, changed: Callable[[int], None]) -> None:
+            self.changed = changed
+
+    stages = Growing(for_ever)
+    async with dispatching(store, files, stages, QUICK.model_copy(update={"max_in_flight": None})):
+        ids = [await submit(store) for _ in range(8)]
+        await started(store, ids[2])
+        await asyncio.sleep(0.2)
+        assert stages.running == 3
+        stages.changed(4)
+        await started(store, ids[5])
+        assert stages.running == 6
 
 
 async def test_one_endpoints_long_jobs_do_not_hold_up_anothers(store: JobStore, files: FileStore):
     other = "fal-ai/controlnext"
     long, short = ScriptedStages(for_ever), ScriptedStages(nothing)
     task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK, RetentionSettings()).run())
-    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(QUICK.max_in_flight + 1)]
+    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(ROOM + 1)]
     assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
-    for job in waiting[: QUICK.max_in_flight]:
+    for job in waiting[:ROOM]:
         await started(store, job.id)
-    assert long.peak == QUICK.max_in_flight
+    assert long.peak == ROOM
     task.cancel()
     await asyncio.wait([task])
 
@@ -627,7 +648,7 @@ class ChattyStages(ScriptedStages):
 
     notes = 100_000
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         for k in range(self.notes // 2):
             progress = StageProgress("denoise", Progress("step", k, self.notes // 2))
             await on_note(Note(progress.message, progress=progress))
@@ -660,7 +681,7 @@ async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: 
 
 async def test_notes_that_are_not_written_keep_an_attempt_from_standing_still(store: JobStore, files: FileStore):
     class Steady(ScriptedStages):
-        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
             for k in range(200):
                 await on_note(Note("", progress=StageProgress("denoise", Progress("step", k, 200))))
                 await asyncio.sleep(0.01)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.stages.handles import ServeStages, crossing, translated
+from deployments.stages import replica_lists
+from deployments.stages.handles import ANY, NamedReplicaRouter, ServeReplicas, ServeStages, crossing, translated
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
 from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
 from tests.fakes import CLIP
@@ -43,7 +44,7 @@ def stages_with(response: Response) -> ServeStages:
     method = SimpleNamespace(remote=lambda *_: response)
     handle: Any = SimpleNamespace(run=method, saved=method)
     handle.options = lambda *, stream: handle
-    return ServeStages(handle, handle, handle)
+    return ServeStages("a model", handle, handle, handle, ServeReplicas(handle))
 
 
 async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
@@ -144,3 +145,28 @@ async def test_a_product_crosses_ray_as_an_item_of_its_own_behind_its_end(produc
     assert closed == [True, True]
     found = await stages_with(Response(*items)).saved(CHECKPOINT, nobody)
     assert (found and await found) is product  # type: ignore[misc]
+
+
+async def test_a_call_goes_to_the_replica_that_it_names_or_to_any_if_that_has_gone():
+    candidates: list[Any] = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in ("a", "b")]
+    router = NamedReplicaRouter.__new__(NamedReplicaRouter)  # Serve's own constructor needs a controller
+
+    async def chosen(*args: Any) -> list[str]:
+        context = SimpleNamespace(should_backoff=False)
+        pending: Any = SimpleNamespace(args=args, routing_context=context)
+        (found,) = await router.choose_replicas(candidates, pending)
+        assert context.should_backoff, "else Serve asks again without a pause where all are full"
+        return [each.replica_id.unique_id for each in found]
+
+    assert await chosen("b", "more") == ["b"]
+    assert await chosen("gone") == await chosen(ANY) == await chosen() == ["a", "b"]
+
+
+async def test_watchers_hear_of_their_deployments_replicas_at_once_and_later():
+    heard: list[frozenset[str]] = []
+    replica_lists.announce("one", frozenset("a"))
+    replica_lists.watch("one", heard.append)
+    replica_lists.announce("another", frozenset("x"))
+    await asyncio.to_thread(replica_lists.announce, "one", frozenset("ab"))
+    await asyncio.sleep(0)
+    assert heard == [frozenset("a"), frozenset("ab")]
