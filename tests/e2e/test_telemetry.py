@@ -62,7 +62,7 @@ def test_the_metrics_of_a_traced_job_reach_prometheus(service: Service, client: 
 
 def scrape(service: Service) -> str:
     """What Prometheus would read from the node's agent, which listens on several ports."""
-    (agent,) = service.processes("dashboard/agent.py")
+    (agent,) = service.processes("ray::DashboardAgent")
     for listening in agent.net_connections(kind="tcp"):
         if listening.status == psutil.CONN_LISTEN:
             try:
