@@ -71,7 +71,7 @@ class Cancels:
         """Runs every job from its submission to its end."""
         seeds = iter(range(jobs))
         limits = httpx.Limits(max_connections=2 * CALLERS)
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=PATIENCE_S, limits=limits) as http:
 
             async def call() -> None:
                 for seed in seeds:
@@ -160,7 +160,7 @@ class Cancels:
             released.wait(PATIENCE_S)
 
         self.stages.on_unit = hold
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30) as http:
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=PATIENCE_S) as http:
             ids = [await self._submit(http, 1_000_000 + i) for i in range(2 * ROOM)]
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):

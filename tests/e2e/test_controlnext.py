@@ -155,7 +155,7 @@ def test_bad_media_end_as_a_422_that_names_them_and_the_workers_live(client: Que
     assert [status["error_type"] for status in bad] == [error_type for *_, error_type in BAD_MEDIA]
     assert "error" not in last
     for request_id, (*_, field, error_type) in zip(ids, BAD_MEDIA, strict=False):
-        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}", timeout=PATIENCE_S)
         assert response.status_code == 422
         (detail,) = response.json()["detail"]
         assert (detail["loc"], detail["type"]) == (["body", field], error_type)

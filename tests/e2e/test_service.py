@@ -174,8 +174,9 @@ def test_keyframes_come_by_url_by_data_uri_and_by_upload(client: QueueClient, se
     Image.new("RGB", (30, 30), "red").save(buffer, "PNG")
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     hidden = {"x-fal-object-lifecycle": '{"initial_acl": {"default": "hide"}}', "content-type": "image/png"}
-    uploaded = httpx.post(f"{service.url}/files/upload", content=buffer.getvalue(), headers=hidden).json()["access_url"]
-    assert httpx.get(uploaded).status_code == 404
+    stored = httpx.post(f"{service.url}/files/upload", content=buffer.getvalue(), headers=hidden, timeout=PATIENCE_S)
+    uploaded = stored.json()["access_url"]
+    assert httpx.get(uploaded, timeout=PATIENCE_S).status_code == 404
     files = []
     for source in (f"{media}/red.png", uri, uploaded):
         job = {"prompt": "a", "seed": 1, "keyframe_1_image_url": source, "keyframe_1_index": 3, "controlnet_type": "rgb"}
@@ -204,7 +205,7 @@ def test_a_bad_keyframe_ends_as_a_422_that_names_it_and_the_workers_live(client:
     assert [status["error_type"] for status in bad] == [error_type for _, error_type in BAD_KEYFRAMES]
     assert "error" not in last
     for request_id, (_, error_type) in zip(ids, BAD_KEYFRAMES, strict=False):
-        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}")
+        response = httpx.get(f"{service.url}/queue/{ENDPOINT}/requests/{request_id}", timeout=PATIENCE_S)
         assert response.status_code == 422
         (detail,) = response.json()["detail"]
         assert (detail["loc"], detail["type"]) == (["body", "keyframe_2_image_url"], error_type)
@@ -258,6 +259,6 @@ def test_a_job_that_is_cancelled_while_its_files_come_drops_them(client: QueueCl
 
 
 def test_unknown_things_are_404(client: QueueClient, service: Service):
-    assert httpx.post(f"{service.url}/queue/fal-ai/unknown", json={}).status_code == 404
+    assert httpx.post(f"{service.url}/queue/fal-ai/unknown", json={}, timeout=PATIENCE_S).status_code == 404
     with pytest.raises(CallFailed, match="NOT_FOUND"):
         client.status(ENDPOINT, "00000000-0000-4000-8000-000000000000")

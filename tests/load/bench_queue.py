@@ -4,11 +4,15 @@ Each kind of hosting first answers a constant and then the real requests, to the
 that the ratio of both rates is the cost of the queue. The client, the host and PostgreSQL share the machine. Hosting: `reelray
 gateway`'s uvicorn with one worker, Serve's own proxy, and Serve with HAProxy. Claims are made by eight tasks at once, in the
 store and without HTTP. Times are those of whole requests in ms.
+
+What an index costs that only the history reads: jobs are submitted, claimed and ended, by eight tasks in the store, alternately
+with the index and without it.
 """
 
 import argparse
 import asyncio
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ from rich.table import Table
 
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.haproxy import SWITCH
+from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from tests.conftest import embedded
@@ -30,6 +35,9 @@ ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 BODY = json.dumps({"prompt": "a red ball", "seed": 1}).encode()
 CONNECTIONS = 16
 CLAIMERS = 8
+ROUNDS = 7
+HISTORY_ENDPOINT = "fal-ai/controlnext"
+"""No other jobs of it are waiting."""
 HOSTS = ("uvicorn", "Serve", "Serve with HAProxy")
 
 
@@ -110,6 +118,47 @@ async def claims(settings: Settings, seconds: float) -> Rate:
     return rate
 
 
+async def whole_jobs(store: JobStore, seconds: float) -> float:
+    """Jobs a second that are submitted, claimed and ended, all of one key, as its history would list them."""
+    done = 0
+    end = time.perf_counter() + seconds
+
+    async def work() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            await store.submit(NewJob(HISTORY_ENDPOINT, {"prompt": "a red ball", "seed": 1}, owner="studio"))
+            claim = await store.claims.take([HISTORY_ENDPOINT], 600)
+            assert claim is not None
+            await store.claims.succeed(claim, {"video": {"url": "/files/x/video.mp4"}}, {})
+            done += 1
+
+    began = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(CLAIMERS)))
+    return done / (time.perf_counter() - began)
+
+
+async def history_cost(settings: Settings, seconds: float) -> tuple[float, float]:
+    """Whole jobs a second with the index of the history and without it, each the median of `ROUNDS` rounds in turn."""
+    store = await JobStore.open(database_url(settings), max_connections=CLAIMERS)
+    sql = await asyncpg.connect(database_url(settings))
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    try:
+        (index,) = await sql.fetchrow("SELECT pg_get_indexdef('jobs_history'::regclass)")
+        await whole_jobs(store, seconds / ROUNDS)  # warms up
+        for _ in range(ROUNDS):
+            for there in (True, False):
+                await sql.execute("DROP INDEX IF EXISTS jobs_history")
+                if there:
+                    await sql.execute(index)
+                await sql.execute("CHECKPOINT")
+                rates[there].append(await whole_jobs(store, seconds / ROUNDS))
+        await sql.execute(index)
+    finally:
+        await sql.close()
+        await store.close()
+    return statistics.median(rates[True]), statistics.median(rates[False])
+
+
 async def fill(settings: Settings, waiting: int) -> None:
     """Adds jobs until `waiting` are queued. Triggers are off, because event rows are not measured."""
     sql = await asyncpg.connect(database_url(settings))
@@ -182,6 +231,13 @@ def main() -> None:
             rate = asyncio.run(claims(settings, asked.seconds))
             shown.add_row(f"{waiting:,} waiting, claims (no HTTP)", f"{rate.per_s:.0f}", "", *times(rate))
         report.add(shown)
+        cost = table(
+            f"{ROUNDS} rounds of {asked.seconds / ROUNDS:.1f} s each way, in turn", "index", "whole jobs a second", "ratio"
+        )
+        with_index, without = asyncio.run(history_cost(settings, asked.seconds))
+        cost.add_row("without", f"{without:.0f}", "1.00")
+        cost.add_row("with", f"{with_index:.0f}", f"{with_index / without:.2f}")
+        report.add(cost)
     report.save()
 
 

@@ -96,6 +96,20 @@ async def test_a_caller_that_hangs_up_in_its_body_leaves_no_job(base_url: str, s
     assert await store.queued(ENDPOINT, at_most=1) == 0
 
 
+async def test_a_websocket_that_is_refused_is_hung_up_on(base_url: str) -> None:
+    """fal's Python client waits for that."""
+    reader, writer, host = await connected(base_url)
+    upgrade = (
+        "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="
+    )
+    writer.write(f"GET /run/{ENDPOINT}/realtime?max_buffering=0 HTTP/1.1\r\nhost: {host}\r\n{upgrade}\r\n\r\n".encode())
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"max_buffering" in answer
+
+
 async def connected(base_url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, str]:
     """A connection, and what stands in `Host`."""
     scheme, _, host = base_url.partition("://")

@@ -44,6 +44,8 @@ MAX_PARTS_BYTES = 1_200_000
 MAX_DIGITS = 15
 DIRECT_BYTES = 100_000_000
 """Reserved for an upload to the bucket of unknown size. fal's client sends what is above 94 MB in parts, and those come here."""
+DIRECT_S = 3600.0
+"""How long such a URL is good at most, in seconds. It may not bind the size, so what arrives is looked up until then."""
 NO_STORE = {"cache-control": "no-store"}
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -68,8 +70,8 @@ async def initiate(request: Request, storage_type: str = "") -> Response:
     ticket = await _begin(request, caller, asked, direct=direct)
     file_url = _url(request, ticket)
     if direct:
-        open_s = settings_of(request).uploads.open_s
-        upload_url = await direct_url(files_of(request), ticket.name, ticket.content_type, asked.file_size, open_s)
+        files, open_s = files_of(request), _open_s(request, direct=True)
+        upload_url = await direct_url(files, files.arriving(ticket.name), ticket.content_type, asked.file_size, open_s)
     else:
         upload_url = f"{file_url}?upload={_signature(request, secret, ticket)}"
     return JSONResponse({"upload_url": upload_url, "file_url": file_url}, headers=NO_STORE)
@@ -167,15 +169,20 @@ async def _begin(request: Request, caller: Caller, asked: UploadRequest, *, dire
         name,
         owner=caller.owner,
         content_type=asked.content_type,
-        open_s=2 * settings.uploads.open_s,
+        open_s=2 * _open_s(request, direct=direct),
         keep_s=settings.retention.keep_file_s(lifecycle.keep_s),
         access=lifecycle.access.model_dump() if lifecycle.access else None,
         quota=settings.quotas.stored_bytes,
         size=reserved,
-        direct=direct,
+        arriving=files_of(request).arriving(name) if direct else None,
     )
     exact = asked.file_size is not None
     return Ticket(name, asked.content_type, reserved if exact else limit, exact, caller.owner)
+
+
+def _open_s(request: Request, *, direct: bool) -> float:
+    open_s = settings_of(request).uploads.open_s
+    return min(open_s, DIRECT_S) if direct else open_s
 
 
 def _lifecycle(headers: Mapping[str, str]) -> Lifecycle:

@@ -1,12 +1,16 @@
 -- Every statement about uploads. A row of `stored_files` with a digest is complete.
 
 -- name: begin_upload
--- False if it exceeds its owner's quota $9.
+-- False if it exceeds its owner's quota $8. $9: where it arrives in the bucket, if it is sent there.
 WITH allowed AS (
-    SELECT is_within_quota($3, $1, $7, $9) AS is_allowed
+    SELECT is_within_quota($3, $1, $7, $8) AS is_allowed
 ), begun AS (
     INSERT INTO stored_files (name, expires_at, owner, content_type, access, keep_s, size_bytes, direct)
-    SELECT $1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $8 FROM allowed WHERE is_allowed
+    SELECT $1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $9::text IS NOT NULL FROM allowed WHERE is_allowed
+    ON CONFLICT (name) DO NOTHING
+), arriving AS (
+    INSERT INTO stored_files (name, expires_at, part_of)
+    SELECT $9, now() + make_interval(secs => $2) + interval '1 hour', $1 FROM allowed WHERE is_allowed AND $9 IS NOT NULL
     ON CONFLICT (name) DO NOTHING
 )
 SELECT is_allowed FROM allowed
@@ -56,9 +60,10 @@ UPDATE stored_files SET expires_at = now() WHERE part_of = $1
 SELECT owner, content_type, access, expires_at, size_bytes, direct AND digest IS NULL AS unsettled
 FROM stored_files WHERE name = $1 AND part_of IS NULL AND NOT gone AND expires_at > now()
 
--- name: overdue_direct
--- Uploads to the bucket whose time is over, and which nobody has read yet: they may be complete.
-SELECT name, size_bytes FROM stored_files WHERE direct AND digest IS NULL AND expires_at <= now() ORDER BY expires_at LIMIT $1
+-- name: open_direct
+-- Uploads to the bucket that may have arrived: those whose time is over first, then any.
+SELECT name, size_bytes, expires_at <= now() AS is_over FROM stored_files
+WHERE direct AND digest IS NULL ORDER BY is_over DESC, random() LIMIT $1
 
 -- name: settle_direct
 -- One of them is complete, with $2 bytes.
@@ -69,5 +74,5 @@ UPDATE stored_files SET
 WHERE name = $1 AND direct AND digest IS NULL AND NOT gone
 
 -- name: give_up_direct
--- One of them is not there, or larger than was agreed: the next sweep deletes it.
+-- One of them is not there, or larger than was agreed. What arrives later is deleted when its own time is over.
 UPDATE stored_files SET direct = false, expires_at = now() WHERE name = $1 AND digest IS NULL

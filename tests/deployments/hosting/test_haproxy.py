@@ -106,7 +106,7 @@ def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path, hos
     lines = [line.strip() for line in config.read_text().splitlines()]
     assert [line for line in lines if line.startswith("bind")] == [
         "bind 127.0.0.1:9101",
-        f"bind {host}:8000 ssl crt {pem} alpn http/1.1",
+        f"bind {host}:8000 ssl crt {pem} alpn http/1.1 ssl-max-ver TLSv1.2",
         "bind 127.0.0.1:8404",
     ]
     assert [line.split()[2] for line in lines if line.startswith("server")] == [

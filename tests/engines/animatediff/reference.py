@@ -38,7 +38,6 @@ def diffusers_latents(
     images: list[Image.Image],
     indices: list[int],
     *,
-    num_frames: int,
     seed: int,
     **call: object,
 ) -> Tensor:
@@ -51,7 +50,7 @@ def diffusers_latents(
     return pipe(
         conditioning_frames=images,
         controlnet_frame_indices=indices,
-        num_frames=num_frames,
+        num_frames=16,
         generator=generator,
         output_type="latent",
         **call,

@@ -76,7 +76,7 @@ def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     pipeline: Pipeline, demo_weights: AnimateDiffWeights
 ):
     spec = AnimateDiffSpec(1, 2, 2.0, "a red ball", keyframes=keyframes(0, 8))
-    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=2, num_frames=10)
+    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=2)
     fresh = Pipeline("animatediff-sparsectrl-lcm", config)
     calls: list[int] = []
     fresh.denoise.controls["scribble"].register_forward_pre_hook(lambda *_: calls.append(1))

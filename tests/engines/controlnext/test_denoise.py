@@ -113,7 +113,7 @@ def test_latents_that_are_not_finite_are_an_error_at_once(denoise: Denoise):
 def test_half_precision_gives_about_the_same_video(controlnext_weights: ControlNeXtWeights, denoise: Denoise, dtype: DType):
     half = Denoise(replace(denoise.config, dtype=dtype))
     assert half.unet.conv_in.weight.dtype == getattr(torch, dtype)
-    asked = conditioning(7)
+    asked = conditioning(4, num_inference_steps=2)
     ours, full = half.sample(asked).values, denoise.sample(asked).values
     assert ours.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([ours.flatten(), full.flatten()]))[0, 1]

@@ -54,7 +54,7 @@ def precise_nets(controlnext_weights: ControlNeXtWeights) -> tuple[Any, Any]:
 def test_final_latents_equal_the_direct_samplers(
     denoise: Denoise, nets: tuple[Any, Any], num_frames: int, overlap: int, guidance: float
 ):
-    asked = conditioning(num_frames, overlap=overlap, guidance_scale=guidance, num_inference_steps=2)
+    asked = conditioning(num_frames, overlap=overlap, guidance_scale=guidance)
     ours = denoise.sample(asked)
     expected = direct(nets, asked)
     assert ours.values.shape == expected.shape == (1, 4, num_frames, 8, 6)
@@ -65,12 +65,12 @@ def test_final_latents_equal_the_direct_samplers(
 @pytest.fixture(scope="module")
 def plain(denoise: Denoise) -> torch.Tensor:
     """Latents at the control scale and with the ids of `conditioning`."""
-    return denoise.sample(conditioning(4, num_inference_steps=2)).values
+    return denoise.sample(conditioning(4)).values
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
 def test_the_control_scale_does_what_it_says(denoise: Denoise, nets: tuple[Any, Any], plain: torch.Tensor, scale: float):
-    asked = conditioning(4, controlnext_cond_scale=scale, num_inference_steps=2)
+    asked = conditioning(4, controlnext_cond_scale=scale)
     ours = denoise.sample(asked).values
     assert (ours - direct(nets, asked)).abs().max() <= 1e-4
     assert (ours - plain).abs().max() > 1e-2
@@ -78,7 +78,7 @@ def test_the_control_scale_does_what_it_says(denoise: Denoise, nets: tuple[Any, 
 
 @pytest.mark.parametrize("ids", [(6.0, 128.0, 0.02), (59.0, 0.5, 0.02)])
 def test_the_ids_reach_the_model(denoise: Denoise, nets: tuple[Any, Any], plain: torch.Tensor, ids: tuple[float, float, float]):
-    asked = conditioning(4, added_ids=ids, num_inference_steps=2)
+    asked = conditioning(4, added_ids=ids)
     ours = denoise.sample(asked).values
     assert (ours - direct(nets, asked)).abs().max() <= 1e-4
     assert (ours - plain).abs().max() > 1e-3

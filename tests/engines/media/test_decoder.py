@@ -25,7 +25,7 @@ from engines.media import messages
 from engines.media.decoder import Child, Decoder, Limits
 from engines.media.shared_frames import sealed
 from engines.media.video_reader import open_video
-from tests.engines.media.test_video_reader import KINDS, grey_clip, write
+from tests.engines.media.clips import KINDS, grey_clip, write
 from tests.patience import PATIENCE_S
 
 LIMITS = (10_000, 60)
@@ -130,20 +130,21 @@ def test_memory_of_frames_keeps_its_size_whoever_has_it(size: int):
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
-def test_a_child_that_dies_fails_its_file_and_the_next_file_gets_another(decoder: Decoder, clip: Path, number: int, caplog):
-    def use() -> None:
+def test_a_child_that_dies_fails_its_file_and_the_next_file_gets_another(decoder: Decoder, clip: Path, caplog):
+    def use(number: int) -> None:
         with decoder.video(clip, *LIMITS) as video:
             for frame in video.frames(1, 50):
                 assert frame.shape == (48, 64, 3)
                 os.kill(video._child.pid, number)
 
-    with pytest.raises(VideoLoadError, match="could not be decoded: its decoder crashed") as error:
-        use()
-    assert (error.value.status, error.value.loc) == (422, ())
-    assert decoder._idle == []
-    assert {record.action for record in caplog.records} == {"decoder_died"}
-    assert (levels(decoder, png()) == 255).all()
+    for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+        caplog.clear()
+        with pytest.raises(VideoLoadError, match="could not be decoded: its decoder crashed") as error:
+            use(number)
+        assert (error.value.status, error.value.loc) == (422, ()), number
+        assert decoder._idle == [], number
+        assert {record.action for record in caplog.records} == {"decoder_died"}, number
+        assert (levels(decoder, png()) == 255).all(), number
 
 
 def test_a_child_that_is_killed_between_files_costs_no_file(decoder: Decoder):
