@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from engines.controlnext.demo_pose import puppet_image
-from tests.engines.media.test_video_reader import KINDS, PLAYLISTS, audio_only, avi_of, huge, jpeg, refer_to, write
+from tests.engines.media.clips import KINDS, PLAYLISTS, audio_only, avi_of, huge, jpeg, refer_to, write
 
 INTERNET = "127.0.0.2"
 """Stands for the public Internet: the tests take this one address for public."""

@@ -25,7 +25,7 @@ from engines.media import messages
 from engines.media.decoder import Child, Decoder, Limits
 from engines.media.shared_frames import sealed
 from engines.media.video_reader import open_video
-from tests.engines.media.test_video_reader import KINDS, grey_clip, write
+from tests.engines.media.clips import KINDS, grey_clip, write
 from tests.patience import PATIENCE_S
 
 LIMITS = (10_000, 60)
