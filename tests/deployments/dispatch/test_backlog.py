@@ -103,13 +103,11 @@ async def test_a_thread_reads_the_database_and_survives_its_loss(
     monkeypatch.setattr("deployments.dispatch.backlog.OUTAGE_PAUSE_S", 0.05)
     monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.0)
     clips = Clips(unit_times=TIMES)
-    there, calls = True, 0
+    calls = 0
 
     def find() -> tuple[str, list[Clips]]:
         nonlocal calls
         calls += 1
-        if not there:
-            raise OSError("no server")
         return database, [clips]
 
     await store.submit(NewJob(clips.id, {}, units=UNITS))
@@ -125,14 +123,16 @@ async def test_a_thread_reads_the_database_and_survives_its_loss(
                 await asyncio.sleep(0.02)
         assert kept[0][0] == StageStatus(clips.id, "denoise", 2.0, 40.0, 50.0, 1, 2)
 
-        there = False
-        await execute(postgres, END_CONNECTIONS.format(urlsplit(database).path[1:]))
-        await until(lambda: calls > 3)
+        name = urlsplit(database).path[1:]
+        await execute(postgres, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await execute(postgres, END_CONNECTIONS.format(name))
+        seen = calls
+        await until(lambda: calls > seen + 2)
         old = reader.reading
         await asyncio.sleep(0.2)
         assert reader.reading is old
 
-        there = True
+        await execute(postgres, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         await until(lambda: reader.reading is not old)
         assert reader.reading.ready_s == {"clips-denoise": 40.0}  # what the first connection's time has measured
     finally:
