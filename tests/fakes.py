@@ -127,7 +127,6 @@ class LocalStages:
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         if self.sampler is None or self.loop is not asyncio.get_running_loop():
             for replica in self.replicas.alive.values():  # what an event loop that has ended left there
-                replica.turn = asyncio.Lock()
                 replica._kept.clear()
             self.sampler, self.loop = self.new_sampler(), asyncio.get_running_loop()
         return await done_of(self.sampler.run(conditioning, conditioning, checkpoint, priority), on_note)

@@ -50,12 +50,16 @@ class Room:
     @property
     def jobs(self) -> int:
         """How many there may be."""
-        busy = math.ceil(self._replicas / self._width) + 1
+        busy = _ceil(self._replicas / self._width) + 1
         others_s = sum(self._seconds.values())
-        hidden = math.ceil(others_s * self._replicas / self._busy_s) if self._busy_s else 1
+        hidden = _ceil(others_s * self._replicas / self._busy_s) if self._busy_s else 1
         room = busy + min(hidden, MOST_HIDDEN)
         return room if self._most is None else min(room, self._most)
 
 
 def _average(before: float | None, newest: float) -> float:
     return newest if not before else (1 - NEWEST) * before + NEWEST * newest
+
+
+def _ceil(value: float) -> int:
+    return math.ceil(round(value, 6))  # an average of equal numbers is not quite one of them

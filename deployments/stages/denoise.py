@@ -2,7 +2,7 @@
 
 It knows nothing of a job's latents, steps or checkpoints: `sampler.py` has those. What a job's units share is made once and kept
 until the job has ended, or has not been heard of for a while. A replica accepts more calls than it works on: the next one waits
-with its data already here.
+with its data already here, and begins in the same thread as soon as the one before it ends.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deployments.stages.protocol import UnitCall
@@ -17,9 +18,9 @@ from deployments.stages.threaded import Threaded
 from deployments.stages.throttle import BURST
 from deployments.stages.token_bucket import TokenBucket
 from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
-from engines.errors import Cancelled
 from engines.registry import build_stage
 from engines.spec import Checkpoint, Conditioning, Progress, ShouldStop
+from engines.stopping import check
 from engines.units import Report, Request, UnitOutput
 
 MOST_JOBS = 8
@@ -45,7 +46,7 @@ class Denoise:
     def __init__(self, model: str, config: Any):
         self.stage = build_stage(model, "denoise", config)
         self.device = config.device
-        self.turn = asyncio.Lock()
+        self.thread = ThreadPoolExecutor(1)
         self._kept: dict[str, Kept] = {}
         self._running: dict[str, threading.Event] = {}
         self._stopped_early: deque[str] = deque(maxlen=1000)
@@ -66,21 +67,22 @@ class Denoise:
             stop.set()
         try:
             kept = await self._prepared(call.job, fetch)
-            async with self.turn:
-                if stop.is_set():
-                    raise Cancelled
-                conditioning = None if kept.request or kept.fetching is None else kept.fetching.result()
 
-                def work(tell: Callable[[Report], None], should_stop: ShouldStop) -> UnitOutput:
-                    request = kept.request = kept.request or self.stage.begin(conditioning)
-                    with Reports(tell) as reports:
-                        return request.run(call.unit, reports, lambda: should_stop() or stop.is_set())
+            def work(tell: Callable[[Report], None], should_stop: ShouldStop) -> UnitOutput:
+                def stopped() -> bool:
+                    return should_stop() or stop.is_set()
 
-                async with Threaded(work) as working:
-                    async for report in working:
-                        yield report
-                kept.fetching = None
-                kept.used_at = time.monotonic()
+                check(stopped)
+                if kept.request is None:
+                    assert kept.fetching is not None
+                    kept.request, kept.fetching = self.stage.begin(kept.fetching.result()), None
+                with Reports(tell) as reports:
+                    return kept.request.run(call.unit, reports, stopped)
+
+            async with Threaded(work, self.thread) as working:
+                async for report in working:
+                    yield report
+            kept.used_at = time.monotonic()
             yield working.product
         finally:
             del self._running[call.run]

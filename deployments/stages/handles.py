@@ -49,14 +49,14 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typ
 
 
 class ServeReplicas:
-    """The replicas of a deployment whose router is `NamedReplicaRouter`: see `Replicas`."""
+    """The replicas of a deployment whose router is `NamedReplicaRouter`, which follows them from here on: see `Replicas`."""
 
     def __init__(self, handle: DeploymentHandle):
         self._handle = handle
         self._streams = handle.options(stream=True)
 
     def watch(self, changed: Callable[[frozenset[str]], None]) -> None:
-        """See `Replicas`. The first call to a replica, e.g. `wake`, makes Serve look for them."""
+        """See `Replicas`."""
         replica_lists.watch(str(self._handle.deployment_id), changed)
 
     async def wake(self) -> None:

@@ -23,8 +23,8 @@ from engines.units import Unit
 MOST_AT_A_REPLICA = 2
 LEAST_SHARE = 0.25
 """Every job gets this part of an equal share at least, whatever its priority: no stream of other jobs stops it."""
-STRAGGLES = 3.0
-"""A unit that takes so many times as long as usual straggles."""
+STRAGGLES, STRAGGLES_S = 3.0, 0.5
+"""A unit straggles that takes so many times as long as usual, and so many seconds longer: short ones vary more."""
 LEAD = 0.25
 """When the second unit is sent to a replica: so much of the first one's usual time before its end, at least `LEAD_S` seconds."""
 LEAD_S = 0.05
@@ -219,7 +219,7 @@ class Scheduler:
             if waits and len(replica.runs) < MOST_AT_A_REPLICA:
                 times.append(head.began_at + expected_s - _lead_s(expected_s))
             if idle and not waits and not head.stopping and len(head.ticket.runs) == 1:
-                times.append(head.began_at + STRAGGLES * expected_s)
+                times.append(head.began_at + _straggles_after_s(expected_s))
             if idle and not waits and len(replica.runs) > 1:
                 times.append(head.began_at + expected_s + _lead_s(expected_s))
         coming = [time - now for time in times if time > now]
@@ -292,7 +292,7 @@ class Scheduler:
         if head.began_at is None or expected_s is None:
             return True
         ran_s = self._clock() - head.began_at
-        if ran_s > STRAGGLES * expected_s:
+        if ran_s > _straggles_after_s(expected_s):
             return False
         return len(self._jobs) == 1 or ran_s >= expected_s - _lead_s(expected_s)
 
@@ -304,11 +304,13 @@ class Scheduler:
                 continue
             head, *behind = replica.runs
             expected_s = self._expected_s(head.ticket)
-            left_s = None if expected_s is None or head.began_at is None else head.began_at + expected_s - now
-            if behind and _alone(behind[0]) and (left_s is None or expected_s is None or abs(left_s) > _lead_s(expected_s)):
+            if expected_s is None or head.began_at is None:
+                continue
+            ran_s = now - head.began_at
+            if behind and _alone(behind[0]) and abs(expected_s - ran_s) > _lead_s(expected_s):
                 self._stop(behind[0])
                 return behind[0].ticket, idle
-            if straggler is None and _alone(head) and expected_s and left_s and left_s <= (1 - STRAGGLES) * expected_s:
+            if straggler is None and _alone(head) and ran_s >= _straggles_after_s(expected_s):
                 straggler = head.ticket
         return None if straggler is None else (straggler, idle)
 
@@ -334,3 +336,7 @@ def _alone(run: Run) -> bool:
 
 def _lead_s(expected_s: float) -> float:
     return max(LEAD * expected_s, LEAD_S)
+
+
+def _straggles_after_s(expected_s: float) -> float:
+    return max(STRAGGLES * expected_s, expected_s + STRAGGLES_S)

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -28,12 +29,13 @@ class Threaded(Generic[N, T]):
     """`async with` starts the call, and at its end waits for the thread. In between, iterate over it for what the call tells.
 
     If the block is left early (cancelled, closed), the call is stopped; else the call's error, if any, is raised.
-    call: is given a function to tell items to, and one that says whether to stop.
-    product, seconds: the call's result and duration, after the block.
+    call: is given a function to tell items to, and one that says whether to stop. thread: where it waits for its turn; None: it
+    has one of its own. product, seconds: the call's result and duration, after the block.
     """
 
-    def __init__(self, call: Callable[[Callable[[N], None], ShouldStop], T]):
+    def __init__(self, call: Callable[[Callable[[N], None], ShouldStop], T], thread: ThreadPoolExecutor | None = None):
         self._call = call
+        self._thread = thread
         self._stop = threading.Event()
         self._told: asyncio.Queue[N | None] = asyncio.Queue()
 
@@ -48,10 +50,14 @@ class Threaded(Generic[N, T]):
                 return self._call(tell, self._stop.is_set)
 
         self._started = time.monotonic()
-        # Not asyncio's pool: a few calls of minutes would use up its threads, and downloads could not be written meanwhile
-        thread = ThreadPoolExecutor(1)
-        self._work = loop.run_in_executor(thread, contextvars.copy_context().run, call)  # its log records name the job's trace
-        thread.shutdown(wait=False)  # ends with the call
+        work = partial(contextvars.copy_context().run, call)  # its log records name the job's trace
+        if self._thread is not None:
+            self._work = loop.run_in_executor(self._thread, work)
+        else:
+            # Not asyncio's pool: a few calls of minutes would use up its threads, and downloads could not be written meanwhile
+            own = ThreadPoolExecutor(1)
+            self._work = loop.run_in_executor(own, work)
+            own.shutdown(wait=False)  # ends with the call
         self._work.add_done_callback(lambda _: self._told.put_nowait(None))
         return self
 

@@ -147,20 +147,26 @@ class UnitPool:
 
     async def _join(self, name: str) -> None:
         while name in self._listed:
-            with suppress(ReelrayError, TimeoutError):
+            try:
                 arithmetic = await asyncio.wait_for(self._replicas.arithmetic(name), ANSWER_S)
-                if name in self._listed:
-                    self._arithmetic[name] = arithmetic
-                    self._joined.set()
-                    self.scheduler.join(name)
-                    self._pump()
-                    if len(set(self._arithmetic.values())) > 1:
-                        logger.warning(
-                            "replicas that denoise differ in GPU, libraries or engines: the bits of a job depend on who ran it",
-                            extra={"action": "arithmetic_mixed", "replicas": dict(self._arithmetic)},
-                        )
-                return
-            await asyncio.sleep(AGAIN_S)
+            except Exception:
+                logger.warning("a replica does not answer", exc_info=True, extra={"action": "replica_silent", "replica": name})
+                await asyncio.sleep(AGAIN_S)
+                continue
+            if name in self._listed:
+                self._arithmetic[name] = arithmetic
+                self._joined.set()
+                self.scheduler.join(name)
+                self._warn_if_mixed()
+                self._pump()
+            return
+
+    def _warn_if_mixed(self) -> None:
+        if len(set(self._arithmetic.values())) > 1:
+            logger.warning(
+                "replicas that denoise differ in GPU, libraries or engines: the bits of a job depend on who ran it",
+                extra={"action": "arithmetic_mixed", "replicas": dict(self._arithmetic)},
+            )
 
     def _wake(self) -> None:
         """Asks for a replica where there is none."""

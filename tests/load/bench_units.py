@@ -99,10 +99,9 @@ async def many(report: Report, service: UnitService, replicas: int) -> None:
 
 async def measure(report: Report, weights: ControlNeXtWeights) -> None:
     config = ControlNeXtConfig(weights=weights, threads=1)
-    asked = replace(
-        conditioning(40, num_inference_steps=4, batch_frames=8), poses=torch.zeros(40, 3, 256, 192, dtype=torch.uint8)
-    )
-    asked = replace(asked, image_latent=torch.randn(4, 24, 16))
+    asked = conditioning(40, num_inference_steps=3, batch_frames=8, overlap=2)
+    poses = torch.randint(0, 256, (40, 3, 192, 128), dtype=torch.uint8)
+    asked = replace(asked, poses=poses, image_latent=torch.randn(4, 24, 16))
     expected = build_stage("controlnext", "denoise", config).sample(asked).values
     with units("controlnext", config, 1) as one, units("controlnext", config, 2) as two:
         await real(report, one, two, expected, asked)

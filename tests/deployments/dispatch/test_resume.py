@@ -79,7 +79,8 @@ class Counted:
         return call
 
     def __getattr__(self, name: str) -> Any:
-        return self._call(name)
+        found = getattr(self.stage, name)
+        return self._call(name) if callable(found) else found
 
 
 @pytest.mark.parametrize("endpoint", [ENDPOINT, CONTROLNEXT])
