@@ -13,9 +13,9 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HOSTILE = 'refused\n23:00 ERROR all is lost "\x00\x1b[31m\ud800'
 
 
-def record_of(error: BaseException | None = None, **fields: Any) -> logging.LogRecord:
+def record_of(raised: BaseException | None = None, **fields: Any) -> logging.LogRecord:
     """A record that was made within a trace."""
-    exc_info = None if error is None else (type(error), error, error.__traceback__)
+    exc_info = None if raised is None else (type(raised), raised, raised.__traceback__)
     record = logging.LogRecord("deployments.x", logging.WARNING, "x.py", 1, "attempt %s", ("failed",), exc_info)
     vars(record).update(fields)
     with tracing.span("attempt", f"00-{TRACE}-{PARENT}-01"):
