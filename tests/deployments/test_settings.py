@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import build
+from deployments.app import StageHandles, build
 from deployments.settings import Exposed, Settings, Split, load_settings
 from engines.checkpoints.source import Source
 
@@ -136,7 +136,9 @@ def all_deployments(application: Any) -> list[Any]:
             waiting += value
         elif isinstance(value, dict):
             waiting += value.values()
-    return found
+        elif isinstance(value, StageHandles):
+            waiting += vars(value).values()
+    return list({each.name: each for each in found}.values())
 
 
 @pytest.mark.parametrize("path", CONFIGS)
