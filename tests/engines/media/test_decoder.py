@@ -195,7 +195,7 @@ def test_a_call_that_is_stopped_kills_its_child_in_the_middle_of_a_file(decoder:
         return len(asked) > 1
 
     with pytest.raises(Cancelled):
-        decoder.picture("stretched", scans_without_end(2000), 8, 8, 50_000_000, should_stop=should_stop)
+        decoder.picture("stretched", scans_without_end(20_000), 8, 8, 50_000_000, should_stop=should_stop)
     assert not psutil.pid_exists(child)
     assert time.monotonic() - asked[-1] < PATIENCE_S
 
