@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, HTTPOptionsSchema, ServeDeploySchema
 
 from deployments.hosting import haproxy
-from deployments.hosting.embedded_postgres import database_url, stop_embedded
+from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.guardian import guarded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
@@ -58,7 +58,6 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     _exit_on_signals()
     with ExitStack() as stack:  # at the end every step is taken back, whichever of them fails
         stack.enter_context(guarded(settings))
-        stack.callback(stop_embedded, settings)
         database_url(settings)
         if stack.enter_context(haproxy.fronted(_certificate(schema.http_options))):
             schema.http_options.ssl_certfile = schema.http_options.ssl_keyfile = None  # HAProxy has them

@@ -11,6 +11,7 @@ from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
 from deployments.hosting.gateway import KEEP_ALIVE_S
 from deployments.hosting.tls import TlsFiles
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
@@ -121,7 +122,8 @@ async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
 
 async def _sweep(store: JobStore) -> None:
     while True:
-        await store.claims.sweep()
+        with suppress(StoreAway):  # as the dispatcher does
+            await store.claims.sweep()
         await asyncio.sleep(0.2)
 
 

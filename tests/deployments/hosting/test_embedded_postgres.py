@@ -1,4 +1,5 @@
 import asyncio
+import fcntl
 import os
 import pwd
 import signal
@@ -13,7 +14,14 @@ import psutil
 import pytest
 
 from deployments.hosting import guardian
-from deployments.hosting.embedded_postgres import GUARDED, SERVICE_USER, PostgresFailed, database_url, stop_embedded
+from deployments.hosting.embedded_postgres import (
+    GUARDED,
+    SERVICE_USER,
+    PostgresFailed,
+    database_url,
+    owner_file,
+    stop_embedded,
+)
 from deployments.hosting.guardian import guarded
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import JobState, LeaseLost, NewJob
@@ -269,10 +277,24 @@ def test_a_server_whose_service_is_killed_is_stopped(home: Settings) -> None:
 
 
 def test_a_server_that_a_new_service_has_taken_over_is_not_stopped_for_the_killed_one(home: Settings) -> None:
-    database_url(home)
     with guarded(home):
-        subprocess.run([sys.executable, "-m", guardian.__name__, home.home], stdin=subprocess.DEVNULL, check=True)
+        database_url(home)
+        subprocess.run([sys.executable, "-m", guardian.__name__, home.home, "killed"], stdin=subprocess.DEVNULL, check=True)
         assert postmaster(home).is_running()
+
+
+def test_a_guardian_waits_for_a_killed_service_to_let_go_of_its_lock(home: Settings) -> None:
+    """The kernel closes a killed process's files in no order that one may count on."""
+    database_url(home)
+    command = [sys.executable, "-m", guardian.__name__, home.home, "killed"]
+    with owner_file(home.home / "postgres").open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        print("killed", end="", file=owner, flush=True)
+        waiting = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(2.0)
+    assert waiting.wait(PATIENCE_S) == 0
+    assert not (home.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
 def test_a_process_that_outlives_its_killed_service_does_not_start_the_server_again(
@@ -284,7 +306,7 @@ def test_a_process_that_outlives_its_killed_service_does_not_start_the_server_ag
         stop_embedded(home)
         database_url(home)
         stop_embedded(home)
-    monkeypatch.setenv(GUARDED, "1")
+    monkeypatch.setenv(GUARDED, "ended")
     with pytest.raises(PostgresFailed, match="has ended"):
         database_url(home)
 

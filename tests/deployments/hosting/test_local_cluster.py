@@ -116,7 +116,7 @@ def test_of_a_service_that_is_ended_while_it_starts_nothing_stays(number: int, h
     service.wait(PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
     while remaining := left():
-        assert time.monotonic() < deadline, [each.cmdline() for each in remaining]
+        assert time.monotonic() < deadline, ([each.cmdline() for each in remaining], (home.home / "serve.log").read_text())
         time.sleep(0.2)
     assert not postgres.exists()
 
