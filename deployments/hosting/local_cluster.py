@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import ray
@@ -75,7 +75,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
-        _wait_until_ready(names, url)
+        _wait_until_ready(client, names, url)
         yield url
 
 
@@ -108,18 +108,17 @@ def _check_free(host: str, port: int) -> None:
         time.sleep(0.2)
 
 
-def _wait_until_ready(names: list[str], url: str) -> None:
+def _wait_until_ready(client: Any, names: list[str], url: str) -> None:
+    """client: of Serve. `serve.status()` would pickle every deployment's whole configuration, five times a second."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        applications = serve.status().applications
-        for name in names:
-            application = applications.get(name)
-            if application and application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        applications = {name: client.get_serve_status(name).app_status for name in names}
+        for name, application in applications.items():
+            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise ServiceFailed(f"{name}: {application.message}")
-        up = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
-        if all(up) and _answers(url):
+        if all(application.status == ApplicationStatus.RUNNING for application in applications.values()) and _answers(url):
             return
-        time.sleep(0.5)  # each question costs the controller some of the time in which it starts the replicas
+        time.sleep(0.2)
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")
 
 
