@@ -40,7 +40,7 @@ from deployments.webhooks.outbox import Outbox
 from engines.quick_start import without_collections
 from engines.spec import Conditioning, Latents
 
-SMALL: dict[str, Any] = {"health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
+SMALL: dict[str, Any] = {"health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.1}}
 """What fits a small machine."""
 
 

@@ -30,8 +30,8 @@ class Room:
         self._on_change = on_change
         self._replicas = 1
         self._seconds: dict[Stage, float] = {}
-        self._busy_s = 0.0
-        self._width = 1.0
+        self._busy_s: float | None = None
+        self._width: float | None = None
 
     def replicas(self, count: int) -> None:
         """So many replicas denoise now. With none, there is room as for one, so that work waits for the first that comes."""
@@ -50,7 +50,7 @@ class Room:
     @property
     def jobs(self) -> int:
         """How many there may be."""
-        busy = _ceil(self._replicas / self._width) + 1
+        busy = _ceil(self._replicas / (self._width or 1)) + 1
         others_s = sum(self._seconds.values())
         hidden = _ceil(others_s * self._replicas / self._busy_s) if self._busy_s else 1
         room = busy + min(hidden, MOST_HIDDEN)

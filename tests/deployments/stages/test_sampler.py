@@ -157,19 +157,20 @@ async def test_a_replica_killed_within_a_step_costs_its_units_in_flight_and_no_b
 async def test_work_goes_on_at_replicas_that_come_while_others_leave(
     system: Callable[..., System], held: list[Denoise], alone: torch.Tensor
 ):
-    one = system(1)
+    one, drained_at = system(1), list[int]()
 
     def change(replica: str, call: UnitCall) -> None:
         if len(one.replicas.ran) >= 2 and "new" not in one.replicas.alive:
             one.replicas.add("new", held[1])
         if len(one.replicas.ran) >= UNITS + 1 and not one.replicas.drained:
             one.replicas.drain("replica-0")
+            drained_at.append(len(one.replicas.ran))
 
     one.replicas.on_unit = change
     assert torch.equal(await one.latents(), alone)
     order = [name for name, _ in one.replicas.ran]
     assert "new" in order[:UNITS], "within the step in which it came"
-    assert set(order[UNITS + 5 :]) == {"new"}
+    assert order[drained_at[0] :].count("replica-0") <= 2 + 1, "those that were there, and the one that is being sent"
     assert len(order) <= UNITS * STEPS + 2, "a drained replica's last answers count"
 
 
