@@ -100,6 +100,7 @@ class Cluster:
         self.arrived: list[float] = []
         self.ended: list[tuple[float, ...]] = []
         self.unfinished = len(trace.at_s)
+        self.most_claimed = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -132,6 +133,8 @@ class Cluster:
         self._next_arrival(arriving)
 
     def _tick(self) -> None:
+        claimed = sum(0 in job.began for pool in self.pools for job in pool.jobs)
+        self.most_claimed = max(self.most_claimed, claimed)
         for stage, (pool, wanted) in enumerate(zip(self.pools, self.autoscaler.targets(self.now, self), strict=True)):
             target = max(self.trace.lowest, min(self.trace.highest, wanted))
             if target != pool.target:
