@@ -34,7 +34,7 @@ from engines.media.video_reader import open_video
 from tests.load.report import Report, table
 
 TARGET_MS = 20
-ROUNDS = 5
+ROUNDS = 12
 STARTS = 5
 MAX_PIXELS = 50_000_000
 
