@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from deployments.hosting.haproxy import PORTS
 from deployments.hosting.tls import TlsFiles
 from deployments.settings import Settings
 from tests.e2e.service import ENVIRONMENT, REELRAY, free_port, wait_until_healthy
@@ -50,7 +49,6 @@ def hosted(kind: str, database: str, tls: TlsFiles | None = None) -> Iterator[Ho
         if kind == "gateway":
             words += ["--workers", "2", *(["--tls", str(tls.key.parent)] if tls else [])]
         environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
-        environment |= {name: str(free_port()) for name in PORTS}  # two services that start at once would prefer the same
         with log.open("wb") as output:
             process = subprocess.Popen(
                 words,

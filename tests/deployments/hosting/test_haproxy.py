@@ -69,6 +69,18 @@ def test_two_services_of_a_machine_share_no_port():
     assert 8500 not in ports
 
 
+def test_two_services_that_start_at_once_share_no_port(monkeypatch: pytest.MonkeyPatch):
+    """Neither listens yet when the other one looks."""
+    names = (*PORTS, FALLBACK_PORT)
+    with fronted():
+        first = {os.environ[name] for name in names}
+        for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+            monkeypatch.delenv(name)
+        with fronted():
+            second = {os.environ[name] for name in names}
+    assert len(first | second) == 6
+
+
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
     """The starter is killed; a shell script that sleeps stands for HAProxy."""
     stand_in, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
