@@ -200,7 +200,7 @@ def _overrule(context: Any, target: int) -> None:
 
     Without replicas Serve wants one, whatever the policy says, as long as the mean of the calls in the last 30 s is above 0: it
     would start one again right after the last has ended (seen), and a queue that grows while the first one starts would wait for
-    that one. The reading is fresher than that mean. And `upscale_delay_s` has no effect where the target is already what is wanted.
+    that one. The reading is fresher than that mean. `upscale_delay_s` has no effect where the target is what is wanted already.
     """
     if context.current_num_replicas == 0:
         context.total_num_requests = 0.0
