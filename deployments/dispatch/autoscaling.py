@@ -55,13 +55,14 @@ class Stage:
     """What the policy remembers of one deployment. needs: (when, replicas), falling, of the last `idle_s` seconds.
 
     asked: (when, target) of rises whose replicas are not all ready. ready_s: None until it was measured or found.
-    sustained: see `sustain`; at: when that was.
+    told: the target that was logged last. sustained: see `sustain`; at: when that was.
     """
 
     needs: deque[tuple[float, int]] = field(default_factory=deque)
     asked: deque[tuple[float, int]] = field(default_factory=deque)
     ready_s: float | None = None
     target: int | None = None
+    told: int | None = None
     sustained: float = 0.0
     at: float | None = None
 
@@ -140,11 +141,7 @@ class BacklogPolicy:
             targets |= {by_name[name][0]: decision.target for name, decision in made.items()}
         self._reader.decisions = decisions
         for key, target in targets.items():
-            # Serve overrides a policy where there are no replicas but a call waits: its target is then 1, or what it was, and a
-            # queue that grows while the first replica starts would wait for that one. It takes what it was from here. For the
-            # same reason its `upscale_delay_s` has no effect.
-            context = contexts[key]
-            context.target_num_replicas = max(context.target_num_replicas, target)
+            _overrule(contexts[key], target)
         return targets
 
     def _decisions(
@@ -170,9 +167,10 @@ class BacklogPolicy:
             wanted = stage.largest(now, min(need, context.capacity_adjusted_max_replicas), endpoint.idle_s)
             wanted = max(context.capacity_adjusted_min_replicas, min(wanted, context.capacity_adjusted_max_replicas))
             made[name] = Decision(replicas, wanted, load.waiting_s / max(1, replicas), ready_s)
-            if wanted != target:
+            if wanted not in (target, stage.told):
                 fields = {"action": "scale", "deployment": name, "from": target, "to": wanted, "waiting_s": load.waiting_s}
                 logger.info(f"{name}: {target} -> {wanted} replicas for {load.waiting_s:.0f} s of work", extra=fields)
+            stage.told = wanted
         return made
 
     def _log(self, message: str) -> None:
@@ -195,6 +193,18 @@ def needed(load: StageLoad, replicas: int, target: int, ready_s: float, drain_s:
     need = at_work + max(0.0, beside_s) / drain_s
     need = max(need, min(target, at_work + max(0.0, left_s) / drain_s))
     return max(1, math.ceil(min(need, load.parallel) - 1e-9))
+
+
+def _overrule(context: Any, target: int) -> None:
+    """Has Serve follow the policy where it would not.
+
+    Without replicas Serve wants one, whatever the policy says, as long as the mean of the calls in the last 30 s is above 0: it
+    would start one again right after the last has ended (seen), and a queue that grows while the first one starts would wait for
+    that one. The reading is fresher than that mean. `upscale_delay_s` has no effect where the target is what is wanted already.
+    """
+    if context.current_num_replicas == 0:
+        context.total_num_requests = 0.0
+    context.target_num_replicas = max(context.target_num_replicas, target)
 
 
 def _named(endpoint: Scaled, loads: Sequence[StageLoad]) -> list[tuple[str, StageLoad]]:

@@ -285,6 +285,28 @@ def test_serve_lets_a_queue_that_grows_during_a_cold_start_raise_the_target():
         cluster.now += 1
 
 
+def test_serve_starts_no_replica_for_calls_that_have_ended():
+    """Serve sees the mean of the last 30 s, and would want a replica again as soon as the last has gone."""
+    cluster = Cluster()
+    wrapped = _apply_app_level_autoscaling_config(cluster.policy)
+    cluster.reader.reading = Reading(cluster.now, {CLIPS: (IDLE, IDLE, IDLE)})
+    answer, _ = wrapped(cluster.contexts(requests=0.5))
+    assert set(answer.values()) == {0}
+    cluster.reader.reading = None  # where nothing is known, Serve's own rule helps
+    answer, _ = wrapped(cluster.contexts(requests=0.5))
+    assert answer == {}
+
+
+def test_a_change_is_logged_once(monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    monkeypatch.setattr("deployments.dispatch.autoscaling.logger.info", lambda message, **_: told.append(message))
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.reader.reading = Reading(cluster.now, {CLIPS: (IDLE, load(300), IDLE)})
+        cluster.policy(cluster.contexts())  # and Serve does not follow
+    assert told == ["clips-denoise: 0 -> 10 replicas for 300 s of work"]
+
+
 def test_a_decision_for_thousands_of_replicas_takes_no_time():
     cluster = Cluster(highest=4000)
     cluster.tick(load(1e6))

@@ -6,8 +6,9 @@ one too many is stopped while it starts, or ends after the unit in hand, whateve
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from tests.load.simulate.scheduling import Fifo, Job, Scheduler
@@ -99,6 +100,7 @@ class Cluster:
         self.arrived: list[float] = []
         self.ended: list[tuple[float, ...]] = []
         self.unfinished = len(trace.at_s)
+        self.most_claimed = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -120,17 +122,19 @@ class Cluster:
         self._count += 1
         heapq.heappush(self._events, (self.now + after_s, self._count, event))
 
-    def _next_arrival(self, arriving: "object") -> None:
-        at = next(arriving, None)  # type: ignore[call-overload]
+    def _next_arrival(self, arriving: Iterator[float]) -> None:
+        at = next(arriving, None)
         if at is not None:
             self._at(at - self.now, lambda: self._arrive(arriving))
 
-    def _arrive(self, arriving: object) -> None:
+    def _arrive(self, arriving: Iterator[float]) -> None:
         self.arrived.append(self.now)
         self._enter(Job(self.now), 0)
         self._next_arrival(arriving)
 
     def _tick(self) -> None:
+        claimed = sum(0 in job.began for pool in self.pools for job in pool.jobs)
+        self.most_claimed = max(self.most_claimed, claimed)
         for stage, (pool, wanted) in enumerate(zip(self.pools, self.autoscaler.targets(self.now, self), strict=True)):
             target = max(self.trace.lowest, min(self.trace.highest, wanted))
             if target != pool.target:
@@ -202,7 +206,7 @@ class Cluster:
             replica.job = job
             job.began.setdefault(job.stage, self.now)
             slow = self.weather.straggling if self.chance.random() < self.weather.stragglers else 1.0
-            self._at(job.unit_s * slow, lambda replica=replica, job=job: self._done(pool, replica, job))
+            self._at(job.unit_s * slow, partial(self._done, pool, replica, job))
 
     def _done(self, pool: Pool, replica: Replica, job: Job) -> None:
         if replica.job is not job or replica.gone:
