@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `reelray status` starts at once
 
 import typer
 
+from deployments.cli.commands.batch_commands import batch
 from deployments.cli.commands.client_setup import connect, env, tls
 from deployments.cli.commands.database_commands import database
 from deployments.cli.commands.engine_commands import engines
@@ -20,6 +21,7 @@ app = typer.Typer(help="Video generation as a service on your own GPUs.", no_arg
 for command in (serve, gateway, tls, connect, env, render, submit, status, result, cancel, demo_weights, convert_weights, demo):
     app.command()(command)
 app.add_typer(keys, name="keys")
+app.add_typer(batch, name="batch")
 app.add_typer(queue, name="queue")
 app.add_typer(jobs, name="jobs")
 app.add_typer(webhooks, name="webhooks")
