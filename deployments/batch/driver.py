@@ -3,8 +3,8 @@ written.
 
     python -m deployments.batch <the run's folder> [--shard i/n]
 
-The exit status is 1 if more than `max_failures` rows failed, and 2 if the run could not go on. SIGTERM and Ctrl-C stop it; the same
-command goes on.
+The exit status is 1 if more than `max_failures` rows failed, and 2 if the run could not go on. SIGTERM and Ctrl-C stop it; the
+same command goes on.
 """
 
 import asyncio

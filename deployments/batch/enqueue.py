@@ -5,6 +5,8 @@ that is stopped cancels its jobs.
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import os
 import time
@@ -15,8 +17,8 @@ from typing import Any
 import httpx
 
 from deployments.batch.contact_sheet import first_frame
-from deployments.batch.records import Record, Status, frame_of, video_of, write_record
-from deployments.batch.run_folder import Row, Run, RunFolder
+from deployments.batch.records import Record, frame_of, video_of, write_record
+from deployments.batch.run_folder import UPLOADED, Row, Run, RunFolder
 from deployments.schemas.inputs import KEPT
 from engines.errors import ReelrayError
 
@@ -73,12 +75,13 @@ class Enqueue:
 
     async def _render(self, row: Row) -> Record:
         job_input = row.input | {name: await self._uploaded(value) for name, value in row.input.items() if _is_kept(value)}
+        sent = hashlib.sha256(json.dumps(job_input, sort_keys=True).encode()).hexdigest()[:32]
         for attempt in range(1, 1000):
             submitted = await self._call(
                 "POST",
                 f"/queue/{self.run.endpoint}",
                 json=job_input,
-                headers={"idempotency-key": f"{self.run.digest[:32]}/{row.id}/{row.digest[:32]}/{attempt}"},
+                headers={"idempotency-key": f"{self.run.digest[:32]}/{row.id}/{sent}/{attempt}"},
             )
             if "request_id" not in submitted:
                 return await self._refused(row, submitted)
@@ -121,13 +124,10 @@ class Enqueue:
         self.folder.write(video_of(row.id), mp4)
 
     async def _refused(self, row: Row, answer: dict[str, Any]) -> Record:
-        """The record of a row that the service has refused or failed. answer: in either of fal's two shapes."""
-        detail, status_code = answer.get("detail"), answer["http_status"]
-        fault = detail[0] if isinstance(detail, list) and detail else {}
-        message = "; ".join(each["msg"] for each in detail) if isinstance(detail, list) else str(detail)
-        status: Status = "failed" if status_code >= 500 else "refused"
-        kind = fault.get("type") or answer.get("error_type")
-        record = Record(row.id, row.number, status, seed=row.input["seed"], error=message, error_type=kind)
+        """The record of a row that the service has refused or failed."""
+        detail = answer.get("detail")
+        kind = detail[0].get("type") if isinstance(detail, list) and detail else answer.get("error_type")
+        record = Record.of_failure(row, answer["http_status"], answer, kind)
         await asyncio.to_thread(write_record, self.folder, row, record)
         return record
 
@@ -138,6 +138,12 @@ class Enqueue:
         return await asyncio.shield(self._uploads[reference])
 
     async def _upload(self, name: str) -> str:
+        """An earlier driver of the run may have sent it: a job is found again only if its input is the same."""
+        noted = f"{UPLOADED}/{name.split('/')[1]}"
+        if (earlier := await asyncio.to_thread(self.folder.read, noted)) is not None:
+            answer = await self._patiently(lambda: self.files.head(earlier.decode()))
+            if answer.is_success:
+                return earlier.decode()
         data = await asyncio.to_thread(self.folder.read, name)
         if data is None:
             raise ServiceFailed(f"{self.folder.url_of(name)} is gone")
@@ -150,6 +156,7 @@ class Enqueue:
         if not sent.is_success:
             raise ServiceFailed(f"the service does not take {self.folder.url_of(name)}: {sent.text[:200]}")
         url: str = place["file_url"]
+        await asyncio.to_thread(self.folder.write, noted, url.encode())
         return url
 
     async def _download(self, url: str) -> bytes:

@@ -65,16 +65,19 @@ async def _lap(folder: RunFolder, rows: list[Row], *options: str) -> AsyncIterat
         limit=MAX_LINE_BYTES,
         start_new_session=True,  # Ctrl-C is for the driver, which then ends the lap
     )
-    assert process.stdin and process.stdout and process.stderr
-    tail = asyncio.create_task(_tail(process.stderr))
+    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    assert stdin is not None
+    assert stdout is not None
+    assert stderr is not None
+    tail = asyncio.create_task(_tail(stderr))
     ended = 0
     try:
         with suppress(ConnectionError):  # it has died, which its status says
             for row in rows:
-                process.stdin.write(json.dumps(asdict(row)).encode() + b"\n")
-                await process.stdin.drain()
-            process.stdin.write(b"\n")  # and stays open: it ends when this process does
-        async for line in process.stdout:
+                stdin.write(json.dumps(asdict(row)).encode() + b"\n")
+                await stdin.drain()
+            stdin.write(b"\n")  # and stays open: it ends when this process does
+        async for line in stdout:
             ended += 1
             yield Record.parsed(json.loads(line))
         if await process.wait() and not ended:

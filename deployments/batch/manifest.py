@@ -158,11 +158,12 @@ class Manifest:
 
     def _csv(self, file: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """An empty cell is a field that is not given; the types are those of the endpoint."""
-        for number, cells in enumerate(csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")), 1):
-            if None in cells:
-                yield number, "it has more cells than the header"
-            else:
-                yield number, self.endpoint.input.of_query({name: cell for name, cell in cells.items() if cell})
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            for number, cells in enumerate(csv.DictReader(text), 1):
+                if None in cells:
+                    yield number, "it has more cells than the header"
+                else:
+                    yield number, self.endpoint.input.of_query({name: cell for name, cell in cells.items() if cell})
 
 
 def _json_lines(file: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:

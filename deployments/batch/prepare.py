@@ -38,8 +38,8 @@ class Prepared:
 
 
 def prepare(folder: RunFolder, manifest: Manifest, run: Run, *, skip_invalid: bool = False, changed: bool = False) -> Prepared:
-    """run: without its rows and digest. changed: takes a manifest that differs from that of the folder's run; rows that are the same
-    in both keep their seeds and their videos.
+    """run: without its rows and digest. changed: takes a manifest that differs from that of the folder's run; rows that are the
+    same in both keep their seeds and their videos.
 
     Raises `ManifestFailed`, `RowsRefused`, and `OtherManifest` for a manifest that has changed.
     """

@@ -2,9 +2,9 @@
 
     python -m deployments.batch.ray_data <the run's folder> [--alone]
 
-It reads the rows from its input, up to an empty line, and prints the record of each as it ends. The driver runs it as a process of its own: Ray Data
-keeps about 10 kB for every row that it has seen, also between two runs in one process (tried, Ray 2.60), so a run of 100,000 rows
-would take a gigabyte. It also may die without harm: what it has not finished is in the next lap.
+It reads the rows from its input, up to an empty line, and prints the record of each as it ends. The driver runs it as a process
+of its own: Ray Data keeps about 10 kB for every row that it has seen, also between two runs in one process (Ray 2.60), so a
+run of 100,000 rows would take a gigabyte. It may also die without harm: what it has not finished is in the next lap.
 
 A row is a block, so a row whose actor dies takes only itself and the one that waits at that actor along. Ray Data drops both, and
 they are done in a lap of their own, each alone at its actor (`--alone`).

@@ -53,8 +53,15 @@ class Record:
     def of_error(cls, row: Row, error: ReelrayError) -> "Record":
         """The record of a row that ended with an error."""
         failure = error_failure(error)
-        status: Status = "failed" if failure.status >= 500 else "refused"
-        return cls(row.id, row.number, status, seed=row.input["seed"], error=failure.error, error_type=failure.error_type)
+        return cls.of_failure(row, failure.status, failure.body, failure.error_type)
+
+    @classmethod
+    def of_failure(cls, row: Row, http_status: int, body: dict[str, Any], error_type: str | None) -> "Record":
+        """The same from an answer of the service, in either of fal's two shapes."""
+        detail = body.get("detail")
+        status: Status = "failed" if http_status >= 500 else "refused"
+        text = "; ".join(map(_told, detail)) if isinstance(detail, list) else str(detail)
+        return cls(row.id, row.number, status, seed=row.input["seed"], error=text, error_type=error_type)
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,11 @@ def write_results(folder: RunFolder, place: Path) -> None:
             writer.write_table(pa.Table.from_pylist([_flat(record) for record in some], schema))
     for made in (lines, table):
         folder.upload(made, made.name)
+
+
+def _told(fault: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in fault["loc"] if part != "body")
+    return f"{field}: {fault['msg']}" if field else str(fault["msg"])
 
 
 def _flat(record: Record) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from deployments.settings import Settings
 from engines.errors import ReelrayError
 
 RUN, ROWS, PROGRESS = "run.json", "rows.jsonl", "progress.json"
-VIDEOS, RECORDS = "videos", "records"
+VIDEOS, RECORDS, UPLOADED = "videos", "records", "uploaded"
 
 
 class NoRun(ReelrayError):

@@ -77,6 +77,7 @@ class RowStage:
         return replace(work, product=None, record=record)
 
     def _attempts(self, work: Work) -> Work:
+        losses = 0
         for attempt in itertools.count(1):
             began = time.monotonic()
             try:
@@ -88,8 +89,9 @@ class RowStage:
             except RunnerDisconnected:
                 os._exit(1)  # the device failed its proof: another process gets the row
             except ReelrayError as exc:
-                losses = attempt if isinstance(exc, RunnerOutOfMemory) else 0
-                wait_s = next_attempt_in(exc, attempt, self.max_attempts, losses, random.random())
+                is_loss = isinstance(exc, RunnerOutOfMemory)
+                losses += is_loss
+                wait_s = next_attempt_in(exc, attempt, self.max_attempts, losses * is_loss, random.random())
                 if wait_s is None:
                     raise
                 time.sleep(wait_s)
