@@ -37,6 +37,7 @@ def submit(
     max_failures: Annotated[int, typer.Option(min=0, help="With more failed rows the exit status is 1.")] = 0,
     contact_sheet: Annotated[bool, typer.Option(help="Make one picture of all first frames.")] = False,
     follow: Follow = False,
+    prepare_only: Annotated[bool, typer.Option(help="Only write the run's folder: something else will start the run.")] = False,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Check a manifest, then render its rows. The same command goes on with a run that was interrupted."""
@@ -69,7 +70,10 @@ def submit(
             raise typer.Exit(fail(exc.message)) from exc
         for problem in prepared.problems:
             fail(f"row {problem.number} is left out: {problem.message}")
-        _start(folder, address, shard, follow=follow)
+        if prepare_only:
+            print_line(f"{prepared.run.rows} rows are ready in {folder.url}")
+        else:
+            _start(folder, address, shard, follow=follow)
 
 
 @batch.command()
