@@ -78,6 +78,10 @@ fuzz: install ## send requests made up from our OpenAPI documents, EXAMPLES of e
 bench-transfers: install ## measure the memory that uploads and downloads of 1 GB cost a gateway; writes 20 GB to the disk
 	$(BIN)/python -m tests.load.bench_transfers
 
+.PHONY: bench-batch
+bench-batch: install ## measure batch rendering: kills, throughput, memory of the driver, a Ray job
+	$(BIN)/python -m tests.load.bench_batch
+
 .PHONY: bench-streams
 bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes
 	$(BIN)/python -m tests.load.bench_streams

@@ -13,7 +13,8 @@ from deployments.batch.records import Record, write_record
 from deployments.batch.run_folder import Row, RunFolder
 from engines.errors import ReelrayError, RunnerDisconnected
 
-LAP_ROWS = 2000
+LAP, LAP_ROWS = "deployments.batch.ray_data", 2000
+"""The module that is run, and the most rows that it is given."""
 STOP_S = 10.0
 """How long a lap may take to end when it is told to, in seconds; a Ray job is killed sooner."""
 TAIL_CHARS = 2000
@@ -58,7 +59,7 @@ async def _lap(folder: RunFolder, rows: list[Row], *options: str) -> AsyncIterat
     """The records that one process prints. Raises `LapFailed` if it ends by an error before it has printed one."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "deployments.batch.ray_data", folder.url, *options),
+        *("-m", LAP, folder.url, *options),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
