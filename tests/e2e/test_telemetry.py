@@ -26,6 +26,13 @@ OF_EVERY_JOB = (
     metrics.OLDEST,
     metrics.DATABASE,
     metrics.WEBHOOKS,
+    metrics.UNIT,
+    metrics.UNIT_WAIT,
+    metrics.BACKLOG,
+    metrics.TARGET,
+    metrics.REPLICAS,
+    metrics.READY,
+    metrics.SCALING_AGE,
 )
 RAYS = (
     "ray_serve_deployment_replica_healthy",
@@ -53,6 +60,9 @@ def test_the_metrics_of_a_traced_job_reach_prometheus(service: Service, client: 
     *_, last = client.follow(ENDPOINT, submitted.json()["request_id"])
     receipt = last["metrics"]["receipt"]
     assert receipt["weights"]["base"].keys() == {"fingerprint"}, json.dumps(receipt)
+    assert (receipt["units"], receipt["replicas"], receipt["gpu_seconds"]) == (1, 1, {}), "on a CPU"
+    assert (receipt["engine"], receipt["options"]["dtype"], receipt["options"]["device"]) == ("eager", "float32", "cpu")
+    assert receipt["seconds"].keys() == {"preprocess", "denoise", "decode"}
     wanted = {name for metric in OF_EVERY_JOB for name in metric.exported_as} | set(RAYS)
     deadline = time.monotonic() + 60
     while missing := wanted - names_in(scrape(service)):
