@@ -87,7 +87,7 @@ UNITS_AGAIN = Metric(
     "Units given to another replica. reason: lost (with its replica), straggler (run twice), moved (it waited behind another).",
     ("endpoint", "reason"),
 )
-GPU = Metric("reelray_gpu_seconds", "counter", "Seconds for which a GPU worked on jobs.", ("endpoint", "stage"))
+GPU = Metric("reelray_gpu_seconds", "counter", "Seconds that GPUs worked in stages that ended well.", ("endpoint", "stage"))
 JOB_GPU = Metric("reelray_job_gpu_seconds", "histogram", "The same for each job that succeeded.", ("endpoint",), _LONG_S)
 
 # Webhooks
