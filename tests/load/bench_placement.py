@@ -1,6 +1,6 @@
 """Which placement of the stages finishes more jobs: a few jobs one by one, then many at once.
 
-With `--url` it measures a service that runs somewhere; do so with each of its configurations in turn:
+With `--url` it measures a service that runs somewhere, with whichever configuration it has:
 
     python -m tests.load.bench_placement --url URL --key KEY --endpoint fal-ai/controlnext --input job.json --gpus 4
 
