@@ -161,11 +161,11 @@ class BacklogPolicy:
                 stage.ready_s = known_s[name]
             ready_s = READY_S if stage.ready_s is None else stage.ready_s
             replicas, target = context.current_num_replicas, context.target_num_replicas
-            limit = math.ceil(HEADROOM * fed * load.job_s) if load.job_s > 0 else context.capacity_adjusted_max_replicas
+            lowest, highest = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+            limit = math.ceil(min(HEADROOM * fed * load.job_s, highest)) if load.job_s > 0 else highest
             sustained = stage.sustain(now, load.arriving)
             need = min(needed(load, replicas, target, ready_s, endpoint.drain_s, sustained), max(1, limit))
-            wanted = stage.largest(now, min(need, context.capacity_adjusted_max_replicas), endpoint.idle_s)
-            wanted = max(context.capacity_adjusted_min_replicas, min(wanted, context.capacity_adjusted_max_replicas))
+            wanted = max(lowest, min(stage.largest(now, need, endpoint.idle_s), highest))
             made[name] = Decision(replicas, wanted, load.waiting_s / max(1, replicas), ready_s)
             if wanted not in (target, stage.told):
                 fields = {"action": "scale", "deployment": name, "from": target, "to": wanted, "waiting_s": load.waiting_s}
