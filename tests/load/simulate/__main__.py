@@ -27,10 +27,9 @@ from typing import Any
 
 from tests.load.report import Report, table
 from tests.load.simulate.autoscalers import Ours, ServeDefault
-from tests.load.simulate.cluster import Change, Cluster
-from tests.load.simulate.trace import CLIP, SHORT_VIDEO, SPREAD_VIDEO, VIDEO, Trace, burst, day, spikes
+from tests.load.simulate.cluster import DENOISE, Change, Cluster
+from tests.load.simulate.trace import CLIP, SHORT_VIDEO, VIDEO, Trace, burst, day, spikes
 
-DENOISE = 1
 DECISION_S, PASS_S, POINTS, FLAP_S = 5.0, 0.1, 25.0, 300.0
 """The targets: from a burst's begin to the first rise; for one decision; jobs within twice their solo time; see `reversals`."""
 
@@ -73,13 +72,13 @@ def writes_of(cluster: Cluster) -> float:
     """Writes a second at the busiest ten seconds of arrivals, beside as many jobs at work as there were at any time."""
     at_s = cluster.trace.at_s
     arrivals = max(bisect_left(at_s, at + 10) - place for place, at in enumerate(at_s)) / 10
-    return 3 * arrivals + 1.3 * cluster.most_claimed
+    return 3 * arrivals + 1.3 * cluster.most_working
 
 
 def outcome(trace: Trace, autoscaler: Any, seed: int = 1) -> Outcome:
     """Runs a trace."""
     cluster = Cluster(trace, autoscaler, seed=seed).run()
-    solo_s = trace.kind.solo_s
+    solo_s = trace.solo_s
     good = [took_s <= 2 * solo_s for _, took_s in cluster.latencies_s]
     begin, end = trace.burst or (0.0, 0.0)
     in_burst = [took_s <= 2 * solo_s for at, took_s in cluster.latencies_s if begin <= at < end]
@@ -162,7 +161,7 @@ def main() -> int:
     faults: list[str] = []
     for place, (trace, every_s) in enumerate(traces(options.short)):
         outcomes = [outcome(trace, make()) for make in autoscalers(trace, every_s)]
-        shown = table(f"{trace.name}: {len(trace.at_s)} jobs, {trace.kind.solo_s:.0f} s alone", *COLUMNS)
+        shown = table(f"{trace.name}: {len(trace.at_s)} jobs, {trace.solo_s:.0f} s alone", *COLUMNS)
         for each in outcomes:
             shown.add_row(*cells(each, trace.highest))
         report.add(shown)

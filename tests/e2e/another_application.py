@@ -1,0 +1,28 @@
+"""Deploys an application beside the service: `python -m tests.e2e.another_application GCS_ADDRESS` prints its answer and, before and
+after, the replicas of the service."""
+
+import json
+import sys
+
+import ray
+from ray import serve
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.1)
+class Another:
+    def __call__(self) -> str:
+        return "deployed"
+
+
+def replicas() -> dict[str, dict[str, int]]:
+    """Deployment -> how many replicas it has in each state."""
+    deployments = serve.status().applications["reelray"].deployments
+    return {name: {state.name: count for state, count in each.replica_states.items()} for name, each in deployments.items()}
+
+
+if __name__ == "__main__":
+    ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
+    before = replicas()
+    answer = serve.run(Another.bind(), name="another", route_prefix=None).remote().result(timeout_s=60)
+    print(json.dumps([answer, before, replicas()]))
+    serve.delete("another", _blocking=False)
