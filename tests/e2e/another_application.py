@@ -1,5 +1,7 @@
-"""Deploys an application beside the service: `python -m tests.e2e.another_application GCS_ADDRESS` prints its answer and, before and
-after, the replicas of the service."""
+"""Deploys an application beside the service: `python -m tests.e2e.another_application GCS_ADDRESS`.
+
+It prints the application's answer, and the service's replicas before and after.
+"""
 
 import json
 import sys
@@ -24,5 +26,5 @@ if __name__ == "__main__":
     ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
     before = replicas()
     answer = serve.run(Another.bind(), name="another", route_prefix=None).remote().result(timeout_s=60)
-    print(json.dumps([answer, before, replicas()]))
+    sys.stdout.write(json.dumps([answer, before, replicas()]))
     serve.delete("another", _blocking=False)

@@ -1,4 +1,4 @@
-"""Which unit runs on which replica: the product's own scheduling, or a queue with its interface for stages whose calls are no units."""
+"""What the cluster needs of the product's scheduling of units, and a queue with the same interface for the other stages."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DAY_S = 86_400.0
 
@@ -26,7 +26,7 @@ class Kind:
 CLIP = Kind("clips", "animatediff", (0.1, 0.38, 0.2), drain_s=5.0)
 """An AnimateDiff job: denoising and decoding as recorded on an H200 (`engines/results`), preprocessing assumed."""
 SHORT_VIDEO = Kind("short videos", "controlnext", (2.5, 17.0, 2.5), width=2, steps=5)
-"""A ControlNeXt job of 25 frames and 25 steps, as recorded on an H200 but for the poses. Five of its steps are simulated as one."""
+"""A ControlNeXt job of 25 frames and 25 steps, as recorded on an H200 but for the poses. Five of its steps are one here."""
 VIDEO = Kind("videos", "controlnext", (2.4, 120.0, 24.0), width=26, steps=5, drain_s=60.0)
 """A ControlNeXt job of 240 frames: 650 units of 0.19 s, as recorded; poses and decoding assumed. Five steps are one again."""
 
@@ -70,8 +70,13 @@ def burst(
     rate, begin = busy / kind.stage_s[1], length_s / 3
     end = begin + 60 * minutes
     at_s = arrivals(lambda at: rate * (times if begin <= at < end else 1), rate * times, length_s, seed)
-    name = f"{times:g}x for {minutes:g} min, {kind.name}, {highest}"
+    name = f"{times:g}x for {minutes:g} min, {kind.name}, {highest}{f', seed {seed}' * (seed != 1)}"
     return Trace(name, kind, tuple(at_s), length_s, highest, burst=(begin, end), needs=busy * times)
+
+
+def coarse(trace: Trace) -> Trace:
+    """The same jobs, each with one unit of denoising: for clusters that would take hours otherwise."""
+    return replace(trace, kind=replace(trace.kind, width=1, steps=1), coarse=True)
 
 
 def day(kind: Kind, busy: float, highest: int, seed: int = 1, length_s: float = DAY_S) -> Trace:
