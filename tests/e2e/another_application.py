@@ -5,6 +5,7 @@ It prints the application's answer, and the service's replicas before and after.
 
 import json
 import sys
+from typing import Any
 
 import ray
 from ray import serve
@@ -16,10 +17,10 @@ class Another:
         return "deployed"
 
 
-def replicas() -> dict[str, dict[str, int]]:
+def replicas() -> dict[str, dict[Any, int]]:
     """Deployment -> how many replicas it has in each state."""
     deployments = serve.status().applications["reelray"].deployments
-    return {name: {state.name: count for state, count in each.replica_states.items()} for name, each in deployments.items()}
+    return {name: each.replica_states for name, each in deployments.items()}
 
 
 if __name__ == "__main__":
