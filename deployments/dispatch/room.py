@@ -19,7 +19,7 @@ from deployments.stages.protocol import Done
 NEWEST = 0.2
 """The share of the newest job in the averages."""
 MOST_HIDDEN = 64
-"""The most jobs in the other stages, where those are slower than the denoising by far; with more replicas, one for each of them."""
+"""The most jobs in the other stages, where those are slower than the denoising by far; with more replicas, one for each."""
 
 
 class Room:

@@ -213,7 +213,7 @@ def test_replicas_that_are_starting_stay_needed_however_long_they_take():
 
 def test_replicas_that_are_starting_count_with_what_they_will_do_before_new_ones_are_ready():
     cluster = Cluster(ready_s=60)
-    assert cluster.tick(load(300)) == 10
+    assert (cluster.tick(load(300)), cluster.tick(load(300))) == (10, 10)
     assert cluster.tick(load(900), 15) == 25  # the ten are 15 s ahead of those: 150 s of the work
 
 
