@@ -11,7 +11,6 @@ import ray
 from ray import serve
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.1)
 class Another:
     def __call__(self) -> str:
         return "deployed"
@@ -26,6 +25,7 @@ def replicas() -> dict[str, dict[Any, int]]:
 if __name__ == "__main__":
     ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
     before = replicas()
-    answer = serve.run(Another.bind(), name="another", route_prefix=None).remote().result(timeout_s=60)
+    deployment: Any = serve.deployment(Another, ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.1)
+    answer = serve.run(deployment.bind(), name="another", route_prefix=None).remote().result(timeout_s=60)
     sys.stdout.write(json.dumps([answer, before, replicas()]))
     serve.delete("another", _blocking=False)

@@ -258,9 +258,9 @@ class Cluster:
                 if len(replica.runs) == 1:
                     self._begin(pool, replica)
             for run in orders.stop:
-                replica = pool.named.get(run.replica)
-                if replica is not None and run in replica.runs[1:]:  # the first one is a call of a net, which goes on
-                    replica.runs.remove(run)
+                stopping = pool.named.get(run.replica)
+                if stopping is not None and run in stopping.runs[1:]:  # the first one is a call of a net, which goes on
+                    stopping.runs.remove(run)
                     pool.scheduler.ended(run, "stopped")
         if (due_s := pool.scheduler.due_in_s()) is not None:
             pool.alarm += 1
