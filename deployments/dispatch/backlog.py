@@ -234,7 +234,7 @@ def _place(job: Running) -> tuple[int, float | None]:
 
 def _pace(endpoint: Scaled, k: int, known: Mapping[tuple[str, str], StageStatus]) -> Pace:
     status = known.get((endpoint.id, STAGES[k]))
-    return Pace(endpoint.unit_times[k] if status is None else status.unit_s)
+    return Pace(status.unit_s if status is not None and 0 < status.unit_s < math.inf else endpoint.unit_times[k])
 
 
 def _statuses(

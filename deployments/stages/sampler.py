@@ -72,7 +72,8 @@ class Sampler:
                     logger.warning(mixed, extra={"action": "engines_mixed", "file": name})
                     yield Note(mixed, "WARN")
                 await saving.finish(work.product)
-        receipt = {"units": job.units, "replicas": sum(worker.units > 0 for worker in job.workers.values())}
+        replicas = sum(worker.units > 0 for worker in job.workers.values())
+        receipt = {"units": job.units, "replicas": replicas, "replica_seconds": round(job.busy_s, 6)}
         yield Done(work.product, seconds, job.busy_s * self.on_gpu, receipt, job.busy_s, job.width)
 
     @asynccontextmanager

@@ -27,7 +27,7 @@ def service(demo_weights: Path) -> Iterator[Service]:
             Path(home),
             {"checkpoint_s": 0.2},
             added={
-                "solid": {"frames": 5},
+                "solid": {"frames": 5, "denoise_s": 0.3},
                 "scaling": {
                     "solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}},
                     "controlnext": {"denoise": {"min": 2, "max": 2}},

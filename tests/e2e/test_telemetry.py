@@ -61,6 +61,7 @@ def test_the_metrics_of_a_traced_job_reach_prometheus(service: Service, client: 
     receipt = last["metrics"]["receipt"]
     assert receipt["weights"]["base"].keys() == {"fingerprint"}, json.dumps(receipt)
     assert (receipt["units"], receipt["replicas"], receipt["gpu_seconds"]) == (1, 1, {}), "on a CPU"
+    assert 0 < receipt["replica_seconds"] <= receipt["seconds"]["denoise"]
     assert (receipt["engine"], receipt["options"]["dtype"], receipt["options"]["device"]) == ("eager", "float32", "cpu")
     assert receipt["seconds"].keys() == {"preprocess", "denoise", "decode"}
     wanted = {name for metric in OF_EVERY_JOB for name in metric.exported_as} | set(RAYS)

@@ -125,6 +125,7 @@ async def test_any_number_of_replicas_gives_the_bits_of_one_process(
     assert 0 < done.busy_s <= replicas * done.seconds * 1.2
     assert (done.receipt["units"], done.gpu_seconds) == (STEPS * UNITS, 0)
     assert 1 <= done.receipt["replicas"] <= replicas
+    assert done.receipt["replica_seconds"] == pytest.approx(done.busy_s, abs=1e-6)
     assert one.replicas.fetched == Counter(dict.fromkeys(used, 1)), "the conditioning travels once per job and replica"
     await one.rested()
 
