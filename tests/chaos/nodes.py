@@ -115,7 +115,7 @@ class Nodes:
 
     def _lose_node(self, drained: bool) -> None:
         """Another one comes in its place. drained: Ray is told before, and Serve moves its replicas."""
-        node = self.random.choice(self.cluster.worker_nodes)
+        node = self.random.choice(list(self.cluster.worker_nodes))
         if drained:
             deadline_ms = int((time.time() + DRAIN_S) * 1000)
             client = GcsClient(address=self.cluster.address)
@@ -151,12 +151,13 @@ def serving(plan: Plan) -> Iterator[Nodes]:
         code = with_counted_endpoint(Path(stack.enter_context(TemporaryDirectory(prefix="reelray-code-"))))
         for name, value in (ENVIRONMENT | {"PYTHONPATH": str(code)}).items():
             patched.setenv(name, value)
-        ours = {"", str(Path.cwd())}  # Ray's workers search where we do, before PYTHONPATH
+        ours = {"", str(Path.cwd())}  # they search where we do, too, before PYTHONPATH
         patched.setattr(sys, "path", [str(code), *(path for path in sys.path if path not in ours)])
         url = database_url(settings)
         files = stack.enter_context(bucket(stack.enter_context(s3_server()), patched))
         settings = settings.model_copy(update={"database": url, "files": files})
         schema = _schema(settings)
+        patched.chdir(code)  # Ray's workers begin in our folder, and find its code first
         cluster = Cluster(initialize_head=True, head_node_args=NODE | {"resources": {"front": 10}})
         stack.callback(cluster.shutdown)
         nodes = Nodes(plan, settings, cluster, schema.http_options.port, random.Random(plan.seed))

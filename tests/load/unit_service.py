@@ -1,5 +1,6 @@
 """Samplers and denoise replicas alone on a Ray of this process's own, without the rest of the service."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,15 @@ class UnitService:
         done = await finished(response, on_note)
         latents: Latents = await done.product
         return latents, done, time.perf_counter() - began
+
+    async def cancelled(self, conditioning: Any, after_s: float) -> None:
+        """Cancels a job that has run for so long."""
+        checkpoint = CheckpointRef(f"checkpoints/{uuid4()}", used=False)
+        arguments = (self.model, [ray.put(conditioning)], checkpoint, 0, None)
+        response = self.handle.options(stream=True).run.remote(*arguments)
+        await anext(response)  # it has begun
+        await asyncio.sleep(after_s)
+        response.cancel()
 
 
 @contextmanager
