@@ -103,6 +103,7 @@ chaos: install ## kill, cancel and cut off at random under thousands of jobs, an
 	$(BIN)/python -m tests.chaos --save
 	$(BIN)/python -m tests.chaos.outages --save
 	$(BIN)/python -m tests.chaos.cancels --save
+	$(BIN)/python -W ignore -m tests.chaos.nodes --save
 	$(BIN)/python -m tests.wire.lost_answers --save
 
 .PHONY: clean
