@@ -30,7 +30,7 @@ def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[byte
     a temporary folder, because moving the index to the front needs to read it back.
     """
     count = 0
-    to_yuv = VideoReformatter()  # a frame's own `reformat` makes one for each frame, with threads: half as much again for 64x64 pixels
+    to_yuv = VideoReformatter()  # a frame's own `reformat` makes one for each frame, with threads
     with temporary_folder() as folder:
         path = folder / "video.mp4"
         with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
