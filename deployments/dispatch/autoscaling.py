@@ -21,8 +21,9 @@ are starting. Of replicas
     (p - e) / T        more are needed to work that off in T;
     p / T              more, as far as they are starting, stay needed until they are there.
 
-No more are needed than there are calls to be at work, nor than the endpoint's slowest stage at its largest can feed; and one at
-least while there is any work. The target is the largest need of the last `idle_s` seconds. So it rises with the first reading
+No more are needed than there are calls to be at work, nor, beside those for what waits in this stage itself, than are fed by a
+slower stage before it with the replicas that it is to have, and by the endpoint's slowest at its largest; and one at least while
+there is any work. The target is the largest need of the last `idle_s` seconds. So it rises with the first reading
 that needs more, and falls only when fewer were enough for that long: no rise is taken back sooner.
 """
 
@@ -32,7 +33,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from deployments.dispatch.backlog import READY_S, STAGES, BacklogReader, Decision, Scaled, StageLoad, name_of
@@ -48,7 +49,7 @@ LONGEST_READY_S = 3600.0
 SUSTAINED_S = 100.0
 """The time constant of the average of what arrives."""
 HEADROOM = 1.25
-"""By how much a stage may exceed what its endpoint's slowest stage can feed."""
+"""By how much a stage may exceed what another feeds."""
 
 
 @dataclass
@@ -158,9 +159,10 @@ class BacklogPolicy:
     ) -> dict[str, Decision]:
         """Deployment -> decision, for the stages of an endpoint that are autoscaled."""
         scaled = [(name, load, contexts[name]) for name, load in _named(endpoint, loads) if name in contexts]
-        fed = min(
+        slowest = min(
             (each.capacity_adjusted_max_replicas / load.job_s for _, load, each in scaled if load.job_s > 0), default=math.inf
         )
+        before: list[tuple[float, float]] = []  # of the earlier stages: seconds of a job, and jobs a second that they can do
         made = {}
         for name, load, context in scaled:
             stage = self._stages[name]
@@ -171,11 +173,14 @@ class BacklogPolicy:
             ready_s = READY_S if stage.ready_s is None else stage.ready_s
             replicas, target = context.current_num_replicas, context.target_num_replicas
             lowest, highest = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-            limit = math.ceil(min(HEADROOM * fed * load.job_s, highest)) if load.job_s > 0 else highest
+            fed = min([slowest, *(rate for job_s, rate in before if job_s > load.job_s)])
             sustained = stage.sustain(now, load.arriving)
             ahead_s = stage.ahead_s(now, replicas, target, ready_s)
-            need = min(needed(load, replicas, target, ready_s, endpoint.drain_s, sustained, ahead_s), max(1, limit))
+            need = needed(load, replicas, target, ready_s, endpoint.drain_s, sustained, ahead_s)
+            need = min(need, useful(load, fed, endpoint.drain_s, highest))
             wanted = max(lowest, min(stage.largest(now, need, endpoint.idle_s), highest))
+            if load.job_s > 0:
+                before.append((load.job_s, max(wanted, target) / load.job_s))
             made[name] = Decision(replicas, wanted, load.waiting_s / max(1, replicas), ready_s)
             if wanted not in (target, stage.told):
                 fields = {"action": "scale", "deployment": name, "from": target, "to": wanted, "waiting_s": load.waiting_s}
@@ -202,7 +207,7 @@ def needed(
 
     Raises `ValueError` for a load that is negative or not finite.
     """
-    values = (load.waiting_s, load.running_s, load.arriving, load.busy, load.parallel, load.job_s)
+    values = astuple(load)
     if not all(0 <= value < math.inf for value in values):
         raise ValueError(f"{load} cannot be")
     if not (load.waiting_s or load.busy):
@@ -213,6 +218,13 @@ def needed(
     need = at_work + max(0.0, left_s - ahead_s) / drain_s
     need = max(need, min(target, at_work + max(0.0, left_s) / drain_s))
     return max(1, math.ceil(min(need, load.parallel) - 1e-9))
+
+
+def useful(load: StageLoad, fed: float, drain_s: float, highest: int) -> int:
+    """How many replicas of a stage can have work. fed: jobs a second that others feed."""
+    if load.job_s <= 0:
+        return highest
+    return max(1, math.ceil(min(HEADROOM * fed * load.job_s + load.here_s / drain_s, highest)))
 
 
 def _overrule(context: Any, target: int) -> None:

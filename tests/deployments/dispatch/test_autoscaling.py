@@ -206,6 +206,15 @@ def test_a_stage_is_no_larger_than_the_slowest_can_feed():
     assert cluster.targets[NAMES[2]] == 1  # 8 replicas of 60 s a job feed a quarter of one
 
 
+def test_a_stage_is_sized_by_what_the_slower_one_before_it_feeds_and_by_its_own_queue():
+    cluster = Cluster()
+    slow, quick = load(600, job_s=60), load(300, job_s=6)
+    assert cluster.tick(slow, others=quick) == 20
+    assert (cluster.targets[NAMES[0]], cluster.targets[NAMES[2]]) == (10, 3)  # a third of a job a second, 6 s each, and a quarter
+    cluster.tick(slow, others=replace(quick, here_s=150))
+    assert cluster.targets[NAMES[2]] == 8
+
+
 def test_replicas_that_are_starting_stay_needed_however_long_they_take():
     cluster = Cluster(ready_s=600)
     assert {cluster.tick(load(300), 10) for _ in range(50)} == {10}
