@@ -105,7 +105,7 @@ class Nodes:
                 await asyncio.sleep(self.random.uniform(*self.plan.pause_s))
                 verb, _, target = name.partition(" a ")
                 if target == "node":
-                    await asyncio.to_thread(self._lose_node, verb == "drain")
+                    await self._lose_node(verb == "drain")
                 elif victims := _processes(PROCESSES[target]):
                     with suppress(psutil.NoSuchProcess):
                         self.random.choice(victims).kill()
@@ -113,15 +113,18 @@ class Nodes:
                     continue
                 self.blows[name] += 1
 
-    def _lose_node(self, drained: bool) -> None:
-        """Another one comes in its place. drained: Ray is told before, and Serve moves its replicas."""
+    async def _lose_node(self, drained: bool) -> None:
+        """Another one comes in its place. drained: Ray is told before, and Serve moves its replicas.
+
+        Not in a thread: Ray sets signal handlers where it starts a node.
+        """
         node = self.random.choice(list(self.cluster.worker_nodes))
         if drained:
             deadline_ms = int((time.time() + DRAIN_S) * 1000)
             client = GcsClient(address=self.cluster.address)
             client.drain_node(node.node_id, PREEMPTION, "the tests", deadline_ms)
             self._add_node()
-            time.sleep(DRAIN_S)
+            await asyncio.sleep(DRAIN_S)
         for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
