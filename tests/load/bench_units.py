@@ -77,7 +77,7 @@ async def real(report: Report, one: UnitService, two: UnitService, expected: tor
 
 async def cost_of_one(report: Report, one: UnitService) -> None:
     shown = table("One replica against this process", "unit ms", "units", "this process s", "service s", "cost")
-    for unit_s, steps in ((0.1, 6), (0.2, 3), (0.4, 2)):
+    for unit_s, steps in ((0.1, 25), (0.2, 10)):
         asked = sleeping(26, steps, unit_s)
         await one.denoise(sleeping(2, 1, 0.01))
         inside, (_, _, outside) = alone_s(asked), await one.denoise(asked)
