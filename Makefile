@@ -32,7 +32,7 @@ test: install ## run the tests
 	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: test-fast
-test-fast: install ## run the tests that need neither Ray nor a compiler
+test-fast: install ## run the quick tests, which need neither Ray nor a compiler
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 .PHONY: check
@@ -61,6 +61,10 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 .PHONY: bench-units
 bench-units: install ## measure one job over two replicas, what the sampler costs on one, and jobs side by side
 	$(BIN)/python -m tests.load.bench_units
+
+.PHONY: bench-placement
+bench-placement: install ## measure stages that share two cores against stages that have one each; cluster/README.md says how on GPUs
+	$(BIN)/python -m tests.load.bench_placement --save
 
 .PHONY: bench-callers
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
@@ -103,6 +107,7 @@ chaos: install ## kill, cancel and cut off at random under thousands of jobs, an
 	$(BIN)/python -m tests.chaos --save
 	$(BIN)/python -m tests.chaos.outages --save
 	$(BIN)/python -m tests.chaos.cancels --save
+	$(BIN)/python -W ignore -m tests.chaos.nodes --save
 	$(BIN)/python -m tests.wire.lost_answers --save
 
 .PHONY: clean

@@ -32,6 +32,7 @@
     │   ├── RunnerFailed                500  runner_server_error
     │   ├── RunnerOutOfMemory           500  runner_server_error
     │   ├── RunnerDisconnected          503  runner_disconnected
+    │   │   └── SamplerLost                 503  runner_disconnected
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
     │   ├── StartTimeout                504  request_timeout
@@ -276,6 +277,10 @@ class RunnerDisconnected(RequestError):
     type = "runner_disconnected"
     status = 503
     retryable = True
+
+
+class SamplerLost(RunnerDisconnected):
+    """The process that drove this request's steps, and those of others, died or could not be reached."""
 
 
 class RunnerStalled(RequestError):

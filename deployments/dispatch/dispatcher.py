@@ -29,21 +29,13 @@ from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
-from deployments.jobs.retry import condition_of, next_attempt_in
+from deployments.jobs.retry import condition_of, counts_losses, next_attempt_in
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import (
-    ModelError,
-    ReelrayError,
-    RequestError,
-    RunnerDisconnected,
-    RunnerFailed,
-    RunnerOutOfMemory,
-    RunnerStalled,
-)
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +229,7 @@ class Dispatcher:
     async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
         """After an error: queues another attempt, or fails the job."""
         claims, losses, lost_in = self.store.claims, 0, dict(claim.lost_in)
-        if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled | RunnerOutOfMemory):
+        if metrics.at_work is not None and counts_losses(error):
             losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
         retries, condition = dict(claim.retries), condition_of(error)
         budget = retries.get(condition) if condition else None

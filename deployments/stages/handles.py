@@ -16,11 +16,12 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from deployments import tracing
 from deployments.stages import replica_lists
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream, UnitCall
-from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed
+from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed, SamplerLost
 from engines.spec import Clip
 from engines.units import Report, UnitOutput
 
 T = TypeVar("T")
+Lost = type[RunnerDisconnected]
 
 ANY = ""
 """In place of a replica's name: any will do."""
@@ -120,9 +121,9 @@ class ServeStages:
     async def denoise(
         self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0
     ) -> Done[ObjectRef]:
-        """See `Stages`. The sampler needs the reference itself, for its replicas."""
+        """See `Stages`. Raises `SamplerLost` too. The sampler needs the reference itself, for its replicas."""
         response = self._sampler.run.remote(self._model, [conditioning], checkpoint, priority, tracing.current())
-        return await finished(response, on_note)
+        return await finished(response, on_note, SamplerLost)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> ObjectRef | None:
         """See `Stages`."""
@@ -158,15 +159,17 @@ async def crossing(stream: Stream[T]) -> AsyncGenerator[Started | Note | Done[No
                 yield item.product
 
 
-async def finished(response: DeploymentResponseGenerator, on_note: OnNote) -> Done[ObjectRef]:
-    """The end of a stream that must have a product."""
-    done = await _outcome(response, on_note)
+async def finished(response: DeploymentResponseGenerator, on_note: OnNote, lost: Lost = RunnerDisconnected) -> Done[ObjectRef]:
+    """The end of a stream that must have a product. lost: raised where the stage's replica was lost."""
+    done = await _outcome(response, on_note, lost)
     if done.product is None:
-        raise RunnerDisconnected
+        raise lost
     return done
 
 
-async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> Done[ObjectRef | None]:
+async def _outcome(
+    response: DeploymentResponseGenerator, on_note: OnNote, lost: Lost = RunnerDisconnected
+) -> Done[ObjectRef | None]:
     """Passes a stream's items on and returns its end as before `crossing`, with a reference to the product."""
     try:
         # Serve's one way to an item's reference instead of its value; marked as for developers, hence the underscore
@@ -177,19 +180,19 @@ async def _outcome(response: DeploymentResponseGenerator, on_note: OnNote) -> Do
                 return replace(item, product=await anext(refs, None))
             await on_note(item)
     except (RayError, RayServeException) as exc:
-        raise translated(exc) from exc
+        raise translated(exc, lost) from exc
     except BaseException:  # we were cancelled, or could not pass a note on: nobody waits for the rest
         response.cancel()
         raise
-    raise RunnerDisconnected
+    raise lost
 
 
-def translated(exc: Exception) -> ReelrayError:
-    """Our own error, where one crossed Ray; `RunnerFailed` for a bug in a stage, `RunnerDisconnected` for Ray's own errors."""
+def translated(exc: Exception, lost: Lost = RunnerDisconnected) -> ReelrayError:
+    """Our own error, where one crossed Ray; `RunnerFailed` for a bug in a stage, `lost` for Ray's own errors."""
     if isinstance(exc, RayTaskError):
         cause = exc.cause
         if isinstance(cause, ReelrayError):
             return cause
         if not isinstance(cause, RayError):
             return RunnerFailed()
-    return RunnerDisconnected()
+    return lost()

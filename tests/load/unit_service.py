@@ -1,5 +1,6 @@
 """Samplers and denoise replicas alone on a Ray of this process's own, without the rest of the service."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import ray
 from ray import serve
 
 from deployments.app import DenoiseReplica, SamplerReplica, denoising, sampling
+from deployments.settings import TelemetrySettings
 from deployments.stages.handles import finished
 from deployments.stages.protocol import CheckpointRef, Done
 from engines import registry
@@ -54,10 +56,19 @@ class UnitService:
         reference = ray.put(conditioning)
         checkpoint = CheckpointRef(f"checkpoints/{uuid4()}", used=False)
         began = time.perf_counter()
-        response = self.handle.options(stream=True).run.remote(self.model, [reference], checkpoint, priority)
+        response = self.handle.options(stream=True).run.remote(self.model, [reference], checkpoint, priority, None)
         done = await finished(response, on_note)
         latents: Latents = await done.product
         return latents, done, time.perf_counter() - began
+
+    async def cancelled(self, conditioning: Any, after_s: float) -> None:
+        """Cancels a job that has run for so long."""
+        checkpoint = CheckpointRef(f"checkpoints/{uuid4()}", used=False)
+        arguments = (self.model, [ray.put(conditioning)], checkpoint, 0, None)
+        response = self.handle.options(stream=True).run.remote(*arguments)
+        await anext(response)  # it has begun
+        await asyncio.sleep(after_s)
+        response.cancel()
 
 
 @contextmanager
@@ -82,10 +93,10 @@ def serving_units(cpus: int = 8) -> Iterator[None]:
 @contextmanager
 def units(model: str, config: Any, replicas: int) -> Iterator[UnitService]:
     """A sampler and so many denoise replicas of a model."""
-    name = f"{model}-{replicas}"
+    name, told = f"{model}-{replicas}", TelemetrySettings()
     with TemporaryDirectory(prefix="reelray-units-") as files:
-        denoise = denoising(TestedDenoise, "denoise").options(num_replicas=replicas).bind(model, config)
-        app = sampling(TestedSampler).bind(files, 3600.0, {model: (config, denoise)})
+        denoise = denoising(TestedDenoise, "denoise").options(num_replicas=replicas).bind(told, model, config)
+        app = sampling(TestedSampler).bind(told, files, 3600.0, {model: (config, denoise)})
         handle = serve.run(app, name=name, route_prefix=None)
         try:
             yield UnitService(model, name, handle)

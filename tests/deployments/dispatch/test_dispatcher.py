@@ -19,7 +19,7 @@ from deployments.settings import Deadlines, QueueSettings, RetentionSettings, Se
 from deployments.stages.isolation import Isolation
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled
+from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled, SamplerLost
 from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever, held_after
@@ -187,6 +187,24 @@ async def test_an_input_that_kills_its_replica_gets_three_of_them(store: JobStor
             await asyncio.sleep(0.05)
     assert job.failure is not None
     assert (job.attempt, stages.calls, job.failure.error_type) == (5, 3, "runner_disconnected")
+
+
+async def test_a_job_that_loses_any_number_of_samplers_is_not_suspected(store: JobStore, files: FileStore, database: str):
+    errors = iter([SamplerLost(), RunnerDisconnected(), *[SamplerLost()] * 4, RunnerDisconnected()])
+
+    class Losing(ScriptedStages):
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
+            await on_note(Started())
+            if (error := next(errors, None)) is not None:
+                raise error
+            return await super().denoise(conditioning, checkpoint, on_note)
+
+    async with dispatching(store, files, Losing(nothing)):
+        job_id = (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=10))).id
+        while not (job := await until(store, job_id, lambda job: job.state is not JobState.RUNNING)).state.ended:
+            await execute(database, "UPDATE jobs SET not_before = NULL; NOTIFY reelray, 'work'")
+            await asyncio.sleep(0.05)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 8)
 
 
 async def test_jobs_that_were_lost_beside_one_that_kills_its_replica_are_then_tried_alone(

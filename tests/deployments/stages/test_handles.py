@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskErr
 from deployments.stages import replica_lists
 from deployments.stages.handles import ANY, NamedReplicaRouter, ServeReplicas, ServeStages, crossing, translated
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
-from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
+from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed, SamplerLost
 from tests.fakes import CLIP
 
 STAGES = ("preprocess", "denoise", "decode")
@@ -116,6 +116,15 @@ async def test_a_cancelled_call_cancels_the_work_behind_it(stage: str):
 async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
     with pytest.raises(RunnerDisconnected):
         await stages_with(Response(*items)).decode(None, nobody)
+
+
+async def test_the_loss_of_a_sampler_is_told_from_that_of_replicas_which_a_unit_ended():
+    for trouble in (ActorDiedError(), crossed(ActorDiedError())):
+        with pytest.raises(SamplerLost):
+            await stages_with(Response(Started(), trouble)).denoise(None, CHECKPOINT, nobody)
+    with pytest.raises(RunnerDisconnected) as error:
+        await stages_with(Response(Started(), crossed(RunnerDisconnected()))).denoise(None, CHECKPOINT, nobody)
+    assert type(error.value) is RunnerDisconnected
 
 
 async def test_finished_latents_come_unread_and_their_absence_is_no_error():
