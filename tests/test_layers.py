@@ -61,7 +61,7 @@ ROOMS = {
     "playground": Room(()),
     "stages": Room((*rooms("files", "schemas"), *TOLD, SETTINGS, "engines")),
     "dispatch": Room((*rooms("jobs", "stages", "files", "schemas"), *TOLD, ERRORS, SPEC)),
-    "batch": Room((*rooms("stages", "jobs", "files", "schemas"), "engines")),
+    "batch": Room((*rooms("stages", "jobs", "files", "schemas"), SETTINGS, "engines")),
     "hosting": Room(
         (
             *rooms("schemas", "jobs", "files", "webhooks", "ingress", "playground", "stages", "dispatch", "batch"),
@@ -84,7 +84,14 @@ ROOMS = {
 }
 """The table of rooms in the house style, section 2. Every file may know `engines.errors`, which imports nothing."""
 
-USES_RAY = ("app.py", "stages/handles.py", "hosting/local_cluster.py", "hosting/ray_metrics.py", "batch/ray_data.py")
+USES_RAY = (
+    "app.py",
+    "stages/handles.py",
+    "hosting/local_cluster.py",
+    "hosting/ray_metrics.py",
+    "batch/ray_data.py",
+    "batch/ray_job.py",
+)
 """The only files below `deployments` that may import ray."""
 
 ALSO_LIGHT = (
