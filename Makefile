@@ -62,6 +62,10 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 bench-units: install ## measure one job over two replicas, what the sampler costs on one, and jobs side by side
 	$(BIN)/python -m tests.load.bench_units
 
+.PHONY: bench-placement
+bench-placement: install ## measure stages that share two cores against stages that have one each; cluster/README.md says how on GPUs
+	$(BIN)/python -m tests.load.bench_placement --save
+
 .PHONY: bench-callers
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers

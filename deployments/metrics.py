@@ -79,8 +79,15 @@ SWEPT = Metric("reelray_jobs_swept", "counter", "Jobs whose worker fell silent, 
 # Stages
 STAGE_WAIT = Metric("reelray_stage_wait_seconds", "histogram", "From a stage's call to its turn.", ("endpoint", "stage"), _LONG_S)
 STAGE = Metric("reelray_stage_seconds", "histogram", "Work of a stage on a job.", ("endpoint", "stage"), _LONG_S)
-UNIT = Metric("reelray_unit_seconds", "histogram", "Work on one unit of denoising.", ("endpoint",), _SHORT_S)
-GPU = Metric("reelray_gpu_seconds", "counter", "Seconds for which a GPU worked on jobs.", ("endpoint", "stage"))
+UNIT = Metric("reelray_unit_seconds", "histogram", "Work of a replica on a unit of denoising.", ("endpoint",), _SHORT_S)
+UNIT_WAIT = Metric("reelray_unit_wait_seconds", "histogram", "From when a unit could run to its turn.", ("endpoint",), _SHORT_S)
+UNITS_AGAIN = Metric(
+    "reelray_units_again",
+    "counter",
+    "Units given to another replica. reason: lost (with its replica), straggler (run twice), moved (it waited behind another).",
+    ("endpoint", "reason"),
+)
+GPU = Metric("reelray_gpu_seconds", "counter", "Seconds that GPUs worked in stages that ended well.", ("endpoint", "stage"))
 JOB_GPU = Metric("reelray_job_gpu_seconds", "histogram", "The same for each job that succeeded.", ("endpoint",), _LONG_S)
 
 # Webhooks
@@ -91,6 +98,8 @@ DELIVERY = Metric("reelray_webhook_seconds", "histogram", "An attempt at a webho
 BACKLOG = Metric("reelray_backlog_seconds", "gauge", "Waiting work in seconds of its replicas.", ("endpoint", "stage"))
 TARGET = Metric("reelray_replicas_target", "gauge", "Replicas that the autoscaling policy wants.", ("endpoint", "stage"))
 REPLICAS = Metric("reelray_replicas", "gauge", "Replicas that run.", ("endpoint", "stage"))
+READY = Metric("reelray_replica_ready_seconds", "gauge", "How long a new replica takes to be ready.", ("endpoint", "stage"))
+SCALING_AGE = Metric("reelray_scaling_age_seconds", "gauge", "How long ago the autoscaling policy last wrote.")
 SCALINGS = Metric(
     "reelray_scaling_decisions", "counter", "Changed targets. direction: up, down.", ("endpoint", "stage", "direction")
 )

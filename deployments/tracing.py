@@ -8,10 +8,11 @@ configured; without one only the ids travel. `tracestate` and baggage are the ca
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opentelemetry import context, trace
-from opentelemetry.trace import NonRecordingSpan, NoOpTracer, SpanContext, StatusCode, TraceFlags, Tracer
+from opentelemetry.trace import NonRecordingSpan, NoOpTracer, Span, SpanContext, StatusCode, TraceFlags, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
@@ -75,6 +76,46 @@ def span(
         except BaseException as exc:
             made.set_status(StatusCode.ERROR, type(exc).__name__)
             raise
+
+
+@contextmanager
+def span_beside(name: str, traceparent: str | None, **attributes: str | float) -> Iterator["Beside"]:
+    """The same for a generator's block: the span is not this task's current one, as its caller's code runs in between."""
+    parent = _context_of(traceparent)
+    if parent is None:
+        yield Beside(None, None)
+        return
+    at = trace.set_span_in_context(NonRecordingSpan(parent), context.Context())
+    made = _tracer.start_span(name, at, attributes=attributes, record_exception=False, set_status_on_exception=False)
+    try:
+        yield Beside(_written(made.get_span_context()), made)
+    except GeneratorExit:
+        made.set_status(StatusCode.ERROR, "hung up")
+        raise
+    except BaseException as exc:
+        made.set_status(StatusCode.ERROR, type(exc).__name__)
+        raise
+    finally:
+        made.end()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A span that is not the current one. traceparent: for what belongs to it."""
+
+    traceparent: str | None
+    _span: Span | None
+
+    def tell(self, **attributes: str | float) -> None:
+        """Sets attributes."""
+        if self._span is not None:
+            self._span.set_attributes(attributes)
+
+    def contains(self, name: str, began_s: float, ended_s: float, **attributes: str | float) -> None:
+        """A span below it that is over. began_s, ended_s: in seconds since 1970."""
+        if self._span is not None:
+            at = trace.set_span_in_context(self._span, context.Context())
+            _tracer.start_span(name, at, attributes=attributes, start_time=int(began_s * 1e9)).end(int(ended_s * 1e9))
 
 
 def note(event: str, **attributes: float) -> None:

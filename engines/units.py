@@ -37,10 +37,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitOutput:
-    """values: the unit's result, on the host. engine: what ran the UNet."""
+    """values: the unit's result, on the host. engine: what ran the UNet. seconds: how long it took, if that was measured."""
 
     values: Tensor
     engine: str
+    seconds: float = 0.0
 
 
 class Request(Protocol):

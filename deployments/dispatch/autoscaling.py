@@ -9,19 +9,21 @@ For each stage, with
     l  seconds that are left of the jobs at work, of which there are b
     a  seconds of work that arrive every second
     m  the same, averaged over minutes
-    r  replicas, and s more that are starting
+    r  replicas, and others that are starting
     R  seconds that a new replica takes to be ready, as measured
+    e  seconds that those which are starting will work before a new one is ready: for each, how long ago it was asked for
     T  `drain_s`
 
-the work that still waits once new replicas would be ready is  p = min(w + a R, w + l + a R - r R),  or  p - s R / 2  with those
-that are starting. Of replicas
+the work that still waits once new replicas would be ready is  p = min(w + a R, w + l + a R - r R),  or  p - e  with those that
+are starting. Of replicas
 
     max(min(b, r), m)  are needed in any case, and with p <= 0 no more, as they would come too late to find work;
-    (p - s R / 2) / T  more are needed to work that off in T;
+    (p - e) / T        more are needed to work that off in T;
     p / T              more, as far as they are starting, stay needed until they are there.
 
-No more are needed than there are calls to be at work, nor than the endpoint's slowest stage at its largest can feed; and one at
-least while there is any work. The target is the largest need of the last `idle_s` seconds. So it rises with the first reading
+No more are needed than there are calls to be at work, nor, beside those for what waits in this stage itself, than are fed by a
+slower stage before it with the replicas that it is to have, and by the endpoint's slowest at its largest; and one at least while
+there is any work. The target is the largest need of the last `idle_s` seconds. So it rises with the first reading
 that needs more, and falls only when fewer were enough for that long: no rise is taken back sooner.
 """
 
@@ -31,7 +33,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from deployments.dispatch.backlog import READY_S, STAGES, BacklogReader, Decision, Scaled, StageLoad, name_of
@@ -47,7 +49,7 @@ LONGEST_READY_S = 3600.0
 SUSTAINED_S = 100.0
 """The time constant of the average of what arrives."""
 HEADROOM = 1.25
-"""By how much a stage may exceed what its endpoint's slowest stage can feed."""
+"""By how much a stage may exceed what another feeds."""
 
 
 @dataclass
@@ -83,6 +85,14 @@ class Stage:
             if took_s <= LONGEST_READY_S:
                 self.ready_s = took_s if self.ready_s is None else 0.7 * self.ready_s + 0.3 * took_s
         self.target = target
+
+    def ahead_s(self, now: float, replicas: int, target: int, ready_s: float) -> float:
+        """Seconds that the replicas which are starting will work before one that is asked for now is ready."""
+        ahead_s, known = 0.0, replicas
+        for at, asked in self.asked:
+            ahead_s += max(0, asked - known) * min(now - at, ready_s)
+            known = max(known, asked)
+        return ahead_s + max(0, target - known) * ready_s / 2  # of those an earlier process has asked for
 
     def largest(self, now: float, need: int, idle_s: float) -> int:
         """The largest need of the last `idle_s` seconds, this one included."""
@@ -149,9 +159,10 @@ class BacklogPolicy:
     ) -> dict[str, Decision]:
         """Deployment -> decision, for the stages of an endpoint that are autoscaled."""
         scaled = [(name, load, contexts[name]) for name, load in _named(endpoint, loads) if name in contexts]
-        fed = min(
+        slowest = min(
             (each.capacity_adjusted_max_replicas / load.job_s for _, load, each in scaled if load.job_s > 0), default=math.inf
         )
+        before: list[tuple[float, float]] = []  # of the earlier stages: seconds of a job, and jobs a second that they can do
         made = {}
         for name, load, context in scaled:
             stage = self._stages[name]
@@ -161,11 +172,15 @@ class BacklogPolicy:
                 stage.ready_s = known_s[name]
             ready_s = READY_S if stage.ready_s is None else stage.ready_s
             replicas, target = context.current_num_replicas, context.target_num_replicas
-            limit = math.ceil(HEADROOM * fed * load.job_s) if load.job_s > 0 else context.capacity_adjusted_max_replicas
+            lowest, highest = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+            fed = min([slowest, *(rate for job_s, rate in before if job_s > load.job_s)])
             sustained = stage.sustain(now, load.arriving)
-            need = min(needed(load, replicas, target, ready_s, endpoint.drain_s, sustained), max(1, limit))
-            wanted = stage.largest(now, min(need, context.capacity_adjusted_max_replicas), endpoint.idle_s)
-            wanted = max(context.capacity_adjusted_min_replicas, min(wanted, context.capacity_adjusted_max_replicas))
+            ahead_s = stage.ahead_s(now, replicas, target, ready_s)
+            need = needed(load, replicas, target, ready_s, endpoint.drain_s, sustained, ahead_s)
+            need = min(need, useful(load, fed, endpoint.drain_s, highest))
+            wanted = max(lowest, min(stage.largest(now, need, endpoint.idle_s), highest))
+            if load.job_s > 0:
+                before.append((load.job_s, max(wanted, target) / load.job_s))
             made[name] = Decision(replicas, wanted, load.waiting_s / max(1, replicas), ready_s)
             if wanted not in (target, stage.told):
                 fields = {"action": "scale", "deployment": name, "from": target, "to": wanted, "waiting_s": load.waiting_s}
@@ -179,9 +194,20 @@ class BacklogPolicy:
             logger.exception(message, extra={"action": "autoscaling_failed"})
 
 
-def needed(load: StageLoad, replicas: int, target: int, ready_s: float, drain_s: float, sustained: float = 0.0) -> int:
-    """How many replicas a stage needs now; see the module. Raises `ValueError` for a load that is negative or not finite."""
-    values = (load.waiting_s, load.running_s, load.arriving, load.busy, load.parallel, load.job_s)
+def needed(
+    load: StageLoad,
+    replicas: int,
+    target: int,
+    ready_s: float,
+    drain_s: float,
+    sustained: float = 0.0,
+    ahead_s: float = 0.0,
+) -> int:
+    """How many replicas a stage needs now; see the module. ahead_s: `e` there.
+
+    Raises `ValueError` for a load that is negative or not finite.
+    """
+    values = astuple(load)
     if not all(0 <= value < math.inf for value in values):
         raise ValueError(f"{load} cannot be")
     if not (load.waiting_s or load.busy):
@@ -189,10 +215,16 @@ def needed(load: StageLoad, replicas: int, target: int, ready_s: float, drain_s:
     at_work = max(min(load.busy, replicas), sustained)
     coming_s = load.waiting_s + load.arriving * ready_s
     left_s = min(coming_s, coming_s + load.running_s - replicas * ready_s)
-    beside_s = left_s - max(0, target - replicas) / 2 * ready_s
-    need = at_work + max(0.0, beside_s) / drain_s
+    need = at_work + max(0.0, left_s - ahead_s) / drain_s
     need = max(need, min(target, at_work + max(0.0, left_s) / drain_s))
     return max(1, math.ceil(min(need, load.parallel) - 1e-9))
+
+
+def useful(load: StageLoad, fed: float, drain_s: float, highest: int) -> int:
+    """How many replicas of a stage can have work. fed: jobs a second that others feed."""
+    if load.job_s <= 0:
+        return highest
+    return max(1, math.ceil(min(HEADROOM * fed * load.job_s + load.here_s / drain_s, highest)))
 
 
 def _overrule(context: Any, target: int) -> None:

@@ -24,6 +24,8 @@ INTERVAL_S = 1.0
 """Between two readings."""
 SHARE = 0.05
 """The share of the time that reading may take: where it takes longer, as with a million jobs waiting, it is done less often."""
+PAUSE_S = 10.0
+"""The longest pause between two readings: a database that stood still for a while is read again before its reading is stale."""
 ARRIVALS_S = (10.0, 60.0)
 """Over so many seconds arriving work is averaged; the larger average counts."""
 READY_S = 30.0
@@ -68,6 +70,7 @@ class StageLoad:
     waiting_s: of what no replica works on yet, here or in an earlier stage, and of a job at work what others could take over.
     running_s: of what is left of the jobs at work otherwise. arriving: seconds of work that arrive every second.
     busy: jobs at work. parallel: calls that could be at work, with what waits. job_s: of an average job that waits or runs.
+    here_s: of `waiting_s`, what no earlier stage has to work on first.
     """
 
     waiting_s: float = 0.0
@@ -76,6 +79,7 @@ class StageLoad:
     busy: float = 0.0
     parallel: float = 0.0
     job_s: float = 0.0
+    here_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class BacklogReader:
             self.reading = Reading(self._clock(), found, ready_s)
             if rows := list(_statuses(endpoints, paces, self.decisions)):
                 await work.save(rows)
-            await asyncio.sleep(max(INTERVAL_S, (self._clock() - began) / SHARE))
+            await asyncio.sleep(max(INTERVAL_S, min((self._clock() - began) / SHARE, PAUSE_S)))
 
 
 def name_of(endpoint: Scaled, stage: str) -> str:
@@ -203,6 +207,7 @@ def loads(
         units = waiting.units[k] if waiting else 0.0
         parallel = 0.0 if waiting is None else waiting.parallel if STAGES[k] == "denoise" else waiting.jobs
         left = busy = of_running = 0.0
+        here = units if k == 0 else 0.0
         for job in running:
             width = float(job.parallel) if STAGES[k] == "denoise" else 1.0
             stage, fraction = _place(job)
@@ -212,15 +217,17 @@ def loads(
             parallel += width
             if stage < k or fraction is None:
                 units += job.units[k]
+                here += job.units[k] * (stage == k)
                 continue
             rest = job.units[k] * (1 - fraction)
             units += rest * (1 - 1 / width)  # what further replicas could take over
+            here += rest * (1 - 1 / width)
             left += rest / width
             busy += 1
         jobs = len(running) + (waiting.jobs if waiting else 0.0)
         job_s = (of_running + (waiting.units[k] if waiting else 0.0)) / jobs * unit_s[k] if jobs else 0.0
         arriving = max((each.units[k] * (1 - each.jobs**-0.5) / each.within_s for each in arrived), default=0.0) * unit_s[k]
-        found.append(StageLoad(units * unit_s[k], left * unit_s[k], arriving, busy, parallel, job_s))
+        found.append(StageLoad(units * unit_s[k], left * unit_s[k], arriving, busy, parallel, job_s, here * unit_s[k]))
     return found
 
 
@@ -234,7 +241,7 @@ def _place(job: Running) -> tuple[int, float | None]:
 
 def _pace(endpoint: Scaled, k: int, known: Mapping[tuple[str, str], StageStatus]) -> Pace:
     status = known.get((endpoint.id, STAGES[k]))
-    return Pace(endpoint.unit_times[k] if status is None else status.unit_s)
+    return Pace(status.unit_s if status is not None and 0 < status.unit_s < math.inf else endpoint.unit_times[k])
 
 
 def _statuses(

@@ -53,9 +53,12 @@ class QueueGauges:
             metrics.RUNNING.record(queue.running, endpoint=queue.endpoint)
             metrics.OLDEST.record(queue.oldest_s, endpoint=queue.endpoint)
             metrics.PAUSED.record(queue.paused, endpoint=queue.endpoint)
-        for stage, age_s in await stages(self.store.database):
+        written = [each for each in await stages(self.store.database) if each[0].endpoint in self.endpoints]
+        for stage, age_s in written:
             if age_s < FRESH_S:
                 self._set_stage(stage)
+        if written:
+            metrics.SCALING_AGE.record(min(age_s for _, age_s in written))
         waiting, oldest_s = await self.outbox.backlog()
         metrics.WEBHOOKS.record(waiting)
         metrics.OLDEST_WEBHOOK.record(oldest_s)
@@ -66,6 +69,7 @@ class QueueGauges:
         metrics.BACKLOG.record(stage.backlog_s, **at)
         metrics.TARGET.record(stage.target, **at)
         metrics.REPLICAS.record(stage.replicas, **at)
+        metrics.READY.record(stage.ready_s, **at)
         before = self._targets.get((stage.endpoint, stage.stage), stage.target)
         if before != stage.target:
             metrics.SCALINGS.record(1, **at, direction="up" if stage.target > before else "down")

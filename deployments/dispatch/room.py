@@ -19,7 +19,7 @@ from deployments.stages.protocol import Done
 NEWEST = 0.2
 """The share of the newest job in the averages."""
 MOST_HIDDEN = 64
-"""The most jobs that wait in the other stages, where those are slower than the denoising by far."""
+"""The most jobs in the other stages, where those are slower than the denoising by far; with more replicas, one for each."""
 
 
 class Room:
@@ -53,7 +53,7 @@ class Room:
         busy = _ceil(self._replicas / (self._width or 1)) + 1
         others_s = sum(self._seconds.values())
         hidden = _ceil(others_s * self._replicas / self._busy_s) if self._busy_s else 1
-        room = busy + min(hidden, MOST_HIDDEN)
+        room = busy + min(hidden, max(MOST_HIDDEN, self._replicas))
         return room if self._most is None else min(room, self._most)
 
 

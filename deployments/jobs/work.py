@@ -47,7 +47,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Measured:
-    """A job that ended. seconds: stage -> what it took there."""
+    """A job that ended. seconds: stage -> of replicas' work there, all of them together."""
 
     endpoint: str
     units: Units
@@ -103,9 +103,7 @@ class Work:
         rows = await self._fetch("measured_work", self._endpoints, self._measured_until)
         if rows:
             self._measured_until = rows[-1]["finished_at"]
-        return [
-            Measured(row["endpoint"], tuple(row["units"]), row["seconds"]) for row in rows if isinstance(row["seconds"], dict)
-        ]
+        return [_measured(row) for row in rows if isinstance(row["seconds"], dict)]
 
     async def save(self, stages: Sequence[StageStatus]) -> None:
         """Writes what is known of the stages."""
@@ -130,3 +128,8 @@ def _waiting(row: Mapping[str, Any]) -> Waiting:
 def _running(endpoint: str, units: Any, parallel: int, progress: dict[str, Any] | None) -> Running:
     told = progress or {}
     return Running(endpoint, units, parallel, told.get("stage"), told.get("fraction"))
+
+
+def _measured(row: Mapping[str, Any]) -> Measured:
+    seconds, denoise_s = row["seconds"], row["denoise_s"]
+    return Measured(row["endpoint"], tuple(row["units"]), seconds if denoise_s is None else seconds | {"denoise": denoise_s})

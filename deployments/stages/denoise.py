@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from deployments.stages.protocol import UnitCall
@@ -73,11 +74,13 @@ class Denoise:
                     return should_stop() or stop.is_set()
 
                 check(stopped)
+                began_at = time.monotonic()
                 if kept.request is None:
                     assert kept.fetching is not None
                     kept.request, kept.fetching = self.stage.begin(kept.fetching.result()), None
                 with Reports(tell) as reports:
-                    return kept.request.run(call.unit, reports, stopped)
+                    output = kept.request.run(call.unit, reports, stopped)
+                return replace(output, seconds=time.monotonic() - began_at)
 
             async with Threaded(work, self.thread) as working:
                 async for report in working:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
+from deployments import tracing
 from deployments.files.checkpoints import Checkpoints, Saving
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.stages.protocol import CheckpointRef, Done, Note, Replicas, Started, Stream
@@ -71,25 +72,33 @@ class Sampler:
                     logger.warning(mixed, extra={"action": "engines_mixed", "file": name})
                     yield Note(mixed, "WARN")
                 await saving.finish(work.product)
-        receipt = {"units": job.units, "replicas": len(job.workers)}
+        replicas = sum(worker.units > 0 for worker in job.workers.values())
+        receipt = {"units": job.units, "replicas": replicas, "replica_seconds": round(job.busy_s, 6)}
         yield Done(work.product, seconds, job.busy_s * self.on_gpu, receipt, job.busy_s, job.width)
 
     @asynccontextmanager
     async def _job(self, name: str, reference: Any, priority: int) -> AsyncIterator[PooledJob]:
-        """A job in the pool. An earlier attempt at it that still runs here, because its dispatcher has died, is ended first."""
+        """A job in the pool. An earlier attempt at it that still runs here, because its dispatcher has died, is ended first.
+
+        The job's trace gets a span, and in it one for each replica that has worked for it: a job may have hundreds of units.
+        """
         while earlier := self._calls.get(name):
             earlier[0].close()
             await earlier[1].wait()
-        job, over = self.pool.job(reference, priority), asyncio.Event()
-        self._calls[name] = job, over
-        try:
-            yield job
-        except Cancelled:  # by a later attempt
-            raise RunnerDisconnected from None
-        finally:
-            job.close()
-            del self._calls[name]
-            over.set()
+        with tracing.span_beside("sample", tracing.current(), endpoint=self.pool.endpoint) as span:
+            job, over = self.pool.job(reference, priority, span.traceparent), asyncio.Event()
+            self._calls[name] = job, over
+            try:
+                yield job
+            except Cancelled:  # by a later attempt
+                raise RunnerDisconnected from None
+            finally:
+                job.close()
+                del self._calls[name]
+                over.set()
+                span.tell(units=job.units, busy_s=job.busy_s, replicas=len(job.workers))
+                for replica, each in job.workers.items():
+                    span.contains("units", each.began, each.ended, replica=replica, units=each.units, busy_s=each.busy_s)
 
 
 def _mixed(engine: str) -> str | None:

@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
-from deployments import metrics, tracing
+from deployments import metrics
 from deployments.stages.protocol import Replicas, UnitCall
 from deployments.stages.scheduling import Job, Run, Scheduler, Ticket
 from engines.errors import Cancelled, ReelrayError, RunnerDisconnected, RunnerFailed
@@ -35,21 +36,31 @@ ANSWER_S = 30.0
 Answers = SimpleQueue[tuple[int, Report | UnitOutput | Exception]]
 
 
+@dataclass
+class Worker:
+    """What a replica has done for a job. units: how many of its answers counted. began, ended: in seconds since 1970."""
+
+    began: float
+    ended: float
+    units: int = 0
+    busy_s: float = 0.0
+
+
 class PooledJob:
     """A `UnitRunner` for one job. conditioning: a reference, for the replicas. begun: set once a unit is sent to a replica.
 
-    width: the most units that it could do at once. busy_s: what replicas have worked for it, in seconds. units: how many have
-    answered. workers: the replicas that did. It belongs to the trace of the task that makes it.
+    width: the most units that it could do at once. busy_s: what replicas have worked for it, in seconds. workers: what each
+    replica has done, by its name. traceparent: of its calls.
     """
 
-    def __init__(self, pool: "UnitPool", conditioning: Any, priority: int):
+    def __init__(self, pool: "UnitPool", conditioning: Any, priority: int, traceparent: str | None = None):
         self.name = uuid4().hex
         self.conditioning = conditioning
         self.begun = asyncio.Event()
         self.width, self.busy_s = 1, 0.0
-        self.units = 0
-        self.workers: set[str] = set()
-        self.traceparent = tracing.current()
+        self.workers: dict[str, Worker] = {}
+        self.asked_at = 0.0
+        self.traceparent = traceparent
         self.runs: Counter[str] = Counter()  # of its units, by replica; 0: none any more
         self.job: Job = pool.scheduler.add_job(priority)
         self.places: dict[Ticket, int] = {}
@@ -72,6 +83,20 @@ class PooledJob:
             else:
                 tell(answer)
 
+    @property
+    def units(self) -> int:
+        """How many have answered."""
+        return sum(worker.units for worker in self.workers.values())
+
+    def worked(self, replica: str, seconds: float, *, answered: bool) -> None:
+        """The replica has just worked for the job. answered: with an answer that counts."""
+        now = time.time()
+        worker = self.workers.setdefault(replica, Worker(now - seconds, now))
+        worker.ended = now
+        worker.units += answered
+        worker.busy_s += seconds
+        self.busy_s += seconds
+
     def close(self) -> None:
         """Ends the job, whose units then stop. Its thread, if it still waits for units, raises `Cancelled`."""
         self._pool.close(self, Cancelled())
@@ -81,7 +106,7 @@ class UnitPool:
     """replicas: those of one endpoint, whose id is for the metrics. clock: in seconds."""
 
     def __init__(self, replicas: Replicas, clock: Callable[[], float] = time.monotonic, *, endpoint: str = ""):
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self.scheduler = Scheduler(clock)
         self._replicas = replicas
         self._clock = clock
@@ -105,9 +130,9 @@ class UnitPool:
             await self._joined.wait()
         return next(iter(self._arithmetic.values()))
 
-    def job(self, conditioning: Any, priority: int) -> PooledJob:
+    def job(self, conditioning: Any, priority: int, traceparent: str | None = None) -> PooledJob:
         """A new job, to be closed at its end. priority: a lower one comes first."""
-        job = PooledJob(self, conditioning, priority)
+        job = PooledJob(self, conditioning, priority, traceparent)
         self._jobs[job.job] = job
         return job
 
@@ -115,6 +140,7 @@ class UnitPool:
         """These units of the job are to run."""
         if not job.closed:
             job.width = max(job.width, len(units))
+            job.asked_at = self._clock()
             for place, ticket in enumerate(self.scheduler.submit(job.job, units)):
                 job.places[ticket] = place
             self._pump()
@@ -186,6 +212,8 @@ class UnitPool:
         orders = self.scheduler.orders()
         for run in orders.start:
             self._names[run] = uuid4().hex
+            if (reason := _again(run)) is not None:
+                metrics.UNITS_AGAIN.record(endpoint=self.endpoint, reason=reason)
             self._spawn(self._run(run, self._jobs[run.ticket.job]))
         stops: dict[str, list[str]] = {}
         for run in orders.stop:
@@ -229,13 +257,14 @@ class UnitPool:
         if how == "lost":
             self._lost(run)
         del self._names[run]
-        took_s = run.took_s(self._clock())
-        job.busy_s += took_s
-        if self.scheduler.ended(run, how) and output is not None:
-            job.units += 1
-            job.workers.add(run.replica)
-            metrics.UNIT.record(took_s, endpoint=self._endpoint)
-            job.answers.put((job.places.pop(ticket), output))
+        # by the replica's own clock: here, a unit that waits there behind another sampler's seems to work
+        took_s = output.seconds if output is not None and output.seconds else run.took_s(self._clock())
+        counted = output if self.scheduler.ended(run, how) else None
+        job.worked(run.replica, took_s, answered=counted is not None)
+        if counted is not None:
+            metrics.UNIT.record(took_s, endpoint=self.endpoint)
+            metrics.UNIT_WAIT.record(self._clock() - took_s - job.asked_at, endpoint=self.endpoint)
+            job.answers.put((job.places.pop(ticket), counted))
         elif ticket in job.places and (error is not None or ticket.losses >= MOST_LOSSES):
             self.close(job, error or RunnerDisconnected())
         job.runs[run.replica] -= 1
@@ -276,3 +305,11 @@ class UnitPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _again(run: Run) -> str | None:
+    """Why a unit goes to a replica although it has been sent to one before; None: it has not."""
+    others = [each for each in run.ticket.runs if each is not run]
+    if others:
+        return "moved" if all(each.stopping for each in others) else "straggler"
+    return "lost" if run.ticket.losses else None

@@ -1,4 +1,7 @@
-"""`rayservice.yaml` against the schemas of KubeRay and Kubernetes, and against the rest of the repository."""
+"""`rayservice.yaml` against Kubernetes' own schemas and what we know of KubeRay's, and against the rest of the repository.
+
+`kuberay.schema.json` says in its `$comment` what it is and what it is not.
+"""
 
 import json
 from functools import cache
@@ -39,7 +42,7 @@ def containers() -> dict[str, Any]:
     return {group: template["spec"]["containers"][0] for group, template in templates().items()}
 
 
-def test_the_ray_service_is_as_kuberay_defines_it():
+def test_the_ray_service_is_as_kuberays_types_have_it():
     jsonschema.validate(documents()["RayService", "reelray"], SCHEMA)
 
 
@@ -49,13 +52,14 @@ def test_the_ray_service_is_as_kuberay_defines_it():
         (("spec", "serveConfigV3"), ""),
         (("spec", "serveConfigV2"), {}),
         (("spec", "upgradeStrategy", "type"), "Rolling"),
+        (("spec", "upgradeStrategy", "clusterUpgradeOptions"), {"stepSizePercent": 10}),
         (("spec", "rayClusterConfig", "authOptions", "mode"), "password"),
         (("spec", "rayClusterConfig", "gcsFaultToleranceOptions"), {}),
         (("spec", "rayClusterConfig", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "rayClusterConfig", "workerGroupSpecs", 0, "minReplicas"), "1"),
     ],
 )
-def test_the_schema_finds_what_kuberay_would_refuse(path: tuple[Any, ...], value: Any):
+def test_the_schema_finds_mistakes(path: tuple[Any, ...], value: Any):
     broken = json.loads(json.dumps(documents()["RayService", "reelray"]))
     place = broken
     for step in path[:-1]:

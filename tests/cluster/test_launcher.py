@@ -1,6 +1,7 @@
 """`ray_cluster.yaml` against the schema and the checks of Ray's own launcher."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli as ray_commands
+from ray.serve.scripts import cli as serve_commands
+
+from tests.test_readmes import code
 
 PATH = Path("cluster/ray_cluster.yaml")
 SCHEMA = json.loads(Path(ray.__file__).with_name("autoscaler").joinpath("ray-schema.json").read_text())
@@ -45,3 +50,14 @@ def test_only_holders_of_the_token_reach_it_and_its_dashboard_is_on_loopback():
         assert "--metrics-export-port=8080" in start
     assert "--dashboard-host=127.0.0.1" in launcher()["head_start_ray_commands"][-1]
     assert any(path.endswith("/.ray/auth_token") for path in launcher()["file_mounts"])
+
+
+def test_every_command_of_ray_in_the_manual_is_there_with_its_options():
+    text = "\n".join(code(Path("cluster/README.md").read_text()))
+    found = re.findall(r"(?:^|['; ])(?<!reelray )(?:[A-Z_]+=\w+ )*(ray|serve) ([a-z-]+)((?: [^\s';`]+)*)", text, re.MULTILINE)
+    assert len(found) > 8
+    groups = {"ray": ray_commands.commands, "serve": serve_commands.commands}
+    for group, name, rest in found:
+        assert name in groups[group], (group, name)
+        options = {option for parameter in groups[group][name].params for option in parameter.opts}
+        assert {word.partition("=")[0] for word in rest.split() if word.startswith("--")} <= options, (group, name)

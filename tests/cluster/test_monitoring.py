@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments import metrics
 
 PANELS: list[dict[str, Any]] = json.loads(Path("cluster/grafana_dashboard.json").read_text())["panels"]
+RULES = Path("cluster/prometheus_rules.yaml")
+CASES = Path("tests/cluster/alerts.test.yaml")
 VARIABLES = {"$__rate_interval": "5m", "$endpoint": ".*"}
 
 
@@ -49,7 +53,7 @@ class Rules(Strict):
 
 
 def rules() -> list[Rule]:
-    parsed = Rules.model_validate(yaml.safe_load(Path("cluster/prometheus_rules.yaml").read_text()))
+    parsed = Rules.model_validate(yaml.safe_load(RULES.read_text()))
     return [rule for group in parsed.groups for rule in group.rules]
 
 
@@ -89,6 +93,19 @@ def test_an_expression_is_promql_over_metrics_that_are_exported(where: str, expr
     promql_parser.parse(expression)
     assert names_in(expression)
     assert not [name for name in names_in(expression) if not is_exported(name)]
+
+
+def test_alerts_fire_when_they_should_and_only_then():
+    """Without promtool only their syntax and names are checked, by the other tests."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package `prometheus` has it)")
+    done = subprocess.run([promtool, "check", "rules", RULES], capture_output=True, text=True, check=False)
+    assert f"SUCCESS: {len(rules())} rules found" in done.stdout, done.stderr
+    done = subprocess.run(
+        [promtool, "test", "rules", "tests/cluster/alerts.test.yaml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_names_that_nobody_exports_are_found():

@@ -54,9 +54,9 @@ def recorded() -> Iterator[Recorded]:
 class OnGpus(ScriptedStages):
     """Stages as they answer on GPUs. Denoising is spread over replicas."""
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         await on_note(Started())
-        done = await super().denoise(conditioning, checkpoint, on_note)
+        done = await super().denoise(conditioning, checkpoint, on_note, priority=priority)
         return replace(done, gpu_seconds=3.0, receipt={"units": 104, "replicas": 8})
 
     async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
@@ -139,6 +139,8 @@ async def test_the_scalings_gauges_and_decisions_are_what_the_policy_wrote(store
     assert recorded.of(metrics.TARGET, endpoint=ENDPOINT, stage="denoise") == [2, 5, 5, 1]
     assert set(recorded.of(metrics.REPLICAS)) == {2}
     assert set(recorded.of(metrics.BACKLOG)) == {12.5}
+    assert set(recorded.of(metrics.READY)) == {30}
+    assert all(0 <= age_s < 20 for age_s in recorded.of(metrics.SCALING_AGE))
     directions = [tags["direction"] for name, _, tags in recorded.values if name == metrics.SCALINGS.name]
     assert directions == ["up", "down"]
 

@@ -99,6 +99,24 @@ def test_without_a_trace_there_are_no_spans(spans: InMemorySpanExporter):
     assert not spans.get_finished_spans()
 
 
+def test_a_span_beside_is_not_current_and_passes_the_trace_on_with_and_without_an_exporter():
+    for header, written in ((GIVEN, GIVEN), (None, None)):
+        with tracing.span_beside("sample", header) as span:
+            assert (span.traceparent, tracing.current()) == (written, None)
+            span.tell(units=3)
+            span.contains("units", 1.0, 2.0, replica="a")
+    exporter = InMemorySpanExporter()
+    tracing.process_with(SimpleSpanProcessor(exporter), "test")
+    with suppress(ValueError), tracing.span_beside("sample", GIVEN, endpoint=ENDPOINT) as span:
+        assert tracing.trace_id(span.traceparent or "") == TRACE
+        span.contains("units", 1.0, 2.0, replica="a")
+        raise ValueError("https://user:password@a.example")
+    tracing.stop_export()
+    units, sample = exporter.get_finished_spans()
+    assert (units.end_time, parent_of(units)) == (2 * 10**9, id_of(sample))
+    assert (parent_of(sample), sample.status.description, sample.events) == (PARENT, "ValueError", ())
+
+
 def test_what_an_error_says_is_in_no_span(spans: InMemorySpanExporter):
     with suppress(ValueError), tracing.span("attempt", GIVEN):
         raise ValueError("https://user:password@a.example")

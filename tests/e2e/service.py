@@ -33,7 +33,6 @@ class Service:
     """`reelray serve` on the demo weights. home: its database, files and weights, which outlive it.
 
     without: models that are left out, for each of which three processes need not load torch. added: blocks for the settings.
-    replicas: deployment -> how many there are, if not one.
     root: the folder of the code that it runs.
     """
 
@@ -41,7 +40,6 @@ class Service:
     queue: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     added: dict[str, Any] = field(default_factory=dict)
-    replicas: dict[str, int] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd)
     import_path: str = "deployments.app:build"
     port: int = 0
@@ -61,9 +59,6 @@ class Service:
         for model in self.without:
             application["args"][model] = None
             application["deployments"] = [each for each in application["deployments"] if not each["name"].startswith(model)]
-        for each in application["deployments"]:
-            if (count := self.replicas.get(each["name"])) is not None:
-                each["autoscaling_config"] |= {"min_replicas": count, "max_replicas": count}
         path = self.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [str(REELRAY), "serve", "--config", str(path), "--port", str(self.port)]

@@ -109,6 +109,9 @@ async def test_the_page_code_renders_a_driven_clip(
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.width, stream.height) == (12, 256, 256)
         assert len(list(container.decode(video=0))) == 1 + DRIVEN_FRAMES
+    receipt = done.updates[-1]["metrics"]["receipt"]
+    assert (receipt["units"], receipt["replicas"] in (1, 2)) == (2 * 2 * 2, True), "windows, halves of the guidance, steps"
+    assert all(part.keys() == {"fingerprint"} for part in receipt["weights"].values())
     lines = done.updates[-1]["logs"]
     assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
     told = [line["progress"] for line in lines]

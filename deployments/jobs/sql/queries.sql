@@ -405,10 +405,13 @@ WHERE endpoint = ANY ($1::text[]) AND state IN ('queued', 'running', 'succeeded'
 GROUP BY place, endpoint
 
 -- name: measured_work
--- What the stages took for jobs at the endpoints $1 that ended after $2 (null: in the last hour), in the order of their ends. An attempt
--- that went on from a checkpoint tells less than the whole, so only jobs of one attempt count.
-SELECT endpoint, units, metrics -> 'receipt' -> 'seconds' AS seconds, finished_at FROM jobs
-WHERE finished_at > coalesce($2, now() - interval '1 hour') AND state = 'succeeded' AND attempt = 1 AND endpoint = ANY ($1::text[])
+-- What the stages took for jobs at the endpoints $1 that ended after $2 (null: in the last hour), in the order of their ends. Denoising is
+-- spread over replicas, so what those took together is told beside it. What goes on from a checkpoint tells less than the whole, so
+-- only jobs that began once count.
+SELECT endpoint, units, metrics -> 'receipt' -> 'seconds' AS seconds, metrics -> 'receipt' -> 'replica_seconds' AS denoise_s, finished_at
+FROM jobs
+WHERE finished_at > coalesce($2, now() - interval '1 hour') AND state = 'succeeded' AND endpoint = ANY ($1::text[])
+    AND (SELECT count(*) FROM job_events WHERE job_id = jobs.id AND job_events.state = 'running') = 1
 ORDER BY finished_at LIMIT 1000
 
 -- name: save_stages

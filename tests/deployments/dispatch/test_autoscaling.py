@@ -206,9 +206,24 @@ def test_a_stage_is_no_larger_than_the_slowest_can_feed():
     assert cluster.targets[NAMES[2]] == 1  # 8 replicas of 60 s a job feed a quarter of one
 
 
+def test_a_stage_is_sized_by_what_the_slower_one_before_it_feeds_and_by_its_own_queue():
+    cluster = Cluster()
+    slow, quick = load(600, job_s=60), load(300, job_s=6)
+    assert cluster.tick(slow, others=quick) == 20
+    assert (cluster.targets[NAMES[0]], cluster.targets[NAMES[2]]) == (10, 3)  # a third of a job a second, 6 s each, and a quarter
+    cluster.tick(slow, others=replace(quick, here_s=150))
+    assert cluster.targets[NAMES[2]] == 8
+
+
 def test_replicas_that_are_starting_stay_needed_however_long_they_take():
     cluster = Cluster(ready_s=600)
     assert {cluster.tick(load(300), 10) for _ in range(50)} == {10}
+
+
+def test_replicas_that_are_starting_count_with_what_they_will_do_before_new_ones_are_ready():
+    cluster = Cluster(ready_s=60)
+    assert (cluster.tick(load(300)), cluster.tick(load(300))) == (10, 10)
+    assert cluster.tick(load(900), 15) == 25  # the ten are 15 s ahead of those: 150 s of the work
 
 
 def test_how_long_replicas_take_to_be_ready_is_measured_and_used():
@@ -277,7 +292,7 @@ def test_serve_lets_a_queue_that_grows_during_a_cold_start_raise_the_target():
     """A waiting call makes Serve want one replica for a deployment without any, whatever the policy says."""
     cluster = Cluster()
     wrapped = _apply_app_level_autoscaling_config(cluster.policy)
-    for waiting_s, expected in ((10, 1), (300, 10), (900, 25)):  # ten are coming, and do 150 s of it
+    for waiting_s, expected in ((10, 1), (300, 10), (900, 30)):
         cluster.reader.reading = Reading(cluster.now, {CLIPS: (IDLE, load(waiting_s), IDLE)})
         answer, _ = wrapped(cluster.contexts(requests=5))
         assert answer[DeploymentID(DENOISE, "app")] == expected

@@ -27,33 +27,44 @@ def test_what_waits_and_arrives_is_counted_in_seconds_of_each_stage():
     waiting = Waiting(2, (20, 200, 40), 8)
     arrived = [Arrived(10, 1, UNITS), Arrived(60, 4, (60, 600, 120))]  # one is no rate; of four two are sure
     assert loads(TIMES, waiting, [], arrived) == [
-        StageLoad(20, arriving=0.5, parallel=2, job_s=10),
+        StageLoad(20, arriving=0.5, parallel=2, job_s=10, here_s=20),
         StageLoad(400, arriving=10, parallel=8, job_s=200),
         StageLoad(20, arriving=0.5, parallel=2, job_s=10),
     ]
 
 
 @pytest.mark.parametrize(
-    ("told", "waiting_s", "running_s", "busy"),
+    ("told", "waiting_s", "here_s", "running_s", "busy"),
     [
-        ((None, None), (10, 200, 10), (0, 0, 0), (0, 0, 0)),  # claimed, and its turn has not come
-        (("preprocess", 0.5), (0, 200, 10), (5, 0, 0), (1, 0, 0)),
-        (("preprocess", 1), (0, 200, 10), (0, 0, 0), (0, 0, 0)),  # it waits for a denoiser
-        (("denoise", 0), (0, 150, 10), (0, 50, 0), (0, 1, 0)),  # four units at a time: three quarters could be taken over
-        (("denoise", 0.5), (0, 75, 10), (0, 25, 0), (0, 1, 0)),
-        (("decode", 0.75), (0, 0, 0), (0, 0, 2.5), (0, 0, 1)),
-        (("decode", 1), (0, 0, 0), (0, 0, 0), (0, 0, 0)),
-        (("decode", math.nan), (10, 200, 10), (0, 0, 0), (0, 0, 0)),
-        (("lunch", 0.5), (10, 200, 10), (0, 0, 0), (0, 0, 0)),
-        (("denoise", "half"), (10, 200, 10), (0, 0, 0), (0, 0, 0)),
+        ((None, None), (10, 200, 10), (10, 0, 0), (0, 0, 0), (0, 0, 0)),  # claimed, and its turn has not come
+        (("preprocess", 0.5), (0, 200, 10), (0, 0, 0), (5, 0, 0), (1, 0, 0)),
+        (("preprocess", 1), (0, 200, 10), (0, 200, 0), (0, 0, 0), (0, 0, 0)),  # it waits for a denoiser
+        (
+            ("denoise", 0),
+            (0, 150, 10),
+            (0, 150, 0),
+            (0, 50, 0),
+            (0, 1, 0),
+        ),  # four units at a time: others could take over three
+        (("denoise", 0.5), (0, 75, 10), (0, 75, 0), (0, 25, 0), (0, 1, 0)),
+        (("decode", 0.75), (0, 0, 0), (0, 0, 0), (0, 0, 2.5), (0, 0, 1)),
+        (("decode", 1), (0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0)),
+        (("decode", math.nan), (10, 200, 10), (10, 0, 0), (0, 0, 0), (0, 0, 0)),
+        (("lunch", 0.5), (10, 200, 10), (10, 0, 0), (0, 0, 0), (0, 0, 0)),
+        (("denoise", "half"), (10, 200, 10), (10, 0, 0), (0, 0, 0), (0, 0, 0)),
     ],
 )
 def test_a_running_job_counts_with_what_is_left_of_it(
-    told: tuple[str, float], waiting_s: Sequence[float], running_s: Sequence[float], busy: Sequence[float]
+    told: tuple[str, float],
+    waiting_s: Sequence[float],
+    here_s: Sequence[float],
+    running_s: Sequence[float],
+    busy: Sequence[float],
 ):
     stage, fraction = told
     found = loads(TIMES, None, [replace(RUNNING, stage=stage, fraction=fraction)])
     assert [each.waiting_s for each in found] == list(waiting_s)
+    assert [each.here_s for each in found] == list(here_s)
     assert [each.running_s for each in found] == list(running_s)
     assert [each.busy for each in found] == list(busy)
     assert [each.job_s for each in found] == [10, 200, 10]

@@ -11,7 +11,7 @@ def room_after(
     room.replicas(replicas)
     for _ in range(jobs):
         room.learn("preprocess", Done(None, preprocess_s))
-        room.learn("denoise", Done(None, busy_s, busy_s, width))
+        room.learn("denoise", Done(None, busy_s, busy_s=busy_s, width=width))
         room.learn("decode", Done(None, decode_s))
     return room.jobs
 
@@ -52,6 +52,6 @@ def test_the_room_follows_the_replicas_at_once_and_its_bound_holds():
 def test_the_newest_jobs_count_most():
     room = Room()
     for seconds in (100.0, *[1.0] * 30):
-        room.learn("denoise", Done(None, seconds, seconds))
+        room.learn("denoise", Done(None, seconds, busy_s=seconds))
         room.learn("preprocess", Done(None, 1.0))
     assert room.jobs == 3

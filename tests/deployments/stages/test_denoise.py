@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,9 @@ class Fetches:
 async def test_units_run_one_at_a_time_and_a_job_is_fetched_once(replica: Callable[[Stage], Denoise]):
     stage, fetches = Stage(lambda _: threading.Event().wait(0.01)), Fetches()
     one = replica(stage)
-    await asyncio.gather(*(fetches.run(one, job, f"{job}{n}") for n in range(3) for job in "ab"))
+    began_at = time.monotonic()
+    answers = await asyncio.gather(*(fetches.run(one, job, f"{job}{n}") for n in range(3) for job in "ab"))
+    assert 6 * 0.01 <= sum(output.seconds for (output,) in answers) <= time.monotonic() - began_at, "without the waits"
     assert stage.most_at_once == 1
     assert sorted(fetches.jobs) == ["a", "b"]
     assert sorted(stage.begun) == ["of a", "of b"]

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from deployments import metrics, tracing
 from deployments.hosting.demo_weights import demo_inputs
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
@@ -122,8 +125,61 @@ async def test_any_number_of_replicas_gives_the_bits_of_one_process(
     assert 0 < done.busy_s <= replicas * done.seconds * 1.2
     assert (done.receipt["units"], done.gpu_seconds) == (STEPS * UNITS, 0)
     assert 1 <= done.receipt["replicas"] <= replicas
+    assert done.receipt["replica_seconds"] == pytest.approx(done.busy_s, abs=1e-6)
     assert one.replicas.fetched == Counter(dict.fromkeys(used, 1)), "the conditioning travels once per job and replica"
     await one.rested()
+
+
+async def test_a_jobs_trace_has_a_span_of_the_sampler_and_one_for_each_replica(system: Callable[..., System]):
+    exporter = InMemorySpanExporter()
+    tracing.process_with(SimpleSpanProcessor(exporter), "sampler")
+    try:
+        with tracing.span("denoise", None, begins=True):
+            trace = tracing.current()
+            one = system(2)
+            await one.done()
+    finally:
+        tracing.stop_export()
+    assert trace is not None
+    made = exporter.get_finished_spans()
+    assert {f"{span.context.trace_id:032x}" for span in made} == {tracing.trace_id(trace)}
+    (sample,) = [span for span in made if span.name == "sample"]
+    (denoise,) = [span for span in made if span.name == "denoise"]
+    units = [span for span in made if span.name == "units"]
+    assert len(made) == 2 + len(units)
+    assert sample.parent.span_id == denoise.context.span_id
+    assert {span.parent.span_id for span in units} == {sample.context.span_id}
+    assert {span.attributes["replica"] for span in units} == {name for name, _ in one.replicas.ran}
+    assert sum(span.attributes["units"] for span in units) == sample.attributes["units"] == UNITS * STEPS
+    assert all(sample.start_time - 1e6 <= span.start_time < span.end_time <= sample.end_time for span in units)
+    assert {call.traceparent.split("-")[2] for _, call in one.replicas.ran} == {f"{sample.context.span_id:016x}"}
+
+
+async def test_units_that_are_given_to_another_replica_are_counted_with_the_reason(system: Callable[..., System]):
+    recorded: list[tuple[str, Mapping[str, str]]] = []
+
+    def export(metric: metrics.Metric, value: float, tags: Mapping[str, str]) -> None:
+        recorded.append((metric.name, tags))
+
+    one = system(3)
+
+    def kill(replica: str, call: UnitCall) -> None:
+        if replica == "replica-1" and len(one.replicas.ran) > UNITS:
+            asyncio.get_running_loop().call_soon(one.replicas.kill, "replica-1")
+            one.replicas.on_unit = lambda *_: None
+
+    one.replicas.on_unit = kill
+    metrics.export_to(export)
+    try:
+        await one.done()
+    finally:
+        metrics.stop_export(export)
+    names = Counter(name for name, _ in recorded)
+    assert names[metrics.UNIT.name] == names[metrics.UNIT_WAIT.name] == UNITS * STEPS
+    reasons = Counter(tags["reason"] for name, tags in recorded if name == metrics.UNITS_AGAIN.name)
+    assert 1 <= reasons["lost"] <= 2, "those that were at it"
+    assert reasons.keys() <= {"lost", "straggler", "moved"}
+    assert {tags["endpoint"] for _, tags in recorded} == {CONTROLNEXT}
 
 
 async def test_jobs_side_by_side_have_their_own_bits(system: Callable[..., System], held: list[Denoise], alone: torch.Tensor):

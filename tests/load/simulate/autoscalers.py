@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,8 @@ from deployments.dispatch.autoscaling import BacklogPolicy
 from deployments.dispatch.backlog import ARRIVALS_S, STAGES, Pace, Reading, learn, loads, name_of
 from deployments.jobs.work import Arrived, Measured, Running, Waiting
 from deployments.settings import ScaledEndpoint
-from tests.load.simulate.cluster import Cluster, Pool
+from tests.load.simulate.cluster import DENOISE, Cluster, Pool
+from tests.load.simulate.scheduling import Job
 from tests.load.simulate.trace import Kind
 
 APP = "reelray"
@@ -90,30 +91,32 @@ class Ours:
         return [answer.get(key, contexts[key].target_num_replicas) for key in contexts]
 
     def _loads(self, now: float, cluster: Cluster) -> Any:
-        """As the database would tell it: a job is one unit of each stage, and is claimed when its preprocessing begins."""
+        """As the database would tell it. A job is one unit of each stage."""
         learn(self.paces, [self._measured(each) for each in cluster.ended[self.seen :]])
         self.seen = len(cluster.ended)
         counts = [(each, len(cluster.arrived) - bisect_left(cluster.arrived, now - each)) for each in ARRIVALS_S]
         arrived = [Arrived(each, count, (count,) * 3) for each, count in counts if count]
-        queued = sum(0 not in job.began for job in cluster.pools[0].jobs)
-        waiting = Waiting(queued, (queued,) * 3, queued * cluster.kind.width)
-        running = [self._running(job, cluster.kind) for pool in cluster.pools for job in pool.jobs if 0 in job.began]
+        queued, width = len(cluster.queue), cluster.kind.width
+        waiting = Waiting(queued, (queued,) * 3, queued * width)
+        running = [self._running(job, width) for pool in cluster.pools for job in pool.jobs]
         times = [pace.unit_s for pace in self.paces[self.endpoint.id]]
         return loads(times, waiting, running, arrived)
 
-    def _running(self, job: Any, kind: Kind) -> Running:
-        stage, fraction = (job.stage, job.fraction) if job.stage in job.began else (job.stage - 1, 1.0)
-        return Running(self.endpoint.id, (1.0, 1.0, 1.0), kind.width, STAGES[stage], fraction)
+    def _running(self, job: Job, width: int) -> Running:
+        begun = max(job.began, default=None)
+        fraction = job.fraction if begun == job.stage else 1.0
+        return Running(self.endpoint.id, (1.0, 1.0, 1.0), width, None if begun is None else STAGES[begun], fraction)
 
-    def _measured(self, stage_s: tuple[float, ...]) -> Measured:
+    def _measured(self, stage_s: Sequence[float]) -> Measured:
         return Measured(self.endpoint.id, (1.0, 1.0, 1.0), dict(zip(STAGES, stage_s, strict=True)))
 
 
 class ServeDefault:
     """Serve's `replica_queue_length_autoscaling_policy` with the delays of `AutoscalingConfig`.
 
-    It is given what it is made for: every job is a request that waits at its stage's handle, and a replica works on one. Its
-    metrics come without the delay of ten seconds with which Serve's handles send them. options: of `AutoscalingConfig`.
+    It is given what it is made for: every job is a request that waits at its stage's handle, those in the queue at that of the
+    denoisers. Its metrics come without the delay of ten seconds with which Serve's handles send them. options: of
+    `AutoscalingConfig`.
     """
 
     def __init__(self, name: str, highest: int, every_s: float = 1.0, **options: Any):
@@ -131,7 +134,7 @@ class ServeDefault:
         with clock_of(lambda: now):
             for stage, pool in enumerate(cluster.pools):
                 seen = self.requests[stage]
-                seen.append((now, len(pool.jobs)))
+                seen.append((now, len(pool.jobs) + len(cluster.queue) * (stage == DENOISE)))
                 while seen[0][0] < now - self.config.look_back_period_s:
                     seen.popleft()
                 mean = sum(count for _, count in seen) / len(seen)

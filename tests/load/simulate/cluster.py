@@ -1,20 +1,28 @@
 """A cluster of simulated replicas that start cold, fail and straggle, driven by events on a made-up clock.
 
 An autoscaler is called as Serve calls it. Its targets are followed as Serve follows them: a new replica is ready after its start;
-one too many is stopped while it starts, or ends after the unit in hand, whatever other replicas are idle.
+one too many is stopped while it starts, or ends after the units it has, whatever other replicas are idle. Jobs wait in one queue
+until there is room for them, as the dispatcher reckons it.
 """
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from tests.load.simulate.scheduling import Fifo, Job, Scheduler
+from deployments.dispatch.backlog import STAGES as NAMES
+from deployments.dispatch.room import Room
+from deployments.stages.protocol import Done
+from deployments.stages.scheduling import Run
+from deployments.stages.scheduling import Scheduler as Units
+from tests.load.simulate.scheduling import Fifo, Job, JobUnit, Scheduler
 from tests.load.simulate.trace import Trace
 
-STAGES = 3
+STAGES = len(NAMES)
+DENOISE = 1
 
 
 @dataclass(frozen=True)
@@ -32,26 +40,29 @@ class Weather:
 
 @dataclass(eq=False)
 class Replica:
-    """born: when it was asked for. job: of the unit in hand."""
+    """born: when it was asked for. runs: of the units at it; the first one works."""
 
+    name: str
     born: float
     ready: bool = False
     leaving: bool = False
     gone: bool = False
-    job: Job | None = None
+    runs: list[Run] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Pool:
-    """The replicas of one stage, and the units that wait for them."""
+    """The replicas of one stage, and the units that wait for them. named: all that have joined the scheduler and live."""
 
+    stage: int
     scheduler: Scheduler
     target: int = 0
     replicas: list[Replica] = field(default_factory=list)
-    idle: list[Replica] = field(default_factory=list)
+    named: dict[str, Replica] = field(default_factory=dict)
     jobs: dict[Job, None] = field(default_factory=dict)
     held_s: float = 0.0
     work_s: float = 0.0
+    alarm: int = 0
 
     @property
     def ready(self) -> int:
@@ -80,27 +91,26 @@ class Change:
 
 
 class Cluster:
-    """Runs a trace. After `run`: what became of the jobs, the changes, and each pool's replica seconds."""
+    """Runs a trace. After `run`: what became of the jobs, the changes, and each pool's replica seconds.
 
-    def __init__(
-        self,
-        trace: Trace,
-        autoscaler: Autoscaler,
-        weather: Weather = Weather(),
-        scheduler: Callable[[], Scheduler] = Fifo,
-        seed: int = 1,
-    ):
+    queue: jobs that nobody has claimed. ended: of the jobs that have, what replicas worked for each in each stage.
+    """
+
+    def __init__(self, trace: Trace, autoscaler: Autoscaler, weather: Weather = Weather(), seed: int = 1):
         self.trace, self.kind, self.autoscaler, self.weather = trace, trace.kind, autoscaler, weather
         self.chance = random.Random(seed)
         self.now = 0.0
-        self.pools = [Pool(scheduler()) for _ in range(STAGES)]
+        units = Fifo if trace.coarse else Units
+        self.pools = [Pool(k, units(lambda: self.now) if k == DENOISE else Fifo()) for k in range(STAGES)]
+        self.room = Room()
+        self.queue: deque[Job] = deque()
         self.changes: list[Change] = []
         self.latencies_s: list[tuple[float, float]] = []  # when it arrived, how long it took
         self.waits_s: list[float] = []
         self.arrived: list[float] = []
-        self.ended: list[tuple[float, ...]] = []
+        self.ended: list[list[float]] = []
         self.unfinished = len(trace.at_s)
-        self.most_claimed = 0
+        self.working = self.most_working = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -122,6 +132,8 @@ class Cluster:
         self._count += 1
         heapq.heappush(self._events, (self.now + after_s, self._count, event))
 
+    # Jobs.
+
     def _next_arrival(self, arriving: Iterator[float]) -> None:
         at = next(arriving, None)
         if at is not None:
@@ -129,105 +141,163 @@ class Cluster:
 
     def _arrive(self, arriving: Iterator[float]) -> None:
         self.arrived.append(self.now)
-        self._enter(Job(self.now), 0)
+        self.queue.append(Job(self.now))
+        self._claim()
         self._next_arrival(arriving)
 
-    def _tick(self) -> None:
-        claimed = sum(0 in job.began for pool in self.pools for job in pool.jobs)
-        self.most_claimed = max(self.most_claimed, claimed)
-        for stage, (pool, wanted) in enumerate(zip(self.pools, self.autoscaler.targets(self.now, self), strict=True)):
-            target = max(self.trace.lowest, min(self.trace.highest, wanted))
-            if target != pool.target:
-                self.changes.append(Change(self.now, stage, pool.target, target))
-                self._scale(pool, target)
-        self._at(self.autoscaler.every_s, self._tick)
+    def _claim(self) -> None:
+        while self.queue and self.working < self.room.jobs:
+            self.working += 1
+            self.most_working = max(self.most_working, self.working)
+            self._enter(self.queue.popleft(), 0)
 
     def _enter(self, job: Job, stage: int) -> None:
         kind, pool = self.kind, self.pools[stage]
-        width, steps = (kind.width, kind.steps) if stage == 1 else (1, 1)
+        width, steps = (kind.width, kind.steps) if stage == DENOISE else (1, 1)
         job.enter(stage, kind.stage_s[stage], width, steps)
         pool.jobs[job] = None
-        pool.scheduler.add(job)
-        self._work(pool)
+        job.scheduled = pool.scheduler.add_job()
+        pool.scheduler.submit(job.scheduled, job.units)
+        self._pump(pool)
+
+    def _step_done(self, pool: Pool, job: Job) -> None:
+        job.step += 1
+        if job.step < job.steps:
+            job.open = job.width
+            pool.scheduler.submit(job.scheduled, job.units)
+            return
+        pool.scheduler.drop(job.scheduled)
+        del pool.jobs[job]
+        spent_s = job.spent_s[job.stage]
+        self.room.learn(NAMES[job.stage], Done(None, spent_s, busy_s=spent_s, width=job.width))
+        if job.stage + 1 < STAGES:
+            self._enter(job, job.stage + 1)
+            return
+        self.unfinished -= 1
+        self.working -= 1
+        self.latencies_s.append((job.arrived, self.now - job.arrived))
+        self.waits_s.append(job.began[DENOISE] - job.arrived)
+        self.ended.append(job.spent_s)
+        self._claim()
+
+    # Replicas.
+
+    def _tick(self) -> None:
+        for pool, wanted in zip(self.pools, self.autoscaler.targets(self.now, self), strict=True):
+            target = max(self.trace.lowest, min(self.trace.highest, wanted))
+            if target != pool.target:
+                self.changes.append(Change(self.now, pool.stage, pool.target, target))
+                self._scale(pool, target)
+        self._at(self.autoscaler.every_s, self._tick)
 
     def _scale(self, pool: Pool, target: int) -> None:
         pool.target = target
         while len(pool.replicas) < target:
             self._start(pool)
         while len(pool.replicas) > target:
-            replica = next((each for each in reversed(pool.replicas) if not each.ready), None) or self.chance.choice(
-                pool.replicas
-            )
-            pool.replicas.remove(replica)
-            if replica.job is None:
-                self._end(pool, replica)
-            else:
-                replica.leaving = True
+            replica = next((each for each in reversed(pool.replicas) if not each.ready), None)
+            self._leave(pool, replica or self.chance.choice(pool.replicas))
 
     def _start(self, pool: Pool) -> None:
-        replica = Replica(self.now)
+        self._count += 1
+        replica = Replica(str(self._count), self.now)
         pool.replicas.append(replica)
-        took_s = self.weather.ready_s[self.pools.index(pool)] * self.chance.uniform(0.7, 1.6) / 1.15
+        took_s = self.weather.ready_s[pool.stage] * self.chance.uniform(0.7, 1.6) / 1.15
         self._at(took_s, lambda: self._ready(pool, replica))
         self._at(took_s + self.chance.expovariate(1 / self.weather.failures_s), lambda: self._fail(pool, replica))
 
     def _ready(self, pool: Pool, replica: Replica) -> None:
-        if not replica.gone:
-            replica.ready = True
-            pool.idle.append(replica)
-            self._work(pool)
+        if replica.gone:
+            return
+        replica.ready = True
+        pool.named[replica.name] = replica
+        pool.scheduler.join(replica.name)
+        self._counted(pool)
+        self._pump(pool)
+
+    def _leave(self, pool: Pool, replica: Replica) -> None:
+        pool.replicas.remove(replica)
+        replica.leaving = True
+        pool.scheduler.leave(replica.name)
+        self._counted(pool)
+        if not replica.runs:
+            self._end(pool, replica)
 
     def _fail(self, pool: Pool, replica: Replica) -> None:
         if replica.gone:
             return
-        if replica.job is not None:
-            pool.scheduler.lost(replica.job)
-            replica.job = None
+        pool.scheduler.leave(replica.name)
+        for run in replica.runs:
+            pool.scheduler.ended(run, "lost")
+        replica.runs.clear()
         if not replica.leaving:
             pool.replicas.remove(replica)
             self._start(pool)
         self._end(pool, replica)
-        self._work(pool)
+        self._counted(pool)
+        self._pump(pool)
 
     def _end(self, pool: Pool, replica: Replica) -> None:
         replica.gone = True
+        pool.named.pop(replica.name, None)
         pool.held_s += self.now - replica.born
 
-    def _work(self, pool: Pool) -> None:
-        while pool.idle:
-            replica = pool.idle[-1]
-            if replica.gone or replica.leaving:
-                pool.idle.pop()
-                continue
-            job = pool.scheduler.take()
-            if job is None:
-                return
-            pool.idle.pop()
-            replica.job = job
-            job.began.setdefault(job.stage, self.now)
-            slow = self.weather.straggling if self.chance.random() < self.weather.stragglers else 1.0
-            self._at(job.unit_s * slow, partial(self._done, pool, replica, job))
+    def _counted(self, pool: Pool) -> None:
+        if pool.stage == DENOISE:
+            self.room.replicas(pool.ready)
+            self._claim()
 
-    def _done(self, pool: Pool, replica: Replica, job: Job) -> None:
-        if replica.job is not job or replica.gone:
+    # Units.
+
+    def _pump(self, pool: Pool) -> None:
+        """Does what the scheduler orders now, and looks again when time alone will change that."""
+        while (orders := pool.scheduler.orders()).start or orders.stop:
+            for run in orders.start:
+                replica = pool.named[run.replica]
+                replica.runs.append(run)
+                if len(replica.runs) == 1:
+                    self._begin(pool, replica)
+            for run in orders.stop:
+                stopping = pool.named.get(run.replica)
+                if stopping is not None and run in stopping.runs[1:]:  # the first one is a call of a net, which goes on
+                    stopping.runs.remove(run)
+                    pool.scheduler.ended(run, "stopped")
+        if (due_s := pool.scheduler.due_in_s()) is not None:
+            pool.alarm += 1
+            self._at(due_s + 1e-6, partial(self._ring, pool, pool.alarm))
+
+    def _ring(self, pool: Pool, alarm: int) -> None:
+        if alarm == pool.alarm:
+            self._pump(pool)
+
+    def _begin(self, pool: Pool, replica: Replica) -> None:
+        run = replica.runs[0]
+        job = _job_of(run)
+        job.began.setdefault(pool.stage, self.now)
+        slow = self.weather.straggling if self.chance.random() < self.weather.stragglers else 1.0
+        took_s = run.ticket.unit.size * slow
+        self._at(took_s, partial(self._done, pool, replica, run, took_s))
+
+    def _done(self, pool: Pool, replica: Replica, run: Run, took_s: float) -> None:
+        if replica.gone:
             return  # it failed meanwhile
-        replica.job = None
-        pool.work_s += job.unit_s
-        if replica.leaving:
+        replica.runs.remove(run)
+        job = _job_of(run)
+        if job.stage == pool.stage:
+            job.spent_s[pool.stage] += took_s
+        counts = pool.scheduler.ended(run, "stopped" if run.stopping else "answered")
+        if replica.runs:
+            self._begin(pool, replica)
+        elif replica.leaving:
             self._end(pool, replica)
-        else:
-            pool.idle.append(replica)
-        if pool.scheduler.done(job):
-            del pool.jobs[job]
-            self._leave(job)
-        self._work(pool)
+        if counts:
+            pool.work_s += run.ticket.unit.size
+            job.open -= 1
+            if not job.open:
+                self._step_done(pool, job)
+        self._pump(pool)
 
-    def _leave(self, job: Job) -> None:
-        if job.stage + 1 < STAGES:
-            self._enter(job, job.stage + 1)
-            return
-        self.unfinished -= 1
-        took_s = self.now - job.arrived
-        self.latencies_s.append((job.arrived, took_s))
-        self.waits_s.append(job.began[1] - job.arrived)
-        self.ended.append(self.kind.stage_s)
+
+def _job_of(run: Run) -> Job:
+    assert isinstance(run.ticket.unit, JobUnit)
+    return run.ticket.unit.job

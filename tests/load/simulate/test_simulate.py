@@ -8,8 +8,7 @@ import pytest
 from tests.load.simulate.__main__ import misses, outcome, reversals
 from tests.load.simulate.autoscalers import Ours, ServeDefault
 from tests.load.simulate.cluster import Change, Cluster, Weather
-from tests.load.simulate.scheduling import Fifo, Job
-from tests.load.simulate.trace import SHORT_VIDEO, SPREAD_VIDEO, Kind, Trace, burst
+from tests.load.simulate.trace import SHORT_VIDEO, VIDEO, Kind, Trace, burst
 
 CALM = Weather(ready_s=(0.0, 0.0, 0.0), failures_s=1e12, stragglers=0.0)
 
@@ -54,19 +53,6 @@ def test_no_job_is_lost_when_replicas_fail_and_leave():
     assert done.pools[1].held_s > done.pools[1].work_s
 
 
-def test_units_of_the_oldest_job_come_first_and_a_lost_one_comes_again():
-    scheduler, first, second = Fifo(), Job(0.0), Job(1.0)
-    for job in (first, second):
-        job.enter(1, 8.0, width=2, steps=2)
-        scheduler.add(job)
-    assert [scheduler.take() for _ in range(3)] == [first, first, second]
-    scheduler.lost(first)
-    assert not scheduler.done(first)
-    assert scheduler.take() is first
-    assert not scheduler.done(first)  # the first step of two
-    assert scheduler.take() is first
-
-
 def test_a_reversal_takes_back_a_change_of_the_last_five_minutes():
     ways = [
         Change(at, 1, before, after) for at, before, after in ((0, 1, 4), (299, 4, 3), (310, 3, 5), (700, 5, 1), (1001, 1, 2))
@@ -86,7 +72,7 @@ def test_a_burst_is_met_at_once_and_many_more_jobs_are_in_time_than_with_serves_
 
 
 def test_units_that_are_shared_need_no_more_replicas():
-    trace = burst(SPREAD_VIDEO, busy=2, minutes=5, highest=32, length_s=1200)
+    trace = burst(VIDEO, busy=2, minutes=5, highest=32, length_s=1200)
     ours = outcome(trace, Ours(trace.kind, 32))
     assert ours.within_2x == 1.0
     assert ours.reversals <= 1

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DAY_S = 86_400.0
 
@@ -22,20 +22,13 @@ class Kind:
     steps: int = 1
     drain_s: float = 30.0
 
-    @property
-    def solo_s(self) -> float:
-        """How long a job takes alone, on one warm replica a stage."""
-        return sum(self.stage_s)
-
 
 CLIP = Kind("clips", "animatediff", (0.1, 0.38, 0.2), drain_s=5.0)
 """An AnimateDiff job: denoising and decoding as recorded on an H200 (`engines/results`), preprocessing assumed."""
-SHORT_VIDEO = Kind("short videos", "controlnext", (2.5, 17.0, 2.5))
-"""A ControlNeXt job of 25 frames and 25 steps, as recorded on an H200 but for the poses, as one unit."""
-VIDEO = Kind("videos", "controlnext", (2.4, 120.0, 24.0), drain_s=60.0)
-"""A ControlNeXt job of 240 frames as one unit: 650 units of 0.19 s, as recorded; poses and decoding assumed."""
-SPREAD_VIDEO = Kind("spread videos", "controlnext", (2.4, 120.0, 24.0), width=26, steps=25, drain_s=60.0)
-"""The same in units that all replicas can share."""
+SHORT_VIDEO = Kind("short videos", "controlnext", (2.5, 17.0, 2.5), width=2, steps=5)
+"""A ControlNeXt job of 25 frames and 25 steps, as recorded on an H200 but for the poses. Five of its steps are one here."""
+VIDEO = Kind("videos", "controlnext", (2.4, 120.0, 24.0), width=26, steps=5, drain_s=60.0)
+"""A ControlNeXt job of 240 frames: 650 units of 0.19 s, as recorded; poses and decoding assumed. Five steps are one again."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Trace:
     """kind: of all its jobs. at_s: when each arrives, ascending. length_s: until when new ones could.
 
     burst: when the rate rises and falls again; None: it has no burst. needs: denoisers that are all at work then.
-    lowest, highest: replicas of a stage.
+    lowest, highest: replicas of a stage. coarse: each job's denoising is one unit, and units come in the order of jobs.
     """
 
     name: str
@@ -54,6 +47,12 @@ class Trace:
     lowest: int = 0
     burst: tuple[float, float] | None = None
     needs: float = 0.0
+    coarse: bool = False
+
+    @property
+    def solo_s(self) -> float:
+        """How long a job takes alone, on one warm replica a stage."""
+        return sum(self.kind.stage_s)
 
 
 def arrivals(rate: Callable[[float], float], most: float, length_s: float, seed: int) -> Iterator[float]:
@@ -64,13 +63,20 @@ def arrivals(rate: Callable[[float], float], most: float, length_s: float, seed:
             yield at
 
 
-def burst(kind: Kind, busy: float, minutes: float, highest: int = 64, length_s: float = 2400.0, times: float = 8.0) -> Trace:
+def burst(
+    kind: Kind, busy: float, minutes: float, highest: int = 64, length_s: float = 2400.0, times: float = 8.0, seed: int = 1
+) -> Trace:
     """A load that keeps `busy` denoisers at work, then `times` as much for some minutes, and the first again."""
     rate, begin = busy / kind.stage_s[1], length_s / 3
     end = begin + 60 * minutes
-    at_s = arrivals(lambda at: rate * (times if begin <= at < end else 1), rate * times, length_s, seed=1)
-    name = f"{times:g}x for {minutes:g} min, {kind.name}, {highest}"
+    at_s = arrivals(lambda at: rate * (times if begin <= at < end else 1), rate * times, length_s, seed)
+    name = f"{times:g}x for {minutes:g} min, {kind.name}, {highest}{f', seed {seed}' * (seed != 1)}"
     return Trace(name, kind, tuple(at_s), length_s, highest, burst=(begin, end), needs=busy * times)
+
+
+def coarse(trace: Trace) -> Trace:
+    """The same jobs, each with one unit of denoising: for clusters that would take hours otherwise."""
+    return replace(trace, kind=replace(trace.kind, width=1, steps=1), coarse=True)
 
 
 def day(kind: Kind, busy: float, highest: int, seed: int = 1, length_s: float = DAY_S) -> Trace:

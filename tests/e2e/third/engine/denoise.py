@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,16 @@ class Denoise:
     engines: CallEngines = ()
 
     def __init__(self, config: SolidConfig):
-        self.frames = config.frames
+        self.config = config
 
     def begin(self, conditioning: SolidConditioning) -> "Request":
-        return Request(self.frames, conditioning.grey)
+        return Request(self.config, conditioning.grey)
 
 
 class Request:
-    def __init__(self, frames: int, grey: int):
-        self.frames, self.grey = frames, grey
+    def __init__(self, config: SolidConfig, grey: int):
+        self.config, self.grey = config, grey
 
     def run(self, unit: Steps, tell: Callable[[Report], None], should_stop: Any) -> UnitOutput:
-        return UnitOutput(torch.full((1, 1, self.frames, 8, 8), float(self.grey)), "eager")
+        time.sleep(self.config.denoise_s)
+        return UnitOutput(torch.full((1, 1, self.config.frames, 8, 8), float(self.grey)), "eager")
