@@ -103,7 +103,7 @@ simulate: install ## compare the autoscaling with Serve's default one in a simul
 	$(BIN)/python -W ignore -m tests.load.simulate --save
 
 .PHONY: chaos
-chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
+chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; twenty minutes
 	$(BIN)/python -m tests.chaos --save
 	$(BIN)/python -m tests.chaos.outages --save
 	$(BIN)/python -m tests.chaos.cancels --save

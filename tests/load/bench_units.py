@@ -39,7 +39,7 @@ from tests.load.sleeping.sampler import Sampler
 from tests.load.unit_service import SLEEPING, UnitService, serving_units, units
 
 ROUNDS = 3
-AHEAD = "-19"
+AHEAD = "-12"
 """The niceness of this session beside others."""
 LATENTS = (24, 4, 128, 72)
 """Of a window of 24 frames at 576x1024."""

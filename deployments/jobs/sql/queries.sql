@@ -110,7 +110,8 @@ WITH claimed AS (
 SELECT id AS job_id, token, endpoint, owner, input, input_version, priority, attempt, max_attempts, files_s, files_access,
     checkpoint_name(id) AS checkpoint,
     NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries, created_at,
-    extract(epoch FROM started_at - created_at)::double precision AS waited_s, traceparent
+    -- a claim may have begun before the job that it finds was committed
+    greatest(0, extract(epoch FROM started_at - created_at)::double precision) AS waited_s, traceparent
 FROM claimed
 
 -- name: claimed
