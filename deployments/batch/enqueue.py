@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -51,7 +51,7 @@ class Enqueue:
         self.files = httpx.AsyncClient(timeout=TIMEOUT_S, mounts=direct)  # another host may keep them, which gets no key
         self._uploads: dict[str, asyncio.Task[str]] = {}
 
-    async def records(self, rows: Iterable[Row]) -> AsyncIterator[Record]:
+    async def records(self, rows: Iterable[Row]) -> AsyncGenerator[Record, None]:
         """The rows' records as they end. Raises `ServiceFailed`; if it is closed before, the running jobs are cancelled."""
         waiting, ended = iter(rows), asyncio.Queue[asyncio.Task[Record]]()
         working: set[asyncio.Task[Record]] = set()

@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from itertools import islice
@@ -25,7 +25,7 @@ class LapFailed(ReelrayError):
     """A lap ended before any row had."""
 
 
-async def in_laps(folder: RunFolder, rows: Iterator[Row]) -> AsyncIterator[Record]:
+async def in_laps(folder: RunFolder, rows: Iterator[Row]) -> AsyncGenerator[Record, None]:
     """The rows' records as they end. Raises `LapFailed`.
 
     Rows that are lost with an actor are taken up again at the end, each alone at its actor: it may be their fault. After two more
@@ -55,7 +55,7 @@ async def in_laps(folder: RunFolder, rows: Iterator[Row]) -> AsyncIterator[Recor
         yield record
 
 
-async def _lap(folder: RunFolder, rows: list[Row], *options: str) -> AsyncIterator[Record]:
+async def _lap(folder: RunFolder, rows: list[Row], *options: str) -> AsyncGenerator[Record, None]:
     """The records that one process prints. Raises `LapFailed` if it ends by an error before it has printed one."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -25,19 +25,21 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from deployments.batch.run_folder import Row, Run, RunFolder
 from deployments.batch.stages import STAGES, RowStage, Work
 
+Stages = tuple[type[RowStage], ...]
+
 ACTOR_CPUS = 0.1
 """An actor's share of a node's CPUs, in Ray's books. Its threads are what the model's config says."""
 OBJECT_STORE_BYTES = 1_000_000_000
 """Of an embedded Ray; see `hosting/local_cluster.py`."""
 
 
-def stream(run: Run, url: str, rows: list[Row], *, alone: bool) -> Dataset:
+def stream(run: Run, url: str, rows: list[Row], stages: Stages, *, alone: bool) -> Dataset:
     """The rows' way through the stages: a dataset with a column `work`, one row a block."""
     context = DataContext.get_current()
     context.max_errored_blocks = -1  # a row that is lost with its actor does not end the others
     context.enable_progress_bars = False
     data = ray.data.from_items([{"work": Work(row)} for row in rows], override_num_blocks=len(rows))
-    for stage in STAGES:
+    for stage in stages:
         pool = run.pools[stage.name]
         data = data.map_batches(
             _Actor,
@@ -62,7 +64,7 @@ class _Actor:
         return {"work": [self.stage(work) for work in block["work"]]}
 
 
-def main() -> None:
+def main(stages: Stages = STAGES) -> None:
     """See above."""
     url, *options = sys.argv[1:]
     rows = [Row(**json.loads(line)) for line in iter(sys.stdin.readline, "\n")]
@@ -74,7 +76,7 @@ def main() -> None:
         embedded: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
         place = embedded if address == "local" else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **place)
-        data = stream(RunFolder(url).run(), url, rows, alone="--alone" in options)
+        data = stream(RunFolder(url).run(), url, rows, stages, alone="--alone" in options)
         for block in data.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             for work in block["work"]:
                 records.write(json.dumps(asdict(work.record)) + "\n")

@@ -55,7 +55,7 @@ class RayJob:
     @property
     def has_ended(self) -> bool:
         """Whether it is over."""
-        return JobStatus(self.status).is_terminal()
+        return bool(JobStatus(self.status).is_terminal())
 
     def exit_status(self) -> int:
         """The driver's, once it has ended."""

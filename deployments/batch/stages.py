@@ -17,7 +17,7 @@ from deployments.batch.records import Record, frame_of, publish, write_record
 from deployments.batch.run_folder import Row, RunFolder
 from deployments.jobs.retry import next_attempt_in
 from deployments.stages import device_memory
-from deployments.stages.protocol import Note, Stream
+from deployments.stages.protocol import Done, Note, Stream
 from engines import registry
 from engines.checkpoints.provenance import options_of, weights_of
 from engines.errors import ReelrayError, RunnerDisconnected, RunnerFailed, RunnerOutOfMemory, StorageFailed
@@ -43,6 +43,7 @@ class RowStage:
     """url: of the run's folder."""
 
     name: StageName
+    stage: Any
 
     def __init__(self, url: str):
         self.folder = RunFolder(url)
@@ -124,11 +125,14 @@ class Preprocess(RowStage):
         return self.loop.run(self._encoded(work, self.service.run(work.row.input)))
 
     async def _encoded(self, work: Work, stream: Stream[Any]) -> Work:
-        warnings = []
+        warnings: list[str] = []
+        product = None
         async for item in stream:
             if isinstance(item, Note) and item.level == "WARN":
                 warnings.append(item.message)
-        return replace(work, product=item.product, warnings=tuple(warnings))
+            elif isinstance(item, Done):
+                product = item.product
+        return replace(work, product=product, warnings=tuple(warnings))
 
 
 class Denoise(RowStage):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deployments.batch import ray_data
+from deployments.batch.ray_data import main
 from deployments.batch.records import Record, write_record
 from deployments.batch.run_folder import RunFolder
 from deployments.batch.stages import RowStage, Work
@@ -38,5 +38,4 @@ class Decode(Idle):
 
 
 if __name__ == "__main__":
-    ray_data.STAGES = (Preprocess, Denoise, Decode)
-    ray_data.main()
+    main((Preprocess, Denoise, Decode))
