@@ -20,7 +20,7 @@ LABEL_PX = 12
 def first_frame(mp4: bytes) -> bytes:
     """The first frame of a video that we made, as a JPEG small enough for the sheet."""
     with av.open(io.BytesIO(mp4), "r") as container:
-        picture = next(container.decode(video=0)).to_image()
+        picture = Image.fromarray(next(container.decode(video=0)).to_ndarray(format="rgb24"))
     picture.thumbnail((FRAME_PX, FRAME_PX))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)

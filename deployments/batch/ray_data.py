@@ -68,7 +68,7 @@ def main(stages: Stages = STAGES) -> None:
     """See above."""
     url, *options = sys.argv[1:]
     rows = [Row(**json.loads(line)) for line in iter(sys.stdin.readline, "\n")]
-    threading.Thread(target=_end_with_driver, daemon=True).start()
+    threading.Thread(target=end_with_driver, daemon=True).start()
     with os.fdopen(os.dup(1), "w") as records:
         os.dup2(2, 1)  # what libraries print is no record
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -83,7 +83,7 @@ def main(stages: Stages = STAGES) -> None:
                 records.flush()
 
 
-def _end_with_driver() -> None:
+def end_with_driver() -> None:
     """The driver holds our input open for as long as it lives. Without it, another one may render the same rows."""
     sys.stdin.read()
     os._exit(1)

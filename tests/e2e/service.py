@@ -56,6 +56,8 @@ class Service:
         (application,) = config["applications"]
         application["import_path"] = self.import_path
         application["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue} | self.added
+        for model in {"animatediff", "controlnext"}.difference(self.without):
+            application["args"][model]["threads"] = 1  # six processes share the cores
         for model in self.without:
             application["args"][model] = None
             application["deployments"] = [each for each in application["deployments"] if not each["name"].startswith(model)]
