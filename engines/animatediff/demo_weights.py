@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from engines.animatediff.checkpoint import OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
-from engines.demo import live, write_json, write_once
+from engines.demo.checkpoint import live, write_json, write_once
 
 _WIDTH = 32  # of the text embedding
 _HEADS = 4

@@ -24,7 +24,7 @@ from engines.animatediff.sparse_control import SparseControl
 from engines.animatediff.unet import MotionUNet
 from engines.controlnext.control_net import ControlNet, ControlNetSize
 from engines.controlnext.unet import Control, SVDUNet, inject
-from engines.demo import SEED, live
+from engines.demo.checkpoint import SEED, live
 from engines.vae import fuse
 
 _TINY_MOTION: dict[str, Any] = {

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.control_net import ControlNet, ControlNetSize
 from engines.controlnext.demo_pose import write_demo_pose
-from engines.demo import live, write_json, write_once
+from engines.demo.checkpoint import live, write_json, write_once
 
 _WIDTH = 32  # of the image embedding
 _TIME_WIDTH = 32

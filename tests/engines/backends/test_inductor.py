@@ -23,7 +23,7 @@ from engines.backends.shapes import Shape
 from engines.backends.unet_call import Dims, UNetCall, unet_call
 from engines.controlnext.call import svd_call
 from engines.controlnext.unet import SVDUNet
-from engines.demo import live
+from engines.demo.checkpoint import live
 from engines.errors import EngineError
 
 pytestmark = [

@@ -9,7 +9,7 @@ from torch import nn
 
 from engines.animatediff.unet import MotionUNet
 from engines.controlnext.unet import SVDUNet
-from engines.demo import SEED, live
+from engines.demo.checkpoint import SEED, live
 
 
 def motion_unet() -> MotionUNet:
