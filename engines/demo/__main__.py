@@ -11,6 +11,7 @@ from engines.demo.frame_table import FrameTable, encode_table, normalise
 from engines.demo.grammar import words
 from engines.demo.motion_nets import load_tokenizer
 from engines.demo.motion_tasks import ClipTask, ImageTask, decoder
+from engines.demo.temporal_autoencoder import TemporalVaeTask
 from engines.demo.tokenizer import write_tokenizer
 from engines.demo.training import Report, Run, averaged
 
@@ -41,6 +42,13 @@ def _finish(run: Run, report: Report) -> None:
         run.sheet(report)
 
 
+def train_controlnext(folder: Path, report: Report) -> None:
+    """All stages, each from where it was left."""
+    _finish(Run(TemporalVaeTask(), folder), report)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_animatediff(Path(sys.argv[1]), lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
+    {"animatediff": train_animatediff, "controlnext": train_controlnext}[sys.argv[1]](
+        Path(sys.argv[2]), lambda line: print(time.strftime("%H:%M:%S"), line, flush=True)
+    )

@@ -37,7 +37,7 @@ def new_vae() -> AutoencoderKL:
         sample_size=SIDE,
     )
     silence_residuals(vae)
-    return vae.to(memory_format=torch.channels_last)
+    return vae
 
 
 def silence_residuals(net: nn.Module) -> None:
@@ -80,7 +80,7 @@ class VaeTask:
             frames, masks = crops(*random_frames(16, rng), rng)
         else:
             frames, masks = random_frames(8, rng)
-        pixels = (2 * frames - 1).contiguous(memory_format=torch.channels_last)
+        pixels = 2 * frames - 1
         posterior = self.net.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
         error = self.net.decode(posterior.mean + posterior.std * noise).sample - pixels

@@ -7,7 +7,7 @@ from diffusers import MotionAdapter, SparseControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from engines.demo.attention import use_plain_attention
+from engines.demo.cpu_speed import use_plain_attention
 from engines.demo.grammar import SIDE
 
 WIDTH = 64
@@ -91,7 +91,6 @@ class ImageNets(nn.Module):
         super().__init__()
         self.text, self.unet = new_text_encoder(tokenizer), new_unet()
         use_plain_attention(self)
-        self.unet.to(memory_format=torch.channels_last)
 
 
 class ClipNets(nn.Module):
@@ -103,8 +102,6 @@ class ClipNets(nn.Module):
         self.unet = UNetMotionModel.from_unet2d(new_unet(), new_motion_adapter())
         self.scribble, self.rgb = new_sparse_control(simplified=False), new_sparse_control(simplified=True)
         use_plain_attention(self)
-        for net in (self.unet, self.scribble, self.rgb):
-            net.to(memory_format=torch.channels_last)
 
     def begin(self, images: ImageNets, scribbles: Tensor, latents: Tensor) -> None:
         """Start from what was learnt on images; SparseCtrl from the UNet's encoder, with embeddings that see real keyframes.
