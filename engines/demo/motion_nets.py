@@ -12,7 +12,7 @@ from engines.demo.grammar import SIDE
 
 WIDTH = 64
 """Of the text embedding."""
-CHANNELS = (48, 96)
+CHANNELS = (48, 80)
 HEADS = 4
 GROUPS = 8
 TOKENS = 77

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engines.controlnext.control_net import ControlNet, ControlNetSize
 from engines.controlnext.unet import Control, inject
-from engines.demo.cpu_speed import use_plain_attention
+from engines.demo.cpu_speed import use_flat_temporal_convs, use_plain_attention
 from engines.demo.puppets import SIDE
 from engines.demo.temporal_autoencoder import CHANNELS, SCALE
 
@@ -15,7 +15,7 @@ WIDTHS = (64, 96)
 """Multiples of 32, as SVD fixes 32 norm groups, and at least 64, so that a norm does not erase plain colours."""
 EMBEDDING = 32
 TIME_WIDTH = 32
-CONTROL = ControlNetSize(stem=(8, 8, 16), levels=(24, 64), out=WIDTHS[0], time=TIME_WIDTH)
+CONTROL = ControlNetSize(stem=(8, 8, 16), levels=(16, 48), out=WIDTHS[0], time=TIME_WIDTH)
 LATENT = SIDE // SCALE
 LATENT_SCALING = 0.18215
 
@@ -68,6 +68,7 @@ class PuppetNets(nn.Module):
         super().__init__()
         self.unet, self.control = new_unet(), ControlNet(CONTROL)
         use_plain_attention(self.unet)
+        use_flat_temporal_convs(self.unet)
         self.unet.down_blocks[0].register_forward_hook(self._inject)
         self._maps: Tensor | None = None
         self._kept: Tensor | None = None
