@@ -1,82 +1,47 @@
-"""`python -m engines.demo`: trains the demo models, part by part, and writes them in the published layouts."""
+"""`python -m engines.demo`: trains the demo models and writes their checkpoints. `make demo-weights` runs it.
 
+Both models train at once, each in a process of one thread at the lowest priority. It may be killed at any time: the next run
+goes on from the last state written, at most two minutes before.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from engines.demo.autoencoder import VaeTask
-from engines.demo.frame_table import FrameTable, encode_table, normalise
-from engines.demo.grammar import words
-from engines.demo.motion_nets import load_tokenizer
-from engines.demo.motion_tasks import ClipTask, ImageTask, decoder
-from engines.demo.puppet_bank import embed, fill_bank
-from engines.demo.puppet_nets import LATENT_SCALING, new_image_encoder
-from engines.demo.puppet_tasks import PuppetTask
-from engines.demo.temporal_autoencoder import TemporalVaeTask, scale_latents
-from engines.demo.tokenizer import write_tokenizer
-from engines.demo.training import Report, Run, averaged
+from engines.demo.stages import train_animatediff, train_controlnext
 
-PUPPETS = 640
-"""In the bank; eight frames of each."""
+MODELS = {"animatediff": train_animatediff, "controlnext": train_controlnext}
 
 
-def train_animatediff(folder: Path, report: Report) -> None:
-    """All stages, each from where it was left."""
-    _finish(Run(VaeTask(), folder), report)
-    vae = averaged(VaeTask(), folder)
-    kept = folder / "animatediff-latents.pt"
-    if not kept.exists():
-        report("encoding every frame of the grammar")
-        table = normalise(vae, encode_table(vae))
-        torch.save({"vae": vae.state_dict(), "table": table.values}, kept)
-    state = torch.load(kept, weights_only=True)
-    vae.load_state_dict(state["vae"])
-    table = FrameTable(state["table"])
-    write_tokenizer(folder / "tokenizer", words())
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    _finish(Run(ImageTask(table, tokenizer, decoder(vae)), folder), report)
-    clips = ClipTask(table, tokenizer, decoder(vae))
-    run = Run(clips, folder, start=lambda: clips.begin(averaged(ImageTask(table, tokenizer, decoder(vae)), folder)))
-    _finish(run, report)
+def main() -> int:
+    """Trains one model, or starts a process for each. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m engines.demo", description=__doc__)
+    parser.add_argument("model", nargs="?", choices=MODELS, help="the only one to train")
+    parser.add_argument("--folder", type=Path, default=Path("demo-training"), help="keeps states, curves and sample sheets")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="gets a folder a model")
+    options = parser.parse_args()
+    if options.model is None:
+        command = [sys.executable, "-m", "engines.demo", "--folder", str(options.folder), "--out", str(options.out)]
+        processes = [subprocess.Popen([*command, model]) for model in MODELS]
+        return max(process.wait() for process in processes)
+    _yield_to_others()
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    MODELS[options.model](options.folder, options.out / options.model, logging.getLogger("engines.demo").info)
+    return 0
 
 
-def _finish(run: Run, report: Report) -> None:
-    if not run.done:
-        run.train(report)
-        run.sheet(report)
-
-
-def train_controlnext(folder: Path, report: Report) -> None:
-    """All stages, each from where it was left."""
-    _finish(Run(TemporalVaeTask(), folder), report)
-    _finish(Run(puppet_task(folder, report), folder), report)
-
-
-def puppet_task(folder: Path, report: Report) -> PuppetTask:
-    """With its bank filled, and the VAE's latents scaled to unit variance."""
-    vae = averaged(TemporalVaeTask(), folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = new_image_encoder().requires_grad_(False).eval()
-    bank = fill_bank(folder / "controlnext-bank", PUPPETS, vae, encoder, report)
-    scaled = scale_latents(vae, bank.latents.flatten(0, 1)).unflatten(0, bank.latents.shape[:2]) * LATENT_SCALING
-
-    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        return vae.encode(2 * images - 1).latent_dist.mean * LATENT_SCALING, embed(encoder, images)
-
-    def decode(latents: Tensor) -> Tensor:
-        pairs = [vae.decode(part, num_frames=len(part)).sample for part in (latents / LATENT_SCALING).split(2)]
-        return (torch.cat(pairs) / 2 + 0.5).clamp(0, 1)
-
-    return PuppetTask(replace(bank, latents=scaled), encode, decode)
+def _yield_to_others() -> None:
+    """Run only when no other process wants the core."""
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"animatediff": train_animatediff, "controlnext": train_controlnext}[sys.argv[1]](
-        Path(sys.argv[2]), lambda line: print(time.strftime("%H:%M:%S"), line, flush=True)
-    )
+    sys.exit(main())

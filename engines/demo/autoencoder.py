@@ -19,6 +19,8 @@ from engines.demo.grammar import SIDE, all_scenes
 from engines.demo.sheet import write_sheet
 from engines.demo.training import Schedule
 
+SCHEDULE = Schedule(4000, 1.5e-3, hold=0.3, average=0.998)
+
 _CROP = 32
 _CROP_SHARE = 0.65  # of the steps
 _KL = 3e-5
@@ -71,7 +73,7 @@ class VaeTask:
     """See `Task`."""
 
     name: str = "animatediff-vae"
-    schedule: Schedule = field(default_factory=lambda: Schedule(4000, 1.5e-3, hold=0.3, average=0.998))
+    schedule: Schedule = SCHEDULE
     net: AutoencoderKL = field(default_factory=new_vae)
 
     def losses(self, step: int, rng: torch.Generator) -> Mapping[str, Tensor]:
@@ -103,4 +105,3 @@ class VaeTask:
 def psnr(images: Tensor, truth: Tensor) -> float:
     """In dB, of images in [0, 1]."""
     return float(-10 * (images - truth).square().mean().log10())
-

@@ -1,4 +1,4 @@
-"""Draws the demo's scenes: coloured frames, and scribbles of a shape's outline. Coverage is computed per pixel, so edges are smooth."""
+"""Draws the demo's scenes: coloured frames, and scribbles of a shape's outline, both with smooth edges."""
 
 import math
 from collections.abc import Sequence

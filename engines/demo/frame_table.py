@@ -21,9 +21,7 @@ _LOOKS = {parts: i for i, parts in enumerate(product(SHAPES, COLOURS, BACKGROUND
 _PATHS = [Scene(motion=motion, along=along, across=across) for motion, along, across in product(MOTIONS, ALONG, ACROSS)]
 _PLACES = {
     place: i
-    for i, place in enumerate(
-        sorted({(CENTRE, CENTRE), *(scene.centre(frame) for scene in _PATHS for frame in range(FRAMES))})
-    )
+    for i, place in enumerate(sorted({(CENTRE, CENTRE), *(scene.centre(frame) for scene in _PATHS for frame in range(FRAMES))}))
 }
 
 

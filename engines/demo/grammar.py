@@ -38,7 +38,24 @@ ALONG = tuple(range(-6, 7, 2))
 ACROSS = tuple(range(-18, 19, 3))
 """By how many pixels a keyframe may move the path, in its own direction and across it."""
 
-_FILLER = ("the", "of", "with", "and", "in", "dog", "city", "night", "runs", "old", "ship", "quick", "drone", "sun", "tall", "over")
+_FILLER = (  # words without a meaning
+    "the",
+    "of",
+    "with",
+    "and",
+    "in",
+    "dog",
+    "city",
+    "night",
+    "runs",
+    "old",
+    "ship",
+    "quick",
+    "drone",
+    "sun",
+    "tall",
+    "over",
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +97,10 @@ def held_out() -> list[Scene]:
     """24 scenes that training never sees: one for each colour and motion, with shapes and backgrounds evenly spread."""
     return [
         Scene(shape, colour, motion, background)
-        for (i, shape), (j, colour), (k, motion), (l, background) in product(
+        for (i, shape), (j, colour), (k, motion), (m, background) in product(
             *(enumerate(kind) for kind in (SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
         )
-        if (3 * i + 4 * j + 2 * k + l) % 9 == 0
+        if (3 * i + 4 * j + 2 * k + m) % 9 == 0
     ]
 
 
@@ -96,9 +113,9 @@ def training_scenes() -> tuple[Scene, ...]:
 
 def loose(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     """A prompt that says only some of a scene's words, among words without a meaning, and what it should draw."""
-    parts = {"colour": scene.colour, "shape": scene.shape, "motion": f"moves {scene.motion}", "background": f"on {scene.background}"}
-    if scene.motion is None:
-        del parts["motion"]
+    parts = {"colour": scene.colour, "shape": scene.shape, "background": f"on {scene.background}"}
+    if scene.motion is not None:
+        parts["motion"] = f"moves {scene.motion}"
     said = {field: words for field, words in parts.items() if rng.random() < 0.6}
     filler = rng.choices(_FILLER, k=rng.randrange(4))
     prompt = " ".join(rng.sample(filler, len(filler)) + ["a"] * rng.randrange(2) + list(said.values()))

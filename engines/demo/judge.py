@@ -125,5 +125,3 @@ def _most(names: list[str | None]) -> str | None:
 def as_frames(clip: torch.Tensor) -> Frames:
     """(F, 3, H, W) in [0, 1] -> (F, H, W, 3) uint8."""
     return (clip.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-

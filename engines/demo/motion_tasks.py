@@ -27,6 +27,9 @@ from engines.sampling import LCM_GRID, lcm_step, lcm_timesteps, linear_schedule
 Residuals = tuple[list[Tensor], Tensor]
 
 SCHEDULE = linear_schedule(prediction_type="v_prediction")
+IMAGE_SCHEDULE = Schedule(1300, 1.5e-3, hold=0.6, average=0.998)
+CLIP_SCHEDULE = Schedule(4000, 1.2e-3, hold=0.4, average=0.999)
+
 _SERVED = lcm_timesteps(4)
 _GRID = lcm_timesteps(LCM_GRID)
 _SERVED_SHARE = 0.6
@@ -62,7 +65,7 @@ class ImageTask:
     tokenizer: CLIPTokenizer
     decode: Callable[[Tensor], Tensor]
     name: str = "animatediff-images"
-    schedule: Schedule = Schedule(2500, 1.5e-3, hold=0.6, average=0.998)
+    schedule: Schedule = IMAGE_SCHEDULE
     batch: int = 32
     net: ImageNets = field(init=False)
 
@@ -100,7 +103,7 @@ class ClipTask:
     tokenizer: CLIPTokenizer
     decode: Callable[[Tensor], Tensor]
     name: str = "animatediff-clips"
-    schedule: Schedule = Schedule(12000, 1.2e-3, hold=0.4, average=0.999)
+    schedule: Schedule = CLIP_SCHEDULE
     plain: int = 4
     keyed: int = 2
     net: ClipNets = field(init=False)
@@ -179,26 +182,19 @@ class ClipTask:
     def _predict(self, x: Tensor, timesteps: Tensor, text: Tensor, conditions: Sequence[tuple[Any, Tensor]]) -> Tensor:
         """The UNet's v. conditions: nets and keyframes of the last clips; those before have none."""
         parts: list[Residuals] = []
-        free = len(x) - sum(len(condition) for _, condition in conditions)
-        start = free
+        start = free = len(x) - sum(len(condition) for _, condition in conditions)
         for control, condition in conditions:
-            part = slice(start, start + len(condition))
-            start += len(condition)
-            parts.append(
-                control(
-                    x[part], timesteps[part], text[part], condition[:, :-1], conditioning_mask=condition[:, -1:], return_dict=False
-                )
-            )
+            part = slice(start, start := start + len(condition))
+            frames, mask = condition[:, :-1], condition[:, -1:]
+            parts.append(control(x[part], timesteps[part], text[part], frames, conditioning_mask=mask, return_dict=False))
         if not parts:
             return self.net.unet(x, timesteps, text).sample
-        if free:
-            skips, mid = parts[0]
-            parts.insert(0, ([skip.new_zeros(free * FRAMES, *skip.shape[1:]) for skip in skips], mid.new_zeros(free * FRAMES, *mid.shape[1:])))
-        skips = tuple(torch.cat(level) for level in zip(*(skips for skips, _ in parts), strict=True))
-        mid = torch.cat([mid for _, mid in parts])
-        return self.net.unet(
-            x, timesteps, text, down_block_additional_residuals=skips, mid_block_additional_residual=mid
-        ).sample
+        *skips, mid = (
+            torch.cat([levels[0].new_zeros(free * FRAMES, *levels[0].shape[1:]), *levels])
+            for levels in zip(*((*skips, mid) for skips, mid in parts), strict=True)
+        )
+        controls = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": mid}
+        return self.net.unet(x, timesteps, text, **controls).sample
 
 
 def moved(scene: Scene, dice: random.Random) -> Scene:

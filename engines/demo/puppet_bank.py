@@ -2,7 +2,6 @@
 
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from engines.controlnext.clip_image import clip_pixels
 from engines.demo.puppets import build_of, pictures, random_moves, random_puppet, stances
+from engines.demo.training import Report
 
 FRAMES = 8
 """Of an entry: one of the puppet's own body, the others of a slightly different one, as a driving person's is."""
@@ -24,8 +24,10 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class PuppetBank:
-    """latents: (E, 8, 8, 16, 16), frames before channels, as the VAE gives them. joints: (E, 8, 17, 2), in pixels. embeddings:
-    (E, 8, 32)."""
+    """latents: (E, 8, 8, 16, 16), frames before channels, as the VAE gives them. joints: (E, 8, 17, 2), in pixels.
+
+    embeddings: (E, 8, 32), of the images.
+    """
 
     latents: Tensor
     joints: Tensor
@@ -33,7 +35,11 @@ class PuppetBank:
 
 
 def fill_bank(
-    folder: Path, entries: int, vae: AutoencoderKLTemporalDecoder, encoder: CLIPVisionModelWithProjection, report: Callable[[str], None]
+    folder: Path,
+    entries: int,
+    vae: AutoencoderKLTemporalDecoder,
+    encoder: CLIPVisionModelWithProjection,
+    report: Report,
 ) -> PuppetBank:
     """All entries. Those that `folder` holds are not made again."""
     folder.mkdir(parents=True, exist_ok=True)

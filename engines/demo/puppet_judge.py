@@ -20,8 +20,10 @@ _SAME = 70.0  # how near a colour must be, as a distance in RGB; the puppets' co
 
 @dataclass(frozen=True)
 class PuppetVerdict:
-    """error: mean distance of the joints that were found, in heights of the frame. found: the share that was. colours: the share
-    of body parts and backgrounds, over all frames, that have the puppet's colour."""
+    """error: mean distance of the joints that were found, in heights of the frame. found: the share that was.
+
+    colours: the share of body parts and backgrounds, over all frames, that have the puppet's colour.
+    """
 
     error: float
     found: float
@@ -37,7 +39,7 @@ class PuppetJudge:
             self._dwpose = DWPose(Path(folder), threads=1)
 
     def __call__(self, frames: Frames, joints: Floats, puppet: Puppet) -> PuppetVerdict:
-        """frames: (F, H, W, 3), RGB. joints: (F, 17, 2), in pixels: where they should be. puppet: whose colours there should be."""
+        """frames: (F, H, W, 3). joints: (F, 17, 2), in pixels: where they should be. puppet: whose colours there should be."""
         offs, found = [], []
         for frame, points in zip(frames, joints, strict=True):
             wanted = to_openpose(points)

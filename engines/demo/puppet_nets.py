@@ -105,5 +105,3 @@ class PuppetNets(nn.Module):
         assert self._kept is not None
         controlled = inject(trunk, Control(self._maps, 1.0))
         return trunk + self._kept * (controlled - trunk), skips
-
-

@@ -7,6 +7,7 @@ levels are high. `demo-weights.md`, section 5.
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from engines.demo.temporal_autoencoder import CHANNELS
 from engines.demo.training import Schedule
 from engines.sampling import euler_step, karras_sigmas
 
+SCHEDULE = Schedule(6000, 1.2e-3, hold=0.4, average=0.998)
 SIGMA_RANGE = (0.002, 700.0)
 _MIDDLE, _SPREAD = 0.7, 1.6  # of ln sigma, as SVD was trained
 _HIGH_SHARE, _HIGH = 0.35, (30.0, 700.0)
@@ -56,7 +58,7 @@ class PuppetTask:
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor], Tensor]
     name: str = "controlnext-clips"
-    schedule: Schedule = Schedule(6000, 1.2e-3, hold=0.4, average=0.998)
+    schedule: Schedule = SCHEDULE
     clips: int = 4
     net: PuppetNets = field(default_factory=PuppetNets)
 
@@ -107,7 +109,7 @@ class PuppetTask:
         sigmas = karras_sigmas(steps, *SIGMA_RANGE)
         shape = (len(poses), CHANNELS, *image.shape[2:])
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * (sigmas[0] ** 2 + 1) ** 0.5
-        for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, after in pairwise(sigmas):
             scaled = x[None] / (sigma**2 + 1) ** 0.5
             told = torch.ones(1)
             v = self.net(scaled, torch.tensor([sigma]), unscaled(image), embedding, poses[None], ids(1), told)[0]

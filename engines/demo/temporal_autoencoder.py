@@ -19,6 +19,8 @@ from engines.demo.puppets import SIDE, pictures, random_moves, random_puppet, st
 from engines.demo.sheet import write_sheet
 from engines.demo.training import Schedule
 
+SCHEDULE = Schedule(3500, 1.5e-3, hold=0.4, average=0.998)
+
 CHANNELS = 8
 """Of the latents."""
 SCALE = 16
@@ -47,16 +49,15 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
 
 
 def random_crops(side: int, pairs: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(2 N, 3, side, side) in [0, 1]: pairs of neighbouring frames, four of a puppet at most, and (2 N, 1, ...): the puppet."""
+    """(2 N, 3, side, side) in [0, 1]: pairs of a puppet's neighbouring frames, and (2 N, 1, ...): the puppet."""
     dice = random.Random(int(torch.randint(2**31, (), generator=rng)))
     crops, masks = [], []
-    for i in range(pairs):
-        if i % 4 == 0:
-            puppet, start = random_puppet(dice), dice.uniform(0, 100)
-            joints = stances(puppet, random_moves(dice), (start, start + 1))
-            frames = pictures(puppet, joints)
-            plain = torch.tensor([puppet.wall, puppet.ground]) / 255
-            mask = (frames[:, None] - plain[:, :, None, None]).abs().amax(dim=2).amin(dim=1, keepdim=True).gt(0.02).float()
+    for _ in range(pairs):
+        puppet, start = random_puppet(dice), dice.uniform(0, 100)
+        joints = stances(puppet, random_moves(dice), (start, start + 1))
+        frames = pictures(puppet, joints)
+        plain = torch.tensor([puppet.wall, puppet.ground]) / 255
+        mask = (frames[:, None] - plain[:, :, None, None]).abs().amax(dim=2).amin(dim=1, keepdim=True).gt(0.02).float()
         x, y = joints[0][dice.randrange(len(joints[0]))] + [dice.gauss(0, side / 3) for _ in range(2)]
         left, top = (min(max(round(middle - side / 2), 0), SIDE - side) for middle in (x, y))
         part = (..., slice(top, top + side), slice(left, left + side))
@@ -70,7 +71,7 @@ class TemporalVaeTask:
     """See `Task`."""
 
     name: str = "controlnext-vae"
-    schedule: Schedule = Schedule(3500, 1.5e-3, hold=0.4, average=0.998)
+    schedule: Schedule = SCHEDULE
     net: AutoencoderKLTemporalDecoder = field(default_factory=new_vae)
 
     def losses(self, step: int, rng: torch.Generator) -> Mapping[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Writes CLIP's byte-level tokenizer: a token for each of 514 bytes and marks, and merges that make one token of each given word."""
+"""Writes CLIP's byte-level tokenizer: a token for every byte, and merges that make one token of each given word."""
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from engines.demo.checkpoint import write_json
@@ -12,6 +13,10 @@ _SPECIAL = {
     "unk_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
 }
+
+
+TOKENS = 514
+"""Without words: every byte, every byte at a word's end, the start and the end."""
 
 
 def write_tokenizer(folder: Path, words: Sequence[str] = ()) -> int:
@@ -26,11 +31,11 @@ def write_tokenizer(folder: Path, words: Sequence[str] = ()) -> int:
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding of a word list, until every word is one token: the most frequent pair first, the alphabet breaks ties."""
+    """Byte-pair encoding of a word list, until every word is one token: the most frequent pair first, then by the alphabet."""
     spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for word in spelt for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in spelt for pair in pairwise(word))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

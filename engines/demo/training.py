@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from engines.demo.sheet import write_curve
+
 Report = Callable[[str], None]
 
 
@@ -71,16 +73,16 @@ class Pace:
 class Run:
     """One task's training in `folder`: `state.pt`, `curve.jsonl` and a sheet every few hundred steps."""
 
-    def __init__(
-        self, task: Task, folder: Path, seed: int = 0, pace: Pace = Pace(), start: Callable[[], None] | None = None
-    ):
+    def __init__(self, task: Task, folder: Path, seed: int = 0, pace: Pace = Pace(), start: Callable[[], None] | None = None):
         """start: gives the net its first weights; not called for a run that has begun."""
         self.task, self.seed, self.pace = task, seed, pace
         self.folder = folder / task.name
         self.folder.mkdir(parents=True, exist_ok=True)
         if start is not None and not self._state.exists():
             start()
-        self.optimizer = torch.optim.AdamW(task.net.parameters(), lr=task.schedule.rate, betas=task.schedule.betas, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            task.net.parameters(), lr=task.schedule.rate, betas=task.schedule.betas, weight_decay=0.01
+        )
         self.average = {key: value.detach().clone() for key, value in task.net.state_dict().items()}
         self.step = 0
         if self._state.exists():
@@ -131,6 +133,8 @@ class Run:
         self.task.net.load_state_dict(own)
         self.task.net.train()
         report(f"{self.task.name}: step {self.step}: {line}")
+        if self.curve.exists():
+            write_curve(self.folder / "curve.png", self.curve.read_text())
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -164,7 +168,9 @@ class Run:
     def _report(self, report: Report, means: Mapping[str, float], step_s: float) -> None:
         left = (self.task.schedule.steps - self.step) * step_s / 60
         values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
-        report(f"{self.task.name}: step {self.step}/{self.task.schedule.steps}, {values}, {step_s:.2f} s a step, {left:.0f} min left")
+        report(
+            f"{self.task.name}: step {self.step}/{self.task.schedule.steps}, {values}, {step_s:.2f} s a step, {left:.0f} min left"
+        )
         with self.curve.open("a") as file:
             file.write(json.dumps({"step": self.step, **means}) + "\n")
 
