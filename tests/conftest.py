@@ -15,7 +15,6 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url, stop_embedded
 from deployments.jobs.database import migrate
 from deployments.jobs.store import JobStore
@@ -116,10 +115,19 @@ def home() -> Iterator[Settings]:
 
 @pytest.fixture(scope="session")
 def demo_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings whose demo weights are written."""
+    """Settings whose demo weights are random ones, which are written and run faster than the trained."""
     settings = Settings(home=tmp_path_factory.mktemp("home"))
-    write_missing_weights(settings)
+    write_random_weights(settings.demo_weights)
     return settings
+
+
+def write_random_weights(folder: Path) -> None:
+    """Both models' random checkpoints. A service whose home has them uses them."""
+    from engines.animatediff.demo_weights import write_demo_weights as write_animatediff
+    from engines.controlnext.demo_weights import write_demo_weights as write_controlnext
+
+    write_animatediff(folder / "animatediff")
+    write_controlnext(folder / "controlnext")
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""What a fresh machine needs to try the service without downloads: demo checkpoints, and inputs that contain their files."""
+"""What a fresh machine needs to try the service without downloads: demo checkpoints, and inputs that contain their files.
+
+The checkpoints are the trained ones of the package. A model that has none there gets random numbers in the same layout.
+"""
 
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
+from engines.demo.shipped import shipped
 
 
 def write_missing_weights(settings: Settings) -> None:
@@ -39,26 +44,39 @@ def write_demo(folder: Path) -> None:
 
 
 def _write_animatediff(folder: Path) -> None:
-    from engines.animatediff.demo_weights import write_demo_weights
+    if (trained := shipped("animatediff")) is not None:
+        _copy(trained, folder)
+    else:
+        from engines.animatediff.demo_weights import write_demo_weights
 
-    write_demo_weights(folder)
+        write_demo_weights(folder)
 
 
 def _write_controlnext(folder: Path) -> None:
-    from engines.controlnext.demo_weights import write_demo_weights
+    if (trained := shipped("controlnext")) is not None:
+        _copy(trained, folder)
+    else:
+        from engines.controlnext.demo_weights import write_demo_weights
 
-    write_demo_weights(folder)
+        write_demo_weights(folder)
+
+
+def _copy(trained: Path, folder: Path) -> None:
+    from engines.demo.checkpoint import write_once
+
+    write_once(folder, lambda draft: shutil.copytree(trained, draft, dirs_exist_ok=True))
 
 
 def demo_inputs() -> dict[str, dict[str, Any]]:
     """Endpoint id -> input."""
-    return {"fal-ai/animatediff-sparsectrl-lcm": _rolling_ball(), "fal-ai/controlnext": _dancing_puppet()}
+    return {"fal-ai/animatediff-sparsectrl-lcm": _moving_circle(), "fal-ai/controlnext": _dancing_puppet()}
 
 
-def _rolling_ball() -> dict[str, Any]:
-    job_input: dict[str, Any] = {"prompt": "a ball rolls across the table", "seed": 42}
-    for k, (index, x) in enumerate(((0, 60), (8, 256), (15, 452))):
-        job_input |= {f"keyframe_{k}_image_url": _ball(x), f"keyframe_{k}_index": index}
+def _moving_circle() -> dict[str, Any]:
+    """A sentence of the demo model's grammar, and two scribbles that move the circle's path below the middle."""
+    job_input: dict[str, Any] = {"prompt": "a red circle moves right on blue", "seed": 42}
+    for k, (index, x) in enumerate(((0, 136), (15, 376))):
+        job_input |= {f"keyframe_{k}_image_url": _circle(x, 376), f"keyframe_{k}_index": index}
     return job_input
 
 
@@ -68,13 +86,14 @@ def _dancing_puppet() -> dict[str, Any]:
 
     with TemporaryDirectory() as folder:
         clip = Path(folder) / "puppet.mp4"
-        write_puppet_clip(clip, frames=24, height=384, width=256, fps=14)
+        write_puppet_clip(clip, frames=30, height=256, width=256, fps=14)
         video = _data_uri("video/mp4", clip.read_bytes())
     return {
-        "image_url": _data_uri("image/png", puppet_image(384, 256)),
+        "image_url": _data_uri("image/png", puppet_image(256, 256)),
         "video_url": video,
-        "height": 384,
+        "height": 256,
         "width": 256,
+        "guidance_scale": 1,
         "num_inference_steps": 4,
         "batch_frames": 8,
         "overlap": 2,
@@ -86,12 +105,10 @@ def _data_uri(content_type: str, data: bytes) -> str:
     return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
 
 
-def _ball(x: int) -> str:
-    """A scribble, white lines on black, of a ball at `x` on a table; 512x512 pixels, as a data URI."""
+def _circle(x: int, y: int) -> str:
+    """A scribble, white lines on black, of a circle around (x, y); 512x512 pixels, as a data URI."""
     image = Image.new("RGB", (512, 512))
-    draw = ImageDraw.Draw(image)
-    draw.line((0, 400, 512, 400), fill="white", width=6)
-    draw.ellipse((x - 60, 280, x + 60, 400), outline="white", width=6)
+    ImageDraw.Draw(image).ellipse((x - 80, y - 80, x + 80, y + 80), outline="white", width=14)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return _data_uri("image/png", buffer.getvalue())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engines.animatediff.checkpoint import OLD_VAE_NAMES
+from engines.animatediff.checkpoint import KNOWN_WORDS, OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
 from engines.demo.checkpoint import live, write_json, write_once
 from engines.demo.tokenizer import TOKENS, write_tokenizer
@@ -84,6 +84,8 @@ def write_parts(weights: AnimateDiffWeights, parts: DemoParts) -> None:
     write_json(base / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
     write_tokenizer(base / "tokenizer", parts.words)
+    if parts.words:
+        write_json(base / KNOWN_WORDS, {"words": list(parts.words)})
     _write_text_encoder(base / "text_encoder", parts.text_encoder)
     parts.unet.save_pretrained(base / "unet")
     if parts.old_vae is not None:

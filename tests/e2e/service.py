@@ -17,6 +17,9 @@ import httpx
 import psutil
 import yaml
 
+from deployments.settings import Settings
+from tests.conftest import write_random_weights
+
 READY_S = 120.0
 REELRAY = Path(sys.executable).with_name("reelray")
 ENVIRONMENT = {"RAY_worker_niceness": "0"}
@@ -25,7 +28,9 @@ ENVIRONMENT = {"RAY_worker_niceness": "0"}
 
 @dataclass
 class Service:
-    """`reelray serve` on the demo weights. home: its database, files and weights, which outlive it.
+    """`reelray serve` on demo weights. home: its database, files and weights, which outlive it.
+
+    trained: on those of the package; otherwise on random ones, which are faster.
 
     without: models that are left out, for each of which three processes need not load torch.
     """
@@ -33,6 +38,7 @@ class Service:
     home: Path
     queue: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    trained: bool = False
     import_path: str = "deployments.app:build"
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -44,6 +50,8 @@ class Service:
     def start(self) -> None:
         """Returns once it is all there. It answers before that: the door needs no models."""
         self.port = self.port or free_port()
+        if not self.trained:
+            write_random_weights(Settings(home=self.home).demo_weights)
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
         (application,) = config["applications"]
         application["import_path"] = self.import_path
