@@ -1,9 +1,11 @@
 """The nets of the AnimateDiff demo: sizes, and the start that training needs. Classes and layouts are the served model's."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import MotionAdapter, SparseControlNetModel, UNet2DConditionModel, UNetMotionModel
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -94,7 +96,7 @@ class ImageNets(nn.Module):
 
 
 class ClipNets(nn.Module):
-    """The text encoder, the motion UNet and both SparseCtrl nets."""
+    """The text encoder, the motion UNet and both SparseCtrl nets. shown: which of the 16 frames it gets; None is all."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
@@ -102,6 +104,15 @@ class ClipNets(nn.Module):
         self.unet = UNetMotionModel.from_unet2d(new_unet(), new_motion_adapter())
         self.scribble, self.rgb = new_sparse_control(simplified=False), new_sparse_control(simplified=True)
         use_plain_attention(self)
+        self.shown: list[int] | None = None
+        for module in self.modules():
+            if isinstance(module, SinusoidalPositionalEmbedding):
+                module.forward = partial(self._placed, module)  # type: ignore[method-assign]
+
+    def _placed(self, embedding: SinusoidalPositionalEmbedding, x: Tensor) -> Tensor:
+        """x: (N, F, C). The frames that are `shown` get their own positions, as in the whole clip."""
+        rows = slice(x.shape[1]) if self.shown is None else self.shown
+        return x + embedding.pe[:, rows]
 
     def begin(self, images: ImageNets, scribbles: Tensor, latents: Tensor) -> None:
         """Start from what was learnt on images; SparseCtrl from the UNet's encoder, with embeddings that see real keyframes.
