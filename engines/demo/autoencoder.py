@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
 from engines.demo.draw import images
@@ -45,7 +45,7 @@ def new_vae() -> AutoencoderKL:
 def silence_residuals(net: nn.Module) -> None:
     """Residual branches start at zero, so the signal first passes through the few layers that must carry it."""
     for module in net.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
             nn.init.zeros_(module.conv2.weight)
         elif isinstance(module, Attention):
             nn.init.zeros_(module.to_out[0].weight)
