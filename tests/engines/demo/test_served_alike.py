@@ -65,7 +65,11 @@ def test_a_clip_in_training_is_the_served_clip(kind: str | None, tokenizer, tmp_
     picture = line if kind == "scribble" else images([SCENE], [SCENE.centre(frame)])[0]
     keyframes = () if kind is None else (Keyframe(frame, png(picture)),)
     spec = AnimateDiffSpec(1, 4, 1.0, SCENE.caption, controlnet_type=kind or "scribble", keyframes=keyframes)
-    conditioning = Preprocess(config).encode(spec)
+    preprocess = Preprocess(config)
+    conditioning = preprocess.encode(spec)
+    assert not conditioning.notes
+    (note,) = preprocess.encode(replace(spec, prompt="A red dragon, red as wine", keyframes=())).notes
+    assert note.startswith("this demo model does not know dragon, as, wine; its words are a, moves, on, circle,")
     condition = None
     if conditioning.control is not None:
         values = conditioning.control.values[0]
