@@ -64,7 +64,10 @@ def _write_controlnext(folder: Path) -> None:
 def _copy(trained: Path, folder: Path) -> None:
     from engines.demo.checkpoint import write_once
 
-    write_once(folder, lambda draft: shutil.copytree(trained, draft, dirs_exist_ok=True))
+    def copy(draft: Path) -> None:
+        shutil.copytree(trained, draft, dirs_exist_ok=True)
+
+    write_once(folder, copy)
 
 
 def demo_inputs() -> dict[str, dict[str, Any]]:

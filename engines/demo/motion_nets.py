@@ -107,7 +107,7 @@ class ClipNets(nn.Module):
         self.shown: list[int] | None = None
         for module in self.modules():
             if isinstance(module, SinusoidalPositionalEmbedding):
-                module.forward = partial(self._placed, module)  # type: ignore[method-assign]
+                module.forward = partial(self._placed, module)
 
     def _placed(self, embedding: SinusoidalPositionalEmbedding, x: Tensor) -> Tensor:
         """x: (N, F, C). The frames that are `shown` get their own positions, as in the whole clip."""

@@ -24,7 +24,7 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class PuppetBank:
-    """latents: (E, 8, 8, 16, 16), frames before channels, as the VAE gives them. joints: (E, 8, 17, 2), in pixels.
+    """latents: (E, 8, 16, 16, 16), frames before channels, as the VAE gives them. joints: (E, 8, 17, 2), in pixels.
 
     embeddings: (E, 8, 32), of the images.
     """

@@ -71,7 +71,7 @@ class PuppetTask:
         starts = [dice.randrange(FRAMES - length + 2) for _ in chosen]
         rows = torch.tensor(chosen)[:, None]
         columns = torch.tensor([[r, *range(s, s + length - 1)] for r, s in zip(references, starts, strict=True)])
-        clean = self.bank.latents[rows, columns]  # (B, F, 8, 16, 16)
+        clean = self.bank.latents[rows, columns]  # (B, F, 16, 16, 16)
         joints = self.bank.joints[rows, columns].flatten(0, 1).double().numpy()
         poses = pose_pictures(list(joints), dice).unflatten(0, (clips, -1))
         sigmas = draw_sigmas(clips, rng)

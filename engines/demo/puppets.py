@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from engines.controlnext.pose.keypoints import POINTS, to_pose
 SIDE = 256
 """Pixels, the least that the API takes."""
 
-_COLOURS: tuple[Colour, ...] = tuple(product((64, 192), repeat=3))  # type: ignore[assignment]  # levels that no joint's disc has
+_LEVELS = (64, 192)  # which no joint's disc has
+_COLOURS: tuple[Colour, ...] = tuple((r, g, b) for r in _LEVELS for g in _LEVELS for b in _LEVELS)
 _RANGES = {
     "head": (0.135, 0.16),
     "shoulders": (0.12, 0.155),

@@ -1,4 +1,4 @@
-"""Trains the ControlNeXt demo's VAE on puppets: 16 pixels a latent, 8 channels, a decoder that sees two frames at a time.
+"""Trains the ControlNeXt demo's VAE on puppets: 16 pixels a latent, 16 channels, a decoder that sees two frames at a time.
 
 The published class fixes 32 norm groups, and a norm of single channels erases plain colours: hence 64 channels at full size, and
 training mostly on small crops, in bfloat16, which is twice as fast for convolutions this wide.
@@ -21,7 +21,7 @@ from engines.demo.training import Schedule
 
 SCHEDULE = Schedule(3500, 1.5e-3, hold=0.4, average=0.998)
 
-CHANNELS = 8
+CHANNELS = 16
 """Of the latents."""
 SCALE = 16
 """Pixels a latent."""
@@ -49,12 +49,12 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
 
 
 def random_crops(side: int, pairs: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(2 N, 3, side, side) in [0, 1]: pairs of a puppet's neighbouring frames, and (2 N, 1, ...): the puppet."""
+    """(2 N, 3, side, side) in [0, 1]: pairs of a puppet's frames, one to four apart, and (2 N, 1, ...): the puppet."""
     dice = random.Random(int(torch.randint(2**31, (), generator=rng)))
     crops, masks = [], []
     for _ in range(pairs):
         puppet, start = random_puppet(dice), dice.uniform(0, 100)
-        joints = stances(puppet, random_moves(dice), (start, start + 1))
+        joints = stances(puppet, random_moves(dice), (start, start + dice.randint(1, 4)))
         frames = pictures(puppet, joints)
         plain = torch.tensor([puppet.wall, puppet.ground]) / 255
         mask = (frames[:, None] - plain[:, :, None, None]).abs().amax(dim=2).amin(dim=1, keepdim=True).gt(0.02).float()
@@ -103,7 +103,7 @@ class TemporalVaeTask:
 
 @torch.no_grad()
 def scale_latents(vae: AutoencoderKLTemporalDecoder, latents: Tensor) -> Tensor:
-    """Fold the deviation of `latents` (N, 8, h, w) by channel into the VAE, exactly. Returns the scaled latents: times 0.18215
+    """Fold the deviation of `latents` (N, 16, h, w) by channel into the VAE, exactly. Returns the scaled latents: times 0.18215
     they have unit variance."""
     gain = 1 / (latents.std(dim=(0, 2, 3)) * vae.config.scaling_factor)
     vae.quant_conv.weight[:CHANNELS] *= gain[:, None, None, None]

@@ -27,8 +27,10 @@ class Task(Protocol):
     """What is trained. net: all its parameters are. schedule: number of steps and the like."""
 
     name: str
-    net: nn.Module
     schedule: "Schedule"
+
+    @property
+    def net(self) -> nn.Module: ...
 
     def losses(self, step: int, rng: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars of one step. Their sum under "loss" is minimised, the others are only recorded."""
@@ -175,7 +177,7 @@ class Run:
             file.write(json.dumps({"step": self.step, **means}) + "\n")
 
 
-def averaged(task: Task, folder: Path) -> nn.Module:
+def averaged(task: Task, folder: Path) -> Any:
     """The task's net with the averaged weights of its run in `folder`, frozen."""
     state = torch.load(folder / task.name / "state.pt", weights_only=True)
     task.net.load_state_dict(state["average"])
