@@ -85,8 +85,8 @@ class PuppetNets(nn.Module):
     ) -> Tensor:
         """v, (B, F, 16, 16, 16), for clips at their noise levels.
 
-        noisy: (B, F, 16, 16, 16), scaled for the model. sigmas: (B,). image: (B, 16, 16, 16), unscaled. embedding: (B, 32). poses:
-        (B, F, 3, 256, 256) in [0, 1]. ids: (B, 3). conditional: (B,), 1.0, or 0.0 to leave image and poses out.
+        noisy: (B, F, 16, 16, 16), scaled for the model. sigmas: (B,). image: (B, 16, 16, 16), unscaled. embedding: (B, 32).
+        poses: (B, F, 3, 256, 256) in [0, 1]. ids: (B, 3). conditional: (B,), 1.0, or 0.0 to leave image and poses out.
         """
         frames = noisy.shape[1]
         times = 0.25 * sigmas.log()

@@ -24,13 +24,15 @@ Report = Callable[[str], None]
 
 
 class Task(Protocol):
-    """What is trained. net: all its parameters are. schedule: number of steps and the like."""
+    """What is trained. schedule: number of steps and the like."""
 
     name: str
     schedule: "Schedule"
 
     @property
-    def net(self) -> nn.Module: ...
+    def net(self) -> nn.Module:
+        """All its parameters are trained."""
+        ...
 
     def losses(self, step: int, rng: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars of one step. Their sum under "loss" is minimised, the others are only recorded."""
