@@ -24,15 +24,26 @@ def main() -> int:
     parser.add_argument("model", nargs="?", choices=MODELS, help="the only one to train")
     parser.add_argument("--folder", type=Path, default=Path("demo-training"), help="keeps states, curves and sample sheets")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="gets a folder a model")
+    parser.add_argument("--device", default="cpu", help="cuda, to train on a GPU; not tried yet")
     options = parser.parse_args()
     if options.model is None:
-        command = [sys.executable, "-m", "engines.demo", "--folder", str(options.folder), "--out", str(options.out)]
+        command = [
+            sys.executable,
+            "-m",
+            "engines.demo",
+            "--folder",
+            str(options.folder),
+            "--out",
+            str(options.out),
+            "--device",
+            options.device,
+        ]
         processes = [subprocess.Popen([*command, model]) for model in MODELS]
         return max(process.wait() for process in processes)
     _yield_to_others()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    MODELS[options.model](options.folder, options.out / options.model, logging.getLogger("engines.demo").info)
+    MODELS[options.model](options.folder, options.out / options.model, logging.getLogger("engines.demo").info, options.device)
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engines.demo.draw import images
 from engines.demo.grammar import SIDE, all_scenes
 from engines.demo.sheet import write_sheet
-from engines.demo.training import Schedule
+from engines.demo.training import Schedule, device_of
 
 SCHEDULE = Schedule(4000, 1.5e-3, hold=0.3, average=0.998)
 
@@ -82,9 +82,10 @@ class VaeTask:
             frames, masks = crops(*random_frames(16, rng), rng)
         else:
             frames, masks = random_frames(8, rng)
-        pixels = 2 * frames - 1
+        device = device_of(self.net)
+        pixels, masks = (2 * frames - 1).to(device), masks.to(device)
         posterior = self.net.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng)
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
         error = self.net.decode(posterior.mean + posterior.std * noise).sample - pixels
         weight = 1 + (_SHAPE_WEIGHT - 1) * masks
         kl = posterior.kl().mean() / posterior.mean[0].numel()  # a value
@@ -95,8 +96,8 @@ class VaeTask:
     def sheet(self, path: Path) -> str:
         """Frames above their reconstructions."""
         frames, _ = random_frames(16, torch.Generator().manual_seed(1))
-        posterior = self.net.encode(2 * frames - 1).latent_dist
-        decoded = (self.net.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1)
+        posterior = self.net.encode((2 * frames - 1).to(device_of(self.net))).latent_dist
+        decoded = (self.net.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1).cpu()
         write_sheet(path, [frames, decoded])
         noise_share = posterior.var.mean() / (posterior.var.mean() + posterior.mean.var())
         return f"{psnr(decoded, frames):.1f} dB, posterior variance {noise_share:.3f} of the total"

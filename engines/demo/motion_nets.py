@@ -1,5 +1,6 @@
 """The nets of the AnimateDiff demo: sizes, and the start that training needs. Classes and layouts are the served model's."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def awaken(embedding: nn.Module, keyframes: Tensor) -> None:
         hook.remove()
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """(B, 77): padded, as the served model does it."""
     given = [tokenizer(prompt, verbose=False).input_ids[:TOKENS] for prompt in prompts]
     return torch.tensor([ids + [tokenizer.pad_token_id] * (TOKENS - len(ids)) for ids in given])

@@ -21,7 +21,7 @@ from engines.demo.grammar import ACROSS, ALONG, FRAMES, SIDE, Scene, held_out, l
 from engines.demo.judge import as_frames, judge, overlap, shape_mask, true_mask
 from engines.demo.motion_nets import ClipNets, ImageNets, token_ids
 from engines.demo.sheet import write_sheet
-from engines.demo.training import Schedule
+from engines.demo.training import Schedule, device_of
 from engines.sampling import LCM_GRID, lcm_step, lcm_timesteps, linear_schedule
 
 Residuals = tuple[list[Tensor], Tensor]
@@ -83,19 +83,22 @@ class ImageTask:
         clean = self.table.frames(scenes, [dice.randrange(FRAMES) for _ in scenes])
         timesteps = draw_timesteps(len(scenes), rng)
         noisy, target = noised(clean, timesteps, rng)
-        text = self.net.text(token_ids(self.tokenizer, [scene.caption for scene in scenes])).last_hidden_state
-        error = self.net.unet(noisy, timesteps, text).sample - target
+        noisy, target, timesteps = (values.to(device_of(self.net)) for values in (noisy, target, timesteps))
+        error = self.net.unet(noisy, timesteps, self._text([scene.caption for scene in scenes])).sample - target
         return {"loss": error.square().mean(), **by_noise(error, timesteps)}
 
     def sheet(self, path: Path) -> str:
         """Standing shapes of held-out captions, four steps."""
         scenes = [replace(scene, motion=None) for scene in held_out()]
-        text = self.net.text(token_ids(self.tokenizer, [scene.caption for scene in scenes])).last_hidden_state
-        latents = sample((len(scenes), 4, 8, 8), lambda x, t: self.net.unet(x, t, text).sample, seed=1)
-        pictures = self.decode(latents)
+        text = self._text([scene.caption for scene in scenes])
+        shape = (len(scenes), 4, 8, 8)
+        pictures = self.decode(sample(shape, lambda x, t: self.net.unet(x, t, text).sample, 1, device_of(self.net)))
         write_sheet(path, pictures.split(8), [" | ".join(s.caption for s in scenes[i : i + 8])[:180] for i in range(0, 24, 8)])
         verdicts = [judge(as_frames(picture[None])).right(scene) for picture, scene in zip(pictures, scenes, strict=True)]
         return score(verdicts, ("background", "colour", "shape"))
+
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        return self.net.text(token_ids(self.tokenizer, prompts).to(device_of(self.net))).last_hidden_state
 
 
 @dataclass
@@ -141,13 +144,13 @@ class ClipTask:
         scenes = [*(scene for _, scene in worded), *keyed]
         timesteps = draw_timesteps(len(scenes), rng)
         noisy, target = noised(self.table.clips(scenes)[:, :, shown], timesteps, rng)
-        text = self.net.text(token_ids(self.tokenizer, prompts)).last_hidden_state
+        noisy, target, timesteps = (values.to(device_of(self.net)) for values in (noisy, target, timesteps))
         conditions = (
             (self.net.scribble, scribble_condition(drawn, _keys(drawn, shown, dice), dice)[:, :, shown]),
             (self.net.rgb, rgb_condition(self.table, coloured, _keys(coloured, shown, dice))[:, :, shown]),
         )
         self.net.shown = shown
-        error = self._predict(noisy, timesteps, text, conditions) - target
+        error = self._predict(noisy, timesteps, self._text(prompts), conditions) - target
         self.net.shown = None
         return {
             "loss": error.square().mean(),
@@ -181,10 +184,13 @@ class ClipTask:
 
     def clips(self, prompts: Sequence[str], control: Any = None, condition: Tensor | None = None, steps: int = 4) -> Tensor:
         """(B, 16, 3, 64, 64) in [0, 1]: sampled as the served model does it."""
-        text = self.net.text(token_ids(self.tokenizer, list(prompts))).last_hidden_state
-        conditions = () if condition is None else ((control, condition),)
-        latents = sample((len(prompts), 4, FRAMES, 8, 8), lambda x, t: self._predict(x, t, text, conditions), 1, steps)
+        text, conditions = self._text(prompts), () if condition is None else ((control, condition),)
+        shape = (len(prompts), 4, FRAMES, 8, 8)
+        latents = sample(shape, lambda x, t: self._predict(x, t, text, conditions), 1, device_of(self.net), steps)
         return self.decode(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, FRAMES))
+
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        return self.net.text(token_ids(self.tokenizer, prompts).to(device_of(self.net))).last_hidden_state
 
     def _predict(self, x: Tensor, timesteps: Tensor, text: Tensor, conditions: Sequence[tuple[Any, Tensor]]) -> Tensor:
         """The UNet's v. conditions: nets and keyframes of the last clips; those before have none."""
@@ -192,7 +198,7 @@ class ClipTask:
         start = free = len(x) - sum(len(condition) for _, condition in conditions)
         for control, condition in conditions:
             part = slice(start, start := start + len(condition))
-            frames, mask = condition[:, :-1], condition[:, -1:]
+            frames, mask = condition[:, :-1].to(x.device), condition[:, -1:].to(x.device)
             parts.append(control(x[part], timesteps[part], text[part], frames, conditioning_mask=mask, return_dict=False))
         if not parts:
             return self.net.unet(x, timesteps, text).sample
@@ -238,19 +244,21 @@ def rgb_condition(table: FrameTable, scenes: Sequence[Scene], keys: Sequence[Seq
     return condition
 
 
-def sample(shape: tuple[int, ...], predict: Callable[[Tensor, Tensor], Tensor], seed: int, steps: int = 4) -> Tensor:
+def sample(
+    shape: tuple[int, ...], predict: Callable[[Tensor, Tensor], Tensor], seed: int, device: torch.device, steps: int = 4
+) -> Tensor:
     """LCM's steps without guidance."""
     generator = torch.Generator().manual_seed(seed)
-    x, timesteps = torch.randn(shape, generator=generator), lcm_timesteps(steps)
+    x, timesteps = torch.randn(shape, generator=generator).to(device), lcm_timesteps(steps)
     for t, t_next in zip(timesteps, (*timesteps[1:], None), strict=True):
-        noise = None if t_next is None else torch.randn(shape, generator=generator)
-        x = lcm_step(SCHEDULE, x, predict(x, torch.full(shape[:1], t)), t, t_next, noise)
+        noise = None if t_next is None else torch.randn(shape, generator=generator).to(device)
+        x = lcm_step(SCHEDULE, x, predict(x, torch.full(shape[:1], t, device=device)), t, t_next, noise)
     return x
 
 
 def decoder(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
-    """Latents (N, 4, 8, 8) of unit variance to frames in [0, 1]."""
-    return lambda latents: (vae.decode(latents / SCALING).sample / 2 + 0.5).clamp(0, 1)
+    """Latents (N, 4, 8, 8) of unit variance to frames in [0, 1], on the CPU. The VAE follows them to their device."""
+    return lambda latents: (vae.to(latents.device).decode(latents / SCALING).sample / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def score(verdicts: Sequence[Mapping[str, bool]], kinds: Sequence[str]) -> str:

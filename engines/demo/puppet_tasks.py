@@ -22,7 +22,7 @@ from engines.demo.puppet_nets import LATENT_SCALING, PuppetNets
 from engines.demo.puppets import build_of, pictures, pose_pictures, random_moves, random_puppet, stances
 from engines.demo.sheet import write_sheet
 from engines.demo.temporal_autoencoder import CHANNELS
-from engines.demo.training import Schedule
+from engines.demo.training import Schedule, device_of
 from engines.sampling import euler_step, karras_sigmas
 
 SCHEDULE = Schedule(6000, 1.2e-3, hold=0.4, average=0.998)
@@ -79,8 +79,8 @@ class PuppetTask:
         noise = torch.randn(clean.shape, generator=rng)
         noisy, target = noised(clean, noise, sigmas)
         embedding = self.bank.embeddings[rows[:, 0], columns[:, 0]]
-        guess = self.net(noisy, sigmas, unscaled(clean[:, 0]), embedding, poses, ids(clips, rng), conditional)
-        each = (guess - target).square().flatten(1).mean(dim=1)
+        guess = self._predict(noisy, sigmas, unscaled(clean[:, 0]), embedding, poses, ids(clips, rng), conditional)
+        each = (guess - target.to(guess)).square().flatten(1).mean(dim=1).cpu()
         high = sigmas > _HIGH[0]
         told = conditional > 0
         parts = {"high": high & told, "low": ~high & told, "free": ~told}
@@ -112,9 +112,14 @@ class PuppetTask:
         for sigma, after in pairwise(sigmas):
             scaled = x[None] / (sigma**2 + 1) ** 0.5
             told = torch.ones(1)
-            v = self.net(scaled, torch.tensor([sigma]), unscaled(image), embedding, poses[None], ids(1), told)[0]
-            x = euler_step(x, v, sigma, after)
+            v = self._predict(scaled, torch.tensor([sigma]), unscaled(image), embedding, poses[None], ids(1), told)[0]
+            x = euler_step(x, v.cpu(), sigma, after)
         return self.decode(x)
+
+    def _predict(self, *inputs: Tensor) -> Tensor:
+        """v, on the net's device."""
+        device = device_of(self.net)
+        return self.net(*(values.to(device) for values in inputs))
 
 
 def noised(clean: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:

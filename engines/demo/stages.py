@@ -31,24 +31,23 @@ PUPPETS = 640
 """In the bank; eight frames of each."""
 
 
-def train_animatediff(folder: Path, out: Path, report: Report) -> None:
+def train_animatediff(folder: Path, out: Path, report: Report, device: str) -> None:
     """VAE, single images, clips; then the checkpoint, in place of what `out` holds."""
-    finish(VaeTask(), folder, report)
+    finish(VaeTask(), folder, report, device)
     vae, table, tokenizer = latent_space(folder, report)
-    finish(ImageTask(table, tokenizer, decoder(vae)), folder, report)
-    clips = ClipTask(table, tokenizer, decoder(vae))
-    run = Run(clips, folder, start=lambda: clips.begin(averaged(ImageTask(table, tokenizer, decoder(vae)), folder)))
-    _train(run, report)
-    _replace(out, lambda draft: write_animatediff(draft, vae, averaged(clips, folder)))
+    images, clips = ImageTask(table, tokenizer, decoder(vae)), ClipTask(table, tokenizer, decoder(vae))
+    finish(images, folder, report, device)
+    _train(Run(clips, folder, device=device, start=lambda: clips.begin(averaged(images, folder))), report)
+    _replace(out, lambda draft: write_animatediff(draft, vae.cpu(), averaged(clips, folder).cpu()))
     report(f"animatediff: written to {out}")
 
 
-def train_controlnext(folder: Path, out: Path, report: Report) -> None:
+def train_controlnext(folder: Path, out: Path, report: Report, device: str) -> None:
     """VAE, clips; then the checkpoint, in place of what `out` holds."""
-    finish(TemporalVaeTask(), folder, report)
+    finish(TemporalVaeTask(), folder, report, device)
     task, vae, encoder = puppet_task(folder, report)
-    finish(task, folder, report)
-    _replace(out, lambda draft: write_controlnext(draft, vae, encoder, averaged(task, folder)))
+    finish(task, folder, report, device)
+    _replace(out, lambda draft: write_controlnext(draft, vae, encoder, averaged(task, folder).cpu()))
     report(f"controlnext: written to {out}")
 
 
@@ -86,9 +85,9 @@ def puppet_task(folder: Path, report: Report) -> tuple[PuppetTask, AutoencoderKL
     return PuppetTask(replace(bank, latents=scaled), encode, decode), vae, encoder
 
 
-def finish(task: Task, folder: Path, report: Report) -> None:
+def finish(task: Task, folder: Path, report: Report, device: str) -> None:
     """Make the steps of a stage that are left."""
-    _train(Run(task, folder), report)
+    _train(Run(task, folder, device=device), report)
 
 
 def _train(run: Run, report: Report) -> None:

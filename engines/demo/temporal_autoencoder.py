@@ -17,7 +17,7 @@ from engines.demo.autoencoder import psnr, silence_residuals
 from engines.demo.cpu_speed import use_channels_last, use_flat_temporal_convs
 from engines.demo.puppets import SIDE, pictures, random_moves, random_puppet, stances
 from engines.demo.sheet import write_sheet
-from engines.demo.training import Schedule
+from engines.demo.training import Schedule, device_of
 
 SCHEDULE = Schedule(3500, 1.5e-3, hold=0.4, average=0.998)
 
@@ -78,9 +78,10 @@ class TemporalVaeTask:
         """L1 + squared error with the puppet weighing more, a little KL, and latents with mean 0."""
         _, side, pairs = next(stage for stage in _STAGES if step < stage[0] * self.schedule.steps)
         frames, masks = random_crops(side, pairs, rng)
-        pixels = 2 * frames - 1
-        noise = torch.randn(len(pixels), CHANNELS, side // SCALE, side // SCALE, generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        device = device_of(self.net)
+        pixels, masks = (2 * frames - 1).to(device), masks.to(device)
+        noise = torch.randn(len(pixels), CHANNELS, side // SCALE, side // SCALE, generator=rng).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = self.net.encode(pixels).latent_dist
             decoded = self.net.decode(posterior.mean + posterior.std * noise, num_frames=2).sample.float()
         error = decoded - pixels
@@ -94,8 +95,8 @@ class TemporalVaeTask:
     def sheet(self, path: Path) -> str:
         """Frames above their reconstructions."""
         frames, _ = random_crops(SIDE, 3, torch.Generator().manual_seed(1))
-        posterior = self.net.encode(2 * frames - 1).latent_dist
-        decoded = (self.net.decode(posterior.mean, num_frames=2).sample / 2 + 0.5).clamp(0, 1)
+        posterior = self.net.encode((2 * frames - 1).to(device_of(self.net))).latent_dist
+        decoded = (self.net.decode(posterior.mean, num_frames=2).sample / 2 + 0.5).clamp(0, 1).cpu()
         write_sheet(path, [frames, decoded])
         noise_share = posterior.var.mean() / (posterior.var.mean() + posterior.mean.var())
         return f"{psnr(decoded, frames):.1f} dB, posterior variance {noise_share:.3f} of the total"

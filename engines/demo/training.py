@@ -77,13 +77,22 @@ class Pace:
 class Run:
     """One task's training in `folder`: `state.pt`, `curve.jsonl` and a sheet every few hundred steps."""
 
-    def __init__(self, task: Task, folder: Path, seed: int = 0, pace: Pace = Pace(), start: Callable[[], None] | None = None):
-        """start: gives the net its first weights; not called for a run that has begun."""
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        seed: int = 0,
+        pace: Pace = Pace(),
+        device: str = "cpu",
+        start: Callable[[], None] | None = None,
+    ):
+        """start: gives the net its first weights, on the CPU; not called for a run that has begun."""
         self.task, self.seed, self.pace = task, seed, pace
         self.folder = folder / task.name
         self.folder.mkdir(parents=True, exist_ok=True)
         if start is not None and not self._state.exists():
             start()
+        task.net.to(device)
         self.optimizer = torch.optim.AdamW(
             task.net.parameters(), lr=task.schedule.rate, betas=task.schedule.betas, weight_decay=0.01
         )
@@ -148,7 +157,7 @@ class Run:
         os.replace(draft, self._state)
 
     def _load(self) -> None:
-        state: dict[str, Any] = torch.load(self._state, weights_only=True)
+        state: dict[str, Any] = torch.load(self._state, map_location=device_of(self.task.net), weights_only=True)
         self.task.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.step = state["average"], state["step"]
@@ -180,7 +189,12 @@ class Run:
 
 
 def averaged(task: Task, folder: Path) -> Any:
-    """The task's net with the averaged weights of its run in `folder`, frozen."""
-    state = torch.load(folder / task.name / "state.pt", weights_only=True)
+    """The task's net with the averaged weights of its run in `folder`, frozen, where it is."""
+    state = torch.load(folder / task.name / "state.pt", map_location="cpu", weights_only=True)
     task.net.load_state_dict(state["average"])
     return task.net.requires_grad_(False).eval()
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where its parameters are. Data are drawn on the CPU everywhere, so that a step sees the same ones."""
+    return next(net.parameters()).device
