@@ -32,7 +32,7 @@ CLIP_SCHEDULE = Schedule(4000, 1.2e-3, hold=0.4, average=0.999)
 
 _SERVED = lcm_timesteps(4)
 _GRID = lcm_timesteps(LCM_GRID)
-_SERVED_SHARE = 0.6
+_SERVED_SHARES = (0.4, 0.15, 0.1, 0.1)  # the rest is spread over the grid
 _KEYFRAMES = 3
 _PART_SHARE, _PART_FRAMES, _PART_CLIPS = 0.55, 6, 16
 _WHOLE_CLIPS = 8
@@ -40,10 +40,10 @@ _LOOSE_SHARE = 0.15  # of the clips without keyframes: prompts with words that a
 
 
 def draw_timesteps(count: int, rng: torch.Generator) -> Tensor:
-    """(B,): mostly those of a request of four steps, else any of LCM's grid."""
-    served = torch.tensor(_SERVED)[torch.randint(len(_SERVED), (count,), generator=rng)]
+    """(B,): mostly those of a request of four steps, the first above all, at which only the words tell what to draw."""
+    served = torch.tensor(_SERVED)[torch.multinomial(torch.tensor(_SERVED_SHARES), count, replacement=True, generator=rng)]
     grid = torch.tensor(_GRID)[torch.randint(len(_GRID), (count,), generator=rng)]
-    return torch.where(torch.rand(count, generator=rng) < _SERVED_SHARE, served, grid)
+    return torch.where(torch.rand(count, generator=rng) < sum(_SERVED_SHARES), served, grid)
 
 
 def noised(clean: Tensor, timesteps: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
