@@ -79,7 +79,7 @@ def stop_embedded(settings: Settings) -> None:
     if settings.database != "embedded" or not folder.exists():
         return
     with _locked(folder):
-        if _readiness(folder) != 2:  # it is ours: pg_ctl would signal any process with the pid in the file
+        if _is_alive(folder):  # else pg_ctl would signal whatever process has the pid now
             _run(folder, "pg_ctl", "-D", "data", "-m", "fast", "-t", "60", "-w", "stop")
         if _socket_folder(folder) != folder:
             shutil.rmtree(_socket_folder(folder), ignore_errors=True)
@@ -181,14 +181,14 @@ def _start(folder: Path) -> None:
     sockets = _socket_folder(folder)
     if sockets != folder:
         _own_socket_folder(sockets)
-    options = {
-        "listen_addresses": "",
-        "port": "5432",
-        "unix_socket_directories": str(sockets),
-        "unix_socket_permissions": "0700",
-        "max_connections": str(MAX_CONNECTIONS),
-    }
-    words = shlex.join(word for name, value in options.items() for word in ("-c", f"{name}={value}"))
+    options = (
+        "listen_addresses=",
+        "port=5432",
+        _socket_option(folder),
+        "unix_socket_permissions=0700",
+        f"max_connections={MAX_CONNECTIONS}",
+    )
+    words = shlex.join(word for option in options for word in ("-c", option))
     _run(folder, "pg_ctl", "-D", "data", "-l", "server.log", "-o", words, "-t", str(int(START_TIMEOUT_S)), "-w", "start")
     logger.info("embedded PostgreSQL started", extra={"action": "postgres_started", "folder": str(folder)})
 
@@ -207,18 +207,33 @@ def _disown_recycled_pid(folder: Path) -> None:
     """Lets the server start although another process of the same user now has the pid in its pid file.
 
     Only the pid is replaced: PostgreSQL still reads the shared memory's id from the file, and refuses to start while a process is
-    attached to it. The file of a server that is alive but too busy to answer stays: a server is known by its working folder.
+    attached to it.
     """
     pid_file = folder / "data" / "postmaster.pid"
-    if not pid_file.exists() or not Path("/proc/self/cwd").exists():  # outside Linux we cannot tell, so we do not touch it
-        return
-    pid, _, rest = pid_file.read_text().partition("\n")
-    try:
-        alive = Path(f"/proc/{pid}/cwd").readlink() == folder / "data"
-    except OSError:  # gone, or a zombie
-        alive = False
-    if not alive:
+    if pid_file.exists() and not _is_alive(folder):
+        _, _, rest = pid_file.read_text().partition("\n")
         pid_file.write_text(f"{NO_PID}\n{rest}")
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether the process in the pid file is this folder's server, also when it is too busy to answer.
+
+    It is known by its command line, which every user may read; the working folder of another user's process is closed even to
+    root in a container. Outside Linux it counts as alive if it listens, or if there is a pid file.
+    """
+    pid_file = folder / "data" / "postmaster.pid"
+    if not Path("/proc/self/cmdline").exists():
+        return pid_file.exists() or _readiness(folder) != 2
+    try:
+        pid = pid_file.read_text().partition("\n")[0]
+        return os.fsencode(_socket_option(folder)) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # no server has written a pid, or its process is gone
+        return False
+
+
+def _socket_option(folder: Path) -> str:
+    """The option of the server's command line that no other folder's server has."""
+    return f"unix_socket_directories={_socket_folder(folder)}"
 
 
 def _run(folder: Path, program: str, *args: str, programs: Path | None = None) -> None:

@@ -42,9 +42,14 @@ _SCHEDULER = {  # SD 1.5's own, with the scaled-linear betas that the loader mus
 
 @dataclass(frozen=True)
 class DemoSize:
-    """channels: of the UNet's levels. latent: height and width in latents of 8 pixels. vae_channels: of the VAE's levels."""
+    """Of the random checkpoint.
+
+    channels: of the UNet's levels. layers: of a level; the published UNet has two.
+    latent: height and width in latents of 8 pixels. vae_channels: of the VAE's levels.
+    """
 
     channels: tuple[int, int] = (32, 64)
+    layers: int = 1
     latent: int = 8
     vae_channels: tuple[int, int, int, int] = (8, 8, 16, 16)
 
@@ -123,7 +128,7 @@ def _unet(size: DemoSize) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=size.latent,
         block_out_channels=size.channels,
-        layers_per_block=2,
+        layers_per_block=size.layers,
         cross_attention_dim=_WIDTH,
         attention_head_dim=_HEADS,
         norm_num_groups=_GROUPS,
@@ -135,7 +140,7 @@ def _unet(size: DemoSize) -> UNet2DConditionModel:
 def _motion_adapter(size: DemoSize) -> MotionAdapter:
     return MotionAdapter(
         block_out_channels=size.channels,
-        motion_layers_per_block=2,
+        motion_layers_per_block=size.layers,
         motion_num_attention_heads=_HEADS,
         motion_norm_num_groups=_GROUPS,
         motion_max_seq_length=32,
@@ -149,6 +154,7 @@ def _sparse_control(size: DemoSize, simplified: bool) -> SparseControlNetModel:
         use_simplified_condition_embedding=simplified,
         conditioning_embedding_out_channels=(4, 8, 8, 16),  # three stride-2 stages: 64 pixels become 8
         block_out_channels=size.channels,
+        layers_per_block=size.layers,
         down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
         cross_attention_dim=_WIDTH,
         attention_head_dim=_HEADS,

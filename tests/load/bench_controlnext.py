@@ -99,7 +99,7 @@ def loop_row(shown: Table, weights: ControlNeXtWeights, guidance: float) -> None
 def memory_row(shown: Table, folder: Path) -> None:
     peaks = []
     for frames in (240, 2000):
-        command = [sys.executable, "-m", "tests.engines.controlnext.peak_memory", str(folder), str(frames), "8"]
+        command = [sys.executable, "-m", "tests.engines.controlnext.peak_memory", str(folder), "8", str(frames)]
         runs = [int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
         peaks.append(int(statistics.median(runs)))
     short, long = peaks

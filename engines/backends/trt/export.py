@@ -42,7 +42,9 @@ def export_onnx(call: UNetCall, path: Path, plugins: Sequence[str] = (), frames:
 
     auto = torch.export.Dim.AUTO  # a named frame dimension fails for SVD: the solver cannot prove one of its guards
     dynamic = [{i: auto for i, dim in enumerate(call.dims[name]) if isinstance(dim, str)} for name in call.example]
-    with torch.no_grad(), kept(plugins):
+    # PyTorch's cache of shapes costs more than it saves where the shapes are symbols: a fifth of the export
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with torch.no_grad(), kept(plugins), uncached:
         traced = torch.export.export(call.module, tuple(call.example.values()), dynamic_shapes=(tuple(dynamic),), strict=False)
         program = torch.onnx.export(
             traced,

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from engines.animatediff.config import AnimateDiffConfig
+from engines.animatediff.demo_weights import DemoSize, write_demo_weights
 from engines.animatediff.spec import AnimateDiffSpec, ControlType
 from engines.pipeline import Pipeline
 from engines.sampling import PredictionType
@@ -13,6 +15,13 @@ from tests.engines.animatediff.reference import diffusers_latents, diffusers_pip
 
 TOLERANCE = 1e-4
 PROMPTS = {"prompt": "a red ball", "negative_prompt": "blur"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """With two layers in every level, as in the published UNet."""
+    weights = write_demo_weights(tmp_path_factory.mktemp("weights") / "two layers", DemoSize(layers=2))
+    return Pipeline("animatediff-sparsectrl-lcm", AnimateDiffConfig(weights=weights, threads=1))
 
 
 @pytest.fixture(scope="module", params=["scribble", "rgb"])

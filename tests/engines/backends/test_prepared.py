@@ -72,7 +72,7 @@ def spec(guidance: float, controlled: bool) -> AnimateDiffSpec:
 
 @pytest.fixture(scope="module")
 def eager(demo_weights: AnimateDiffWeights) -> Pipeline:
-    return Pipeline(MODEL, AnimateDiffConfig(weights=demo_weights))
+    return Pipeline(MODEL, AnimateDiffConfig(weights=demo_weights, threads=1))
 
 
 @pytest.mark.parametrize("controlled", [False, True])
@@ -86,7 +86,7 @@ def test_an_engine_renders_every_kind_of_clip(fakes: list[FakeEngine], eager: Pi
 
 
 def test_an_engine_renders_both_halves_of_a_driven_video(fakes: list[FakeEngine], tmp_path_factory: pytest.TempPathFactory):
-    config = ControlNeXtConfig(weights=write_demo_weights(tmp_path_factory.mktemp("weights") / "controlnext"))
+    config = ControlNeXtConfig(weights=write_demo_weights(tmp_path_factory.mktemp("weights") / "controlnext"), threads=1)
     asked = conditioning(7, guidance_scale=2.0)
     expected = ControlNeXtDenoise(config).sample(asked)
     ours = ControlNeXtDenoise(replace(config, engine=INDUCTOR)).sample(asked)

@@ -1,6 +1,6 @@
-"""Decodes a video of the given number of frames in its own process. Prints its peak memory in bytes.
+"""Decodes videos in its own process, one after another. Prints the peak memory so far in bytes after each.
 
-    python -m tests.engines.controlnext.peak_memory WEIGHTS FRAMES LATENT_SIDE [--cheap]
+    python -m tests.engines.controlnext.peak_memory WEIGHTS LATENT_SIDE FRAMES... [--cheap]
 
 --cheap: plain grey frames in place of the VAE's. They take no time and make a small file, so only retained memory shows.
 """
@@ -29,16 +29,17 @@ def grey(latents: Tensor, num_frames: int) -> Any:
     return SimpleNamespace(sample=latents[:, :1, :1, :1].expand(-1, 3, height, width))
 
 
-def main(folder: Path, num_frames: int, side: int, cheap: bool) -> None:
+def main(folder: Path, side: int, frames: list[int], cheap: bool) -> None:
     torch.set_num_threads(1)
     decode = Decode(ControlNeXtConfig(weights=ControlNeXtWeights.demo(folder)))
     if cheap:
         decode.vae.decode = grey
-    latents = torch.randn((1, 4, num_frames, side, side), generator=torch.Generator().manual_seed(0))
-    clip = decode.decode(ControlNeXtLatents(latents, 0, 2, 30))
-    assert clip.num_frames == num_frames
-    print(peak_bytes())
+    for num_frames in frames:
+        latents = torch.randn((1, 4, num_frames, side, side), generator=torch.Generator().manual_seed(0))
+        clip = decode.decode(ControlNeXtLatents(latents, 0, 2, 30))
+        assert clip.num_frames == num_frames
+        print(peak_bytes())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "--cheap" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), [int(word) for word in sys.argv[3:] if word != "--cheap"], "--cheap" in sys.argv)
