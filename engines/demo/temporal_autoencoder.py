@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
-from engines.demo.autoencoder import psnr, silence_residuals
+from engines.demo.autoencoder import psnr, start_well
 from engines.demo.cpu_speed import use_channels_last, use_flat_temporal_convs
 from engines.demo.puppets import SIDE, pictures, random_moves, random_puppet, stances
 from engines.demo.sheet import write_sheet
@@ -42,7 +42,7 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
         latent_channels=CHANNELS,
         sample_size=SIDE,
     )
-    silence_residuals(vae)
+    start_well(vae, CHANNELS)
     use_channels_last(vae)
     use_flat_temporal_convs(vae)
     return vae
