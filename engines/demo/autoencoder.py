@@ -61,6 +61,7 @@ def start_well(vae: Any, latent_channels: int) -> None:
             nn.init.zeros_(module.to_out[0].weight)
         elif isinstance(module, nn.Conv2d) and (module not in inner or module.kernel_size == (1, 1)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     vae.quant_conv.bias[latent_channels:] = _LOG_VARIANCE
 
