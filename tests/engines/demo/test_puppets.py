@@ -8,8 +8,10 @@ import torch
 from engines.controlnext.demo_pose import DRIVER, dance, joints_of
 from engines.demo.judge import as_frames
 from engines.demo.puppet_judge import PuppetJudge
+from engines.demo.puppet_nets import LATENT_SCALING
 from engines.demo.puppet_tasks import SIGMA_RANGE, draw_sigmas, noised, unseen
 from engines.demo.puppets import SIDE, pictures, pose_picture, random_moves, random_puppet, stances
+from engines.demo.temporal_autoencoder import CHANNELS, new_vae, scale_latents
 from engines.sampling import euler_step
 
 
@@ -60,3 +62,18 @@ def test_v_is_what_the_sampler_takes():
     assert SIGMA_RANGE[0] <= drawn.min()
     assert drawn.max() <= SIGMA_RANGE[1]
     assert 0.3 < (drawn > 30).float().mean() < 0.5
+
+
+def test_the_latents_scale_is_folded_into_the_temporal_vae_exactly():
+    torch.manual_seed(0)
+    vae = new_vae().eval().requires_grad_(False)
+    picture = torch.rand(2, 3, 32, 32)
+    before, shown = vae.encode(picture).latent_dist, vae(picture, num_frames=2, sample_posterior=False).sample
+    latents = torch.randn(4, CHANNELS, 3, 3) * torch.linspace(0.5, 3, CHANNELS)[:, None, None]
+    scaled = scale_latents(vae, latents)
+    after = vae.encode(picture).latent_dist
+    gain = (scaled / latents)[0, :, :1, :1]
+    torch.testing.assert_close((scaled * LATENT_SCALING).std(dim=(0, 2, 3)), torch.ones(CHANNELS))
+    torch.testing.assert_close(after.mean, before.mean * gain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.std, before.std * gain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae(picture, num_frames=2, sample_posterior=False).sample, shown, atol=1e-4, rtol=1e-4)
