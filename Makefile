@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE # some images set it: then every process compil
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,22 @@ bench-queue: install ## measure submits, claims and status reads with 1,000 and 
 .PHONY: bench-callers
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers
+
+.PHONY: bench-media
+bench-media: install ## measure what decoding callers' files in a child process costs a job
+	$(BIN)/python -m tests.load.bench_media
+
+.PHONY: fuzz
+fuzz: install ## send requests made up from our OpenAPI documents, EXAMPLES of each operation
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),300) $(BIN)/pytest --timeout 3600 tests/deployments/ingress/test_schema.py
+
+.PHONY: bench-transfers
+bench-transfers: install ## measure the memory that uploads and downloads of 1 GB cost a gateway; writes 20 GB to the disk
+	$(BIN)/python -m tests.load.bench_transfers
+
+.PHONY: bench-streams
+bench-streams: install ## measure 10,000 open status streams on one gateway process, and as many callers polling as it takes
+	$(BIN)/python -m tests.load.bench_streams
 
 .PHONY: bench-kernels
 bench-kernels: install ## measure the kernels against PyTorch's at the models' shapes, and record it; needs a GPU

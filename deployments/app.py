@@ -21,11 +21,13 @@ from deployments.files.file_store import FileStore
 from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.logs import configure_logging
+from deployments.hosting.nodes import NodeWatch
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
-from deployments.schemas.endpoint import ENDPOINTS
+from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.settings import Settings
 from deployments.stages.handles import ServeStages, crossing
+from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
@@ -59,6 +61,7 @@ class DispatcherReplica:
             async with asyncio.TaskGroup() as group:
                 group.create_task(dispatcher.run())
                 group.create_task(courier.run())
+                group.create_task(NodeWatch(settings, _nodes).watch())
         finally:
             await store.close()
 
@@ -80,9 +83,9 @@ class PreprocessReplica:
 
         self.wrapper = Preprocess(*args)
 
-    async def run(self, job_input: dict[str, Any]) -> AsyncIterator[Any]:
+    async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
-        items = crossing(self.wrapper.run(job_input))
+        items = crossing(self.wrapper.run(job_input, alone))
         async with aclosing(items):
             async for item in items:
                 yield item
@@ -160,15 +163,16 @@ def build(args: Settings) -> serve.Application:
         if endpoint.model in configs:
             config = configs[endpoint.model]
             handles[endpoint.id] = (
-                _deploy(PreprocessReplica, f"{endpoint.family}-preprocess").bind(endpoint, config, settings.fetch, files_url),
-                _deploy(DenoiseReplica, f"{endpoint.family}-denoise").bind(endpoint.model, config, files_url, checkpoint_s),
-                _deploy(DecodeReplica, f"{endpoint.family}-decode").bind(endpoint.model, config),
+                _stage(PreprocessReplica, endpoint, "preprocess").bind(endpoint, config, settings.fetch, files_url),
+                _stage(DenoiseReplica, endpoint, "denoise").bind(endpoint.model, config, files_url, checkpoint_s),
+                _stage(DecodeReplica, endpoint, "decode").bind(endpoint.model, config),
             )
     write_missing_weights(settings)
     # The time that Serve waits before it first checks whether a stopping replica is idle; it cancels nothing in that time. The
     # stages are shut down meanwhile and calls to them fail, so the dispatcher must give its jobs back before that.
     dispatcher = _deploy(DispatcherReplica, "dispatcher", graceful_shutdown_wait_loop_s=0.1).bind(settings, handles)
-    ingress = serve.ingress(lambda: create_app(settings, database_url(settings)))(IngressReplica)
+    check = NodeWatch(settings, _nodes).check
+    ingress = serve.ingress(lambda: create_app(settings, database_url(settings), check))(IngressReplica)
     return _deploy(ingress, "ingress").bind(dispatcher)
 
 
@@ -183,8 +187,17 @@ def _listening_host() -> str | None:
 
 
 def _nodes() -> int:
-    """How many nodes the Ray cluster has that this build is for."""
+    """How many nodes the Ray cluster of this process has; 1 without Ray."""
     return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+
+
+def _stage(replica: type, endpoint: Endpoint, stage: Stage) -> Any:
+    """A stage's deployment, with what fits a small machine where the YAML says nothing of it."""
+    calls = 4 if stage == "preprocess" else 2  # the two others work on one at a time; the next waits with its data already here
+    options: dict[str, Any] = {"max_ongoing_requests": calls, "health_check_period_s": 2, "ray_actor_options": {"num_cpus": 0.2}}
+    if stage == "denoise":
+        options["graceful_shutdown_timeout_s"] = 60  # longer than a UNet call and writing a checkpoint take together
+    return _deploy(replica, f"{endpoint.family}-{stage}", **options)
 
 
 def _deploy(replica: type, name: str, **options: Any) -> Any:

@@ -4,19 +4,16 @@ Unknown keys are refused at every level, so a misspelt option never passes for i
 """
 
 import os
-from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from fsspec.utils import get_protocol
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from deployments.schemas.endpoint import ENDPOINTS
-from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.backends.config import EngineConfig
-from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
+from deployments.schemas.endpoint import ENDPOINTS, Endpoint
+from engines.config import ModelConfig
 from engines.errors import ReelrayError
 
 CONFIG_VARIABLE = "REELRAY_CONFIG"
@@ -104,13 +101,31 @@ class RetentionSettings(_Strict):
 class QuotaSettings(_Strict):
     """What one API key may have at once; None is any number. Where `auth` is open there are no keys, and no quotas.
 
-    waiting_jobs: queued at all endpoints together. stored_bytes: of the files that were sent as data URIs with jobs which have
-    not ended. open_streams: status streams of one ingress process.
+    waiting_jobs: queued at all endpoints together. stored_bytes: of uploads, and of files that were sent as data URIs with jobs
+    which have not ended. open_streams: streams, direct calls and WebSockets of one ingress process. open_uploads: bodies that it
+    receives at a time.
     """
 
     waiting_jobs: int | None = Field(10_000, gt=0)
     stored_bytes: int | None = Field(20_000_000_000, gt=0)
     open_streams: int | None = Field(200, gt=0)
+    open_uploads: int | None = Field(200, gt=0)
+
+
+class UploadSettings(_Strict):
+    """Files that callers upload.
+
+    max_bytes: of one file. `fetch.max_bytes` says how large one may be that a job uses.
+    open_s: for how long an upload URL is good, and how long its body may take, in seconds. What is not complete after twice this
+    is deleted.
+    direct: lets callers of `storage/upload/initiate` send a file to the bucket itself, by a URL that it has signed, where `files`
+    is an S3-compatible one. The bucket must be within their reach, and allow web pages of other origins if those are to upload.
+    A file that turns out larger than its upload reserved (100 MB, or the `file_size` asked for) is deleted.
+    """
+
+    max_bytes: int = Field(5_000_000_000, gt=0)
+    open_s: float = Field(43_200.0, gt=0, le=7 * 86_400.0)
+    direct: bool = False
 
 
 class WebhookSettings(_Strict):
@@ -130,7 +145,17 @@ class WebhookSettings(_Strict):
     max_per_owner: int = Field(64, ge=1)
 
 
-class Settings(_Strict):
+if TYPE_CHECKING:
+
+    class _Endpoints(_Strict):
+        pass
+
+else:  # a field for each endpoint, named after its family
+    _configs = {endpoint.family: (endpoint.config | None, endpoint.config()) for endpoint in ENDPOINTS.values()}
+    _Endpoints = create_model("_Endpoints", __base__=_Strict, **_configs)
+
+
+class Settings(_Endpoints):
     """The service.
 
     home: folder for everything the embedded defaults keep (database, files, demo weights).
@@ -143,14 +168,17 @@ class Settings(_Strict):
     auth: "open" serves everybody who can connect, so it is refused if the service listens on more than loopback; "keys" requires
     an API key made by `reelray keys create`.
     open_to_network: lets an open service listen on the network. Web pages may submit to an open service if they come from this
-    machine or from `public_url`; with this setting, also if they come from the host that they call.
+    machine or from `public_url`; with this setting, also if they come from the host that they call. It then answers to any host
+    name, so that pages of any site reach it through the browsers of this network (DNS rebinding), unless `public_url` names it.
     allowed_origins: web pages of these origins may call, e.g. https://studio.example. Pages from this machine may always call an
     open service. With keys, None lets all pages call: there are no cookies, so a page has only the key or token it was given.
     unknown_fields: "ignore" fields that an endpoint does not have, and name them in the job's log, as generic tools send the same
     ones everywhere; or "refuse" them.
+    run_timeout_s: a direct call that takes longer is answered 504, while its job goes on. Behind Node, fal's JavaScript client
+    gives up after 300 s without an answer and submits again.
     max_body_bytes: the largest submission, data URIs included.
     max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
-    animatediff, controlnext: the endpoints fal-ai/animatediff-sparsectrl-lcm and fal-ai/controlnext; null leaves one out.
+    animatediff, controlnext, and so on: the config of each endpoint, by its family; null leaves the endpoint out.
     """
 
     home: Path = Field(default_factory=lambda: Path(os.environ.get("REELRAY_HOME", "~/.reelray")).expanduser().absolute())
@@ -162,15 +190,21 @@ class Settings(_Strict):
     open_to_network: bool = False
     allowed_origins: tuple[str, ...] | None = None
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    run_timeout_s: float = Field(285.0, gt=0)
     max_body_bytes: int = Field(64_000_000, gt=0)
     max_bodies_bytes: int = Field(256_000_000, gt=0)
     fetch: FetchSettings = FetchSettings()
     queue: QueueSettings = QueueSettings()
     retention: RetentionSettings = RetentionSettings()
     quotas: QuotaSettings = QuotaSettings()
+    uploads: UploadSettings = UploadSettings()
     webhooks: WebhookSettings = WebhookSettings()
-    animatediff: AnimateDiffConfig | None = AnimateDiffConfig()
-    controlnext: ControlNeXtConfig | None = ControlNeXtConfig()
+
+    @model_validator(mode="after")
+    def _direct_uploads_need_a_bucket(self) -> Self:
+        if self.uploads.direct and get_protocol(self.files_url) not in ("s3", "s3a"):
+            raise ValueError("uploads.direct needs `files` to be an s3:// URL")
+        return self
 
     @property
     def files_url(self) -> str:
@@ -200,21 +234,21 @@ class Settings(_Strict):
                 " object store's URL, or files_shared: true if it is a folder that every node mounts."
             )
 
-    def model_configs(self) -> dict[str, AnimateDiffConfig | ControlNeXtConfig]:
+    def model_configs(self) -> dict[str, ModelConfig]:
         """Model name -> its config, with "demo" and what lies below `home` turned into folders. Models left out are absent."""
-        configs: dict[str, AnimateDiffConfig | ControlNeXtConfig] = {}
-        if (animatediff := self.animatediff) is not None:
-            if animatediff.weights == "demo":
-                animatediff = replace(animatediff, weights=AnimateDiffWeights.demo(self.demo_weights / "animatediff"))
-            configs["animatediff-sparsectrl-lcm"] = replace(animatediff, engine=self._placed(animatediff.engine))
-        if (controlnext := self.controlnext) is not None:
-            if controlnext.weights == "demo":
-                controlnext = replace(controlnext, weights=ControlNeXtWeights.demo(self.demo_weights / "controlnext"))
-            configs["controlnext"] = replace(controlnext, engine=self._placed(controlnext.engine))
-        return configs
+        return {
+            endpoint.model: config.placed(self.demo_weights / endpoint.family, self.home / "engines")
+            for endpoint in ENDPOINTS.values()
+            if (config := self._config(endpoint)) is not None
+        }
 
-    def _placed(self, engine: EngineConfig) -> EngineConfig:
-        return engine if engine.folder is not None else replace(engine, folder=self.home / "engines")
+    def wants_demo_weights(self, endpoint: Endpoint) -> bool:
+        """Whether the endpoint is served, with its demo checkpoint."""
+        return getattr(self._config(endpoint), "weights", None) == "demo"
+
+    def _config(self, endpoint: Endpoint) -> ModelConfig | None:
+        config: ModelConfig | None = getattr(self, endpoint.family)
+        return config
 
 
 class Exposed(ReelrayError):

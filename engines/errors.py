@@ -17,9 +17,12 @@
     │   └── GenerationFailed            500  internal_server_error
     ├── RequestError                detail is a string, error_type beside it (fal: request errors)
     │   ├── BadRequest                  400  bad_request
+    │   │   └── BodyTooSlow                 400  bad_request
     │   ├── Unauthorized                401  unauthorized
     │   ├── Forbidden                   403  forbidden
     │   ├── NotFound                    404  not_found
+    │   ├── LengthRequired              411  bad_request
+    │   ├── PreconditionFailed          412  bad_request
     │   ├── BodyTooLarge                413  bad_request
     │   ├── QueueFull                   429  queue_full
     │   ├── TooManyRequests             429  too_many_requests
@@ -30,7 +33,8 @@
     │   ├── RunnerDisconnected          503  runner_disconnected
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
-    │   └── StartTimeout                504  request_timeout
+    │   ├── StartTimeout                504  request_timeout
+    │   └── RunTimeout                  504  request_timeout
     ├── WeightsError                for the operator: a checkpoint that does not fit
     └── EngineError                 for the operator: an engine that cannot be built, loaded or run
 
@@ -169,6 +173,10 @@ class BadRequest(RequestError):
     status = 400
 
 
+class BodyTooSlow(BadRequest):
+    """The request body came too slowly."""
+
+
 class Unauthorized(RequestError):
     """The API key is missing or not valid."""
 
@@ -189,6 +197,20 @@ class NotFound(RequestError):
 
     type = "not_found"
     status = 404
+
+
+class LengthRequired(RequestError):
+    """The request does not say how long its body is."""
+
+    type = "bad_request"
+    status = 411
+
+
+class PreconditionFailed(RequestError):
+    """The file is not the one that the request is for."""
+
+    type = "bad_request"
+    status = 412
 
 
 class BodyTooLarge(RequestError):
@@ -265,6 +287,13 @@ class StorageFailed(RequestError):
 
 class StartTimeout(RequestError):
     """The request did not start before its deadline."""
+
+    type = "request_timeout"
+    status = 504
+
+
+class RunTimeout(RequestError):
+    """The request takes longer than a direct call may."""
 
     type = "request_timeout"
     status = 504

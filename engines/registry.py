@@ -1,48 +1,30 @@
-"""Model name -> its three stages, imported only when a process builds one. No torch at import."""
+"""Model name -> its three stages and its demo, imported only when a process needs them. No torch at import."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, overload
 
+from engines.config import ModelConfig
+from engines.demo.shipped import shipped
 from engines.spec import DecodeStage, DenoiseStage, PreprocessStage
 
-
-@dataclass(frozen=True)
-class Model:
-    """How to build the stages of a model from its config."""
-
-    preprocess: Callable[[Any], PreprocessStage]
-    denoise: Callable[[Any], DenoiseStage]
-    decode: Callable[[Any], DecodeStage]
-
-
-def _animatediff() -> Model:
-    from engines.animatediff.decode import Decode
-    from engines.animatediff.denoise import Denoise
-    from engines.animatediff.preprocess import Preprocess
-
-    return Model(Preprocess, Denoise, Decode)
-
-
-def _controlnext() -> Model:
-    from engines.controlnext.decode import Decode
-    from engines.controlnext.denoise import Denoise
-    from engines.controlnext.preprocess import Preprocess
-
-    return Model(Preprocess, Denoise, Decode)
-
-
-_MODELS: dict[str, Callable[[], Model]] = {"animatediff-sparsectrl-lcm": _animatediff, "controlnext": _controlnext}
+_MODELS = {
+    "animatediff-sparsectrl-lcm": "engines.animatediff",
+    "controlnext": "engines.controlnext",
+}
+"""Model -> its folder, with a module for each stage (`preprocess.py` holds `Preprocess`, and so on). A model with checkpoints has
+`demo_weights.py`, and one that `reelray demo` can render `demo_input.py`."""
 
 
 @overload
-def build_stage(model: str, stage: Literal["preprocess"], config: Any) -> PreprocessStage: ...
+def build_stage(model: str, stage: Literal["preprocess"], config: ModelConfig) -> PreprocessStage: ...
 @overload
-def build_stage(model: str, stage: Literal["denoise"], config: Any) -> DenoiseStage: ...
+def build_stage(model: str, stage: Literal["denoise"], config: ModelConfig) -> DenoiseStage: ...
 @overload
-def build_stage(model: str, stage: Literal["decode"], config: Any) -> DecodeStage: ...
-def build_stage(model: str, stage: str, config: Any) -> Any:
+def build_stage(model: str, stage: Literal["decode"], config: ModelConfig) -> DecodeStage: ...
+def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
     """A loaded stage. config: the model's, e.g. `AnimateDiffConfig`; its `threads` become this process's.
 
     Raises `KeyError` for a model that is not served, `WeightsError` for checkpoints that do not fit.
@@ -66,4 +48,20 @@ def build_stage(model: str, stage: str, config: Any) -> Any:
     exact_arithmetic()
     # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
     torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
-    return getattr(_MODELS[model](), stage)(config)
+    return getattr(import_module(f"{_MODELS[model]}.{stage}"), stage.title())(config)
+
+
+def write_demo_weights(model: str, folder: Path) -> None:
+    """Writes the model's demo checkpoint, if it has one: the package's trained one, or else random numbers in the same layout."""
+    if (trained := shipped(_MODELS[model].rpartition(".")[2])) is not None:
+        import_module("engines.demo.checkpoint").copy_once(trained, folder)
+    elif find_spec(f"{_MODELS[model]}.demo_weights"):
+        import_module(f"{_MODELS[model]}.demo_weights").write_demo_weights(folder)
+
+
+def demo_input(model: str) -> dict[str, Any] | None:
+    """An input to try the model with, in which a file is its content type and its bytes; None if the model has none."""
+    if not find_spec(f"{_MODELS[model]}.demo_input"):
+        return None
+    made: dict[str, Any] = import_module(f"{_MODELS[model]}.demo_input").demo_input()
+    return made

@@ -29,8 +29,8 @@ class LocalStages:
         self.denoise_replica = Denoise(endpoint.model, config, settings.files_url, settings.queue.checkpoint_s)
         self.decode_replica = Decode(endpoint.model, config)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
-        return await done_of(self.preprocess_replica.run(job_input), on_note)
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
+        return await done_of(self.preprocess_replica.run(job_input, alone), on_note)
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
         return await done_of(self.denoise_replica.run(conditioning, checkpoint), on_note)
@@ -60,7 +60,7 @@ class ScriptedStages:
         self.act = act
         self.running = self.peak = self.calls = 0
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
         return Done(job_input, 0.25)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> Any | None:

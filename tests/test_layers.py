@@ -50,7 +50,7 @@ def rooms(*names: str) -> tuple[str, ...]:
 
 
 ROOMS = {
-    "schemas": Room((ERRORS, SPEC, "engines.*.config", "engines.*.spec"), light=True),
+    "schemas": Room((ERRORS, SPEC, "engines.*config", "engines.*.spec"), light=True),
     "jobs": Room((*rooms("schemas"), ERRORS), light=True),
     "files": Room((*rooms("schemas"), SETTINGS, ERRORS, "engines.temporary"), light=True, heavy=("checkpoints",)),
     "webhooks": Room((*rooms("jobs", "files.download", "schemas"), ERRORS), light=True),
@@ -88,6 +88,7 @@ ALSO_LIGHT = (
     "deployments.dispatch.dispatcher",
     "engines.spec",
     "engines.registry",
+    "engines.media.child",
     "engines.animatediff.config",
     "engines.animatediff.spec",
 )

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `reelray status` starts at once
 
 import typer
 
+from deployments.cli.client_setup import connect, env, tls
 from deployments.cli.database_commands import database
 from deployments.cli.engine_commands import engines
 from deployments.cli.job_commands import jobs
@@ -16,7 +17,7 @@ from deployments.cli.webhook_commands import webhooks
 from deployments.cli.weight_commands import convert_weights, demo_weights
 
 app = typer.Typer(help="Video generation as a service on your own GPUs.", no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (serve, gateway, render, submit, status, result, cancel, demo_weights, convert_weights, demo):
+for command in (serve, gateway, tls, connect, env, render, submit, status, result, cancel, demo_weights, convert_weights, demo):
     app.command()(command)
 app.add_typer(keys, name="keys")
 app.add_typer(queue, name="queue")

@@ -33,12 +33,13 @@ def gateway(
     host: str = "127.0.0.1",
     port: int = 8001,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    tls: Annotated[Path | None, typer.Option(help="Speak https, with the files that `reelray tls` wrote to this folder.")] = None,
 ) -> None:
     """Run only the ingress, beside the cluster: it accepts and answers requests while Ray is down."""
     from deployments.hosting.gateway import run
 
     with clear_errors():
-        run(config, host, port, workers)
+        run(config, host, port, workers, tls)
 
 
 def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Overrides the YAML's.")] = None) -> None:

@@ -23,14 +23,13 @@ from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
-from deployments.jobs.retry import next_attempt_in
+from deployments.jobs.retry import condition_of, next_attempt_in
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
 from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled
-from engines.spec import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +168,7 @@ class Dispatcher:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
+                await self.store.uploads.settle_overdue(self.files.size)
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()
@@ -219,11 +219,15 @@ class Dispatcher:
         losses, lost_in = 0, dict(claim.lost_in)
         if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled):
             losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
-        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random())
+        retries, condition = dict(claim.retries), condition_of(error)
+        budget = retries.get(condition) if condition else None
+        wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random(), budget)
         if wait_s is None:
             await self.store.claims.fail(claim, error_failure(error), metrics.fields)
         else:
-            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in)
+            if condition and budget is not None:
+                retries[condition] = budget - 1
+            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in, retries=retries)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """Renders the job and writes the stages' notes to its log; returns its output."""
@@ -249,27 +253,36 @@ class Dispatcher:
             metrics.seconds[stage] = done.seconds
             return done.product
 
+        unread = ENDPOINTS[claim.endpoint].input.unread(claim.input, claim.input_version)
+        if unread and not claim.resumes:
+            job_log.note(Note(unread, "WARN"))
         stages = self.stages[claim.endpoint]
         checkpoint = CheckpointRef(claim.checkpoint, claim.resumes)
         latents = await stages.saved(checkpoint, notes_of("preprocess")) if checkpoint.used else None
         watchdog.waiting()
         metrics.at_work = None
         if latents is None:
-            conditioning = product_of("preprocess", await stages.preprocess(claim.input, notes_of("preprocess")))
+            suspect = "preprocess" in claim.lost_in
+            made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
+            conditioning = product_of("preprocess", made)
             latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
         clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine
-        file = await self._keep_file(claim, clip)
+        file = await self.keep_file(claim, clip.mp4)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
         output = ENDPOINTS[claim.endpoint].output.model_validate({"video": video, "seed": clip.seed})
         return output.model_dump(mode="json")
 
-    async def _keep_file(self, claim: Claim, clip: Clip) -> StoredFile:
-        keep_s = self.retention.keep_file_s(claim.files_s)
+    async def keep_file(self, claim: Claim, mp4: bytes) -> StoredFile:
+        """Stores what a job has made, for as long and for those readers that its caller wanted."""
+        keep_s, access = self.retention.keep_file_s(claim.files_s), claim.files_access
         name = self.files.new_name("video", "video/mp4", keep_s)
-        if keep_s is not None:
-            await patiently(lambda: self.store.retention.add_file(name, keep_s))
-        return await self.files.put("video", clip.mp4, "video/mp4", name)
+        if access is not None:
+            name = self.files.new_listed_name("video", "video/mp4")
+        if keep_s is not None or access is not None:
+            row = (name, keep_s, claim.owner, 0, "video/mp4", access)
+            await patiently(lambda: self.store.retention.add_file(*row))
+        return await self.files.put("video", mp4, "video/mp4", name)
 
     async def _renew_lease(
         self, claim: Claim, render: asyncio.Task[Any], watchdog: Watchdog

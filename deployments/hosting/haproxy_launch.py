@@ -1,11 +1,14 @@
 """Serve runs this instead of HAProxy, with HAProxy's arguments: it corrects the configuration file, then becomes HAProxy.
 
-    python haproxy_launch.py <haproxy> -db -f <config> ...
+    python haproxy_launch.py <certificate and key, or nothing> <haproxy> -db -f <config> ...
 
-No variable of Serve's sets these two:
+No variable of Serve's sets these:
 - The pages of statistics listen on this machine only. Serve has them listen on every address, whatever the service listens on.
 - While HAProxy knows of no replica, after a start or a restart, it answers 503. With Serve's 404, clients would stop waiting for
   their requests. fal's Python client repeats a 503 only if it takes the server for nginx, hence the text.
+- Replicas listen on the service's host only. If that is an address of its own, such as ::1, HAProxy must look for them there.
+  Serve has it look at 127.0.0.1 for all replicas of its node.
+- With a certificate, callers speak TLS with HAProxy, and the replicas are told so. Serve knows TLS for its own proxy only.
 
 Lines that another version of Serve writes differently stay as they are. Standard library only: this runs at every reload.
 
@@ -24,16 +27,23 @@ _PR_SET_PDEATHSIG = 1
 NOT_YET = 'http-request return status 503 content-type text/plain hdr retry-after 1 string "503, not up yet (this is no nginx)"'
 
 
-def mended(config: str) -> str:
-    """The text of Serve's configuration, corrected."""
+def mended(config: str, certificate: str = "") -> str:
+    """The text of Serve's configuration, corrected. certificate: the path of a file with a certificate chain and its key."""
     lines = config.splitlines()
-    section = ""
+    section, host = "", "*"
     for i, line in enumerate(lines):
         if line and not line[0].isspace():
             section = line.strip()
         indent, words = line[: len(line) - len(line.lstrip())], line.split()
         if section in ("frontend prometheus", "listen stats") and words[:1] == ["bind"]:
             lines[i] = f"{indent}bind 127.0.0.1:{words[1].rpartition(':')[2]}"
+        if section == "frontend http_frontend" and words[:1] == ["bind"]:
+            host = words[1].rpartition(":")[0]
+            if certificate:
+                lines[i] = f"{line} ssl crt {certificate} alpn http/1.1\n{indent}http-request set-header X-Forwarded-Proto https"
+        if words[:1] == ["server"] and words[2].startswith("127.0.0.1:") and host not in ("*", "127.0.0.1", "localhost"):
+            words[2] = f"{f'[{host}]' if ':' in host else host}:{words[2].rpartition(':')[2]}"
+            lines[i] = indent + " ".join(words)
         if section == "backend default_backend" and line.strip().startswith("http-request return status 404 "):
             lines[i] = indent + NOT_YET
     return "\n".join(lines) + "\n"
@@ -50,7 +60,7 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    haproxy, arguments = sys.argv[1], sys.argv[2:]
+    certificate, haproxy, *arguments = sys.argv[1:]
     path = Path(arguments[arguments.index("-f") + 1])  # in place: Serve knows its own processes by this path
-    path.write_text(mended(path.read_text()))
+    path.write_text(mended(path.read_text(), certificate))
     os.execv(haproxy, [haproxy, *arguments])

@@ -18,7 +18,7 @@ import yaml
 from ray import serve
 from ray.serve._private.api import serve_start
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, HTTPOptionsSchema, ServeDeploySchema
 
 from deployments.hosting import haproxy
 from deployments.hosting.embedded_postgres import database_url, stop_embedded
@@ -50,7 +50,8 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     schema.http_options.port = schema.http_options.port if port is None else port
     settings = load_settings(config)
     settings.refuse_exposure(schema.http_options.host)
-    address = address_of(schema.http_options.host, schema.http_options.port)
+    scheme = "https" if schema.http_options.ssl_certfile else "http"
+    url = f"{scheme}://{address_of(schema.http_options.host, schema.http_options.port)}"
     _check_free(schema.http_options.host, schema.http_options.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what fails is in Serve's own log files and in `ServiceFailed`
     names = [app.name for app in schema.applications]
@@ -59,7 +60,8 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         stack.enter_context(guarded(settings))
         stack.callback(stop_embedded, settings)
         database_url(settings)
-        stack.enter_context(haproxy.fronted())
+        if stack.enter_context(haproxy.fronted(_certificate(schema.http_options))):
+            schema.http_options.ssl_certfile = schema.http_options.ssl_keyfile = None  # HAProxy has them
         stack.callback(_shut_down, names)
         ray.init(
             address="local",
@@ -73,9 +75,16 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
-        url = f"http://{address}"
         _wait_until_ready(names, url)
         yield url
+
+
+def _certificate(options: HTTPOptionsSchema) -> bytes:
+    """Serve's own TLS options, for HAProxy: the chain and its key. Raises `ServiceFailed`."""
+    try:
+        return b"\n".join(Path(file).read_bytes() for file in (options.ssl_certfile, options.ssl_keyfile) if file)
+    except OSError as exc:
+        raise ServiceFailed(f"The certificate or its key cannot be read: {exc}") from exc
 
 
 def address_of(host: str, port: int) -> str:
@@ -141,7 +150,8 @@ def _shut_down(names: list[str]) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        # trust_env=False: a proxy from the shell's environment knows nothing of this machine's loopback
-        return httpx.get(f"{url}/health", timeout=2.0, trust_env=False).is_success
+        # trust_env=False: a proxy from the shell's environment knows nothing of this machine's loopback. verify=False: it is our
+        # own port, and this process need not trust its CA.
+        return httpx.get(f"{url}/health", timeout=2.0, trust_env=False, verify=False).is_success
     except httpx.HTTPError:
         return False

@@ -6,7 +6,7 @@ uvicorn, in several processes if need be. This file puts the app together; the r
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 
@@ -16,17 +16,27 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.files.file_store import FileStore
-from deployments.ingress import queue_routes, service_routes, status_stream, webhook_routes
+from deployments.ingress import (
+    catalogue_routes,
+    file_routes,
+    queue_routes,
+    realtime,
+    run_routes,
+    service_routes,
+    status_stream,
+    upload_routes,
+    webhook_routes,
+)
 from deployments.ingress.body import Bodies
 from deployments.ingress.middleware import add_middleware, failure_response
 from deployments.ingress.quotas import Quotas
-from deployments.ingress.request_context import UnknownRequest
+from deployments.ingress.request_context import InvalidBody, UnknownRequest
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
-from deployments.schemas.failures import error_failure, request_failure
+from deployments.schemas.failures import error_failure, request_failure, validation_failure
 from deployments.settings import Settings
-from engines.errors import ReelrayError
+from engines.errors import BodyTooSlow, ReelrayError
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +46,11 @@ REFUSED_PAUSE_S = 5.0
 """How long the app waits before it tries a database again that has refused it."""
 
 
-def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
-    """The ASGI app. database: the URL of a store that the app opens and closes; or an open store, which the caller closes."""
+def create_app(settings: Settings, database: str | JobStore, check: Callable[[], None] = lambda: None) -> FastAPI:
+    """The ASGI app. database: the URL of a store that the app opens and closes; or an open store, which the caller closes.
+
+    check: called for `/health`, in a thread; raises `ReelrayError` while the service is not fit for use.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,16 +71,26 @@ def create_app(settings: Settings, database: str | JobStore) -> FastAPI:
 
     app = FastAPI(title="Reelray", lifespan=lifespan, redirect_slashes=False)  # parts of fal's Python client follow none
     app.state.settings = settings
+    app.state.check = check
     app.state.store = None if isinstance(database, str) else database
     app.state.files = FileStore(settings.files_url)
     app.state.bodies = Bodies(settings.max_bodies_bytes)
     app.state.quotas = Quotas(settings.quotas)
-    queue_routes.add_submit_routes(app, settings.model_configs())
-    for routes in (queue_routes, status_stream, webhook_routes, service_routes):
+    models = settings.model_configs()
+    queue_routes.add_submit_routes(app, models)
+    run_routes.add_run_routes(app, models)
+    realtime.add_realtime_routes(app, models)
+    for routes in (queue_routes, status_stream, webhook_routes, service_routes, upload_routes, catalogue_routes):
         app.include_router(routes.router)
+    for files in (upload_routes.files, file_routes.router):
+        app.include_router(files)
+        app.include_router(files, prefix="/cdn", include_in_schema=False)  # of callers at v3.fal.media
+    app.include_router(catalogue_routes.documents)
+    catalogue_routes.describe(app)
     add_middleware(app, settings)
     app.add_exception_handler(ReelrayError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(InvalidBody, _on_invalid_body)
     app.add_exception_handler(UnknownRequest, _on_unknown_request)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(StoreAway, _on_outage)
@@ -89,7 +112,8 @@ async def _open_store(app: FastAPI, url: str) -> None:
 
 async def _on_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, ReelrayError)
-    return failure_response(error_failure(exc))
+    # the rest of a slow body would otherwise keep its connection for as long as it comes
+    return failure_response(error_failure(exc), {"connection": "close"} if isinstance(exc, BodyTooSlow) else None)
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:
@@ -107,6 +131,11 @@ def _right_path(request: Request) -> str:
     paths = [f"/queue/{each.id}" for each in ENDPOINTS.values() if each.model in request.app.state.settings.model_configs()]
     likely = get_close_matches(request.url.path, paths, n=1) or paths
     return f"Submit with POST to {' or '.join(likely)}; GET /docs describes every path."
+
+
+async def _on_invalid_body(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, InvalidBody)
+    return failure_response(validation_failure(exc.findings))
 
 
 async def _on_unknown_request(request: Request, exc: Exception) -> Response:

@@ -16,7 +16,7 @@ from fastapi import Request
 from pydantic_core import from_json
 
 from deployments.files.download import Refused
-from engines.errors import BadRequest, BodyTooLarge, TooManyRequests
+from engines.errors import BodyTooLarge, BodyTooSlow, TooManyRequests
 
 BODY_TIMEOUT_S = 60.0
 ROOM_TIMEOUT_S = 60.0
@@ -45,7 +45,7 @@ class Bodies:
     async def read(self, request: Request, max_bytes: int) -> AsyncIterator[bytearray]:
         """The body, for which there is room until the block ends. Before there is, nothing is read of it.
 
-        Raises `BodyTooLarge`, `BadRequest`, `TooManyRequests`.
+        Raises `BodyTooLarge`, `BodyTooSlow`, `TooManyRequests`.
         """
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else max_bytes
@@ -82,7 +82,7 @@ class _Room:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytearray:
-    """The body. Stops reading when it is longer than `max_bytes` or too slow. Raises `BodyTooLarge`, `BadRequest`."""
+    """The body. Stops reading when it is longer than `max_bytes` or too slow. Raises `BodyTooLarge`, `BodyTooSlow`."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -91,7 +91,7 @@ async def read_body(request: Request, max_bytes: int) -> bytearray:
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
     except TimeoutError:
-        raise BadRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
+        raise BodyTooSlow from None
     return body
 
 

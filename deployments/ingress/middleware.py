@@ -32,10 +32,15 @@ EXPOSED_HEADERS = [
     "x-fal-request-timeout-type",
     "x-fal-error-type",
     "x-fal-needs-retry",
+    "x-fal-runner-hints",
+    "x-fal-billable-units",
     "x-reelray-ignored-fields",
+    "x-reelray-ignored-headers",
+    "etag",
     "content-range",
+    "content-disposition",
 ]
-"""What the JavaScript client reads, and what pages of ours and players may; a browser hides headers that are not named here."""
+"""What the JavaScript client, its callers, pages of ours and players read; a browser hides headers that are not named here."""
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
@@ -101,9 +106,9 @@ class TrustedPages:
     The owner of any site can also point its name at this machine (DNS rebinding). To the browser its pages then call their own
     host, so they may read as well. But the name is in `Host`: this service answers to its own names only, and to addresses.
 
-    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network does
-    not know its names: it answers to any, and trusts pages that call their own host, as fal's client does through a relative
-    proxy URL.
+    Pages from this machine, from `public_url` and from `allowed_origins` are trusted. A service that is open to the network and
+    was not told its name by `public_url` answers to any: then a page of any site can use it through the browser of somebody on
+    that network. It also trusts pages that call their own host, as fal's client does through a relative proxy URL.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -111,10 +116,14 @@ class TrustedPages:
         self.origins = {_origin(url) for url in (settings.public_url, *(settings.allowed_origins or ())) if url}
         self.hosts = {"localhost", urlsplit(settings.public_url or "").hostname, *PREFIXES}
         self.open_to_network = settings.open_to_network
+        self.knows_its_name = not settings.open_to_network or settings.public_url is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 403."""
-        if scope["type"] == "http" and (refusal := self._refusal(scope["method"], Headers(scope=scope))):
+        refusal = None
+        if scope["type"] in ("http", "websocket"):  # CORS does not hold for WebSockets: every one may write
+            refusal = self._refusal(scope.get("method", "websocket"), Headers(scope=scope))
+        if refusal is not None:
             await failure_response(error_failure(Forbidden(refusal)))(scope, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -128,7 +137,7 @@ class TrustedPages:
         return None
 
     def _is_own(self, host: str) -> bool:
-        if self.open_to_network:
+        if not self.knows_its_name:
             return True
         try:
             name = urlsplit(f"//{host}").hostname

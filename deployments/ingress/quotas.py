@@ -1,4 +1,4 @@
-"""What one API key may have at once: jobs that wait, bytes stored, status streams. An open service has no keys, so no quotas."""
+"""What one API key may have at once: jobs that wait, bytes stored, open streams. An open service has no keys, so no quotas."""
 
 import time
 from collections import Counter
@@ -22,6 +22,7 @@ class Quotas:
         self._settings = settings
         self._known: dict[str, tuple[KeyUsage, float]] = {}
         self._streams: Counter[str] = Counter()
+        self._uploads: Counter[str | None] = Counter()
 
     async def refusal(self, store: JobStore, key_id: str | None, size: int) -> TooManyRequests | None:
         """Why a key may not submit another job with files of `size` bytes; None if it may."""
@@ -44,15 +45,31 @@ class Quotas:
             usage, until = self._known[key_id]
             self._known[key_id] = KeyUsage(usage.waiting + 1, usage.stored_bytes + size), until
 
+    def check_stream(self, key_id: str | None) -> None:
+        """Raises `TooManyRequests` if the key may not open another stream."""
+        limit = self._settings.open_streams
+        if key_id is not None and limit is not None and self._streams[key_id] >= limit:
+            raise TooManyRequests(f"This key has {limit} streams and direct calls open, as many as it may have.")
+
+    @contextmanager
+    def upload(self, key_id: str | None) -> Iterator[None]:
+        """A body of the key that is being received. Raises `TooManyRequests`."""
+        limit = self._settings.open_uploads
+        if key_id is not None and limit is not None and self._uploads[key_id] >= limit:
+            raise TooManyRequests(f"This key has {limit} uploads in hand, as many as it may have.")
+        self._uploads[key_id] += 1
+        try:
+            yield
+        finally:
+            self._uploads[key_id] -= 1
+
     @contextmanager
     def stream(self, key_id: str | None) -> Iterator[None]:
-        """An open stream of the key. Raises `TooManyRequests`."""
-        limit = self._settings.open_streams
+        """An open stream, direct call or WebSocket of the key. Raises `TooManyRequests`."""
+        self.check_stream(key_id)
         if key_id is None:
             yield
             return
-        if limit is not None and self._streams[key_id] >= limit:
-            raise TooManyRequests(f"This key has {limit} status streams open, as many as it may have.")
         self._streams[key_id] += 1
         try:
             yield

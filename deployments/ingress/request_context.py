@@ -3,12 +3,14 @@
 All our routes are of class `TextRoute`, which skips FastAPI's conversion of parameters.
 """
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from pydantic_core import to_json
+from starlette.requests import HTTPConnection
 
 from deployments.files.file_store import FileStore
 from deployments.ingress.body import Bodies
@@ -38,17 +40,25 @@ class TextRoute(APIRoute):
         return handle
 
 
+class InvalidBody(Exception):
+    """The body is no valid JSON, or not what the route takes. findings: pydantic's."""
+
+    def __init__(self, findings: ValidationError):
+        super().__init__(findings)
+        self.findings = findings
+
+
 class UnknownRequest(Exception):
     """There is no such job, or no webhook of it, or it is another caller's."""
 
 
-def settings_of(request: Request) -> Settings:
+def settings_of(request: HTTPConnection) -> Settings:
     """The service's settings."""
     settings: Settings = request.app.state.settings
     return settings
 
 
-def store_of(request: Request) -> JobStore:
+def store_of(request: HTTPConnection) -> JobStore:
     """The open job store. Raises `StoreAway` before there is one."""
     store: JobStore | None = request.app.state.store
     if store is None:
@@ -56,29 +66,29 @@ def store_of(request: Request) -> JobStore:
     return store
 
 
-def files_of(request: Request) -> FileStore:
+def files_of(request: HTTPConnection) -> FileStore:
     """The stored files."""
     files: FileStore = request.app.state.files
     return files
 
 
-def bodies_of(request: Request) -> Bodies:
+def bodies_of(request: HTTPConnection) -> Bodies:
     """The bodies that this process holds."""
     bodies: Bodies = request.app.state.bodies
     return bodies
 
 
-def quotas_of(request: Request) -> Quotas:
+def quotas_of(request: HTTPConnection) -> Quotas:
     """What each key uses."""
     quotas: Quotas = request.app.state.quotas
     return quotas
 
 
-def outbox_of(request: Request) -> Outbox:
+def outbox_of(request: HTTPConnection) -> Outbox:
     """The webhooks in the job store's database. Raises `StoreAway` before it is open."""
     return Outbox(store_of(request).database)
 
 
-def json_answer(body: dict[str, Any], status: int) -> Response:
+def json_answer(body: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> Response:
     """An answer in JSON, serialized three times as fast as by Starlette's `JSONResponse`."""
-    return Response(to_json(body), status, media_type="application/json")
+    return Response(to_json(body), status, headers, "application/json")

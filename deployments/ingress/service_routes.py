@@ -1,4 +1,4 @@
-"""The routes of the service itself: its public keys, tokens, files and health."""
+"""The routes of the service itself: its public keys, tokens and health."""
 
 import asyncio
 
@@ -8,17 +8,19 @@ from pydantic import ValidationError
 
 from deployments.ingress.access import issued_token, shown_secret
 from deployments.ingress.body import read_body
-from deployments.ingress.file_response import file_response
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.request_context import TextRoute, files_of, outbox_of, settings_of, store_of
+from deployments.ingress.request_context import InvalidBody, TextRoute, outbox_of, settings_of, store_of
 from deployments.jobs.database import StoreAway
-from deployments.schemas.failures import validation_failure
+from deployments.schemas.failures import request_failure
 from deployments.schemas.tokens import TokenRequest
 from deployments.webhooks.signing import jwks
+from engines.errors import ReelrayError
 
 HEALTH_TIMEOUT_S = 2.0
 MAX_TOKEN_BODY_BYTES = 10_000
 JWKS_MAX_AGE_S = 3600
+
+_TOKEN_BODY = {"requestBody": {"content": {"application/json": {"schema": TokenRequest.model_json_schema(by_alias=False)}}}}
 
 router = APIRouter(route_class=TextRoute)
 
@@ -31,7 +33,7 @@ async def keys(request: Request) -> Response:
     return JSONResponse(jwks(published), headers={"cache-control": f"public, max-age={JWKS_MAX_AGE_S}"})
 
 
-@router.post("/rest/tokens/")
+@router.post("/rest/tokens/", response_model=str, openapi_extra=_TOKEN_BODY)
 @router.post("/rest/tokens", include_in_schema=False)
 @router.post("/rest/tokens/realtime", include_in_schema=False)
 async def token(request: Request) -> Response:
@@ -44,15 +46,8 @@ async def token(request: Request) -> Response:
     try:
         asked = TokenRequest.model_validate_json(await read_body(request, MAX_TOKEN_BODY_BYTES) or b"{}")
     except ValidationError as exc:
-        return failure_response(validation_failure(exc))
+        raise InvalidBody(exc) from None
     return JSONResponse(issued_token(secret, asked), headers={"cache-control": "no-store"})
-
-
-@router.head("/files/{name:path}", include_in_schema=False)
-@router.get("/files/{name:path}")
-async def file(request: Request, name: str) -> Response:
-    """A generated file, or the byte range asked for."""
-    return await file_response(files_of(request), name, request)
 
 
 @router.get("/health")
@@ -61,6 +56,9 @@ async def health(request: Request) -> Response:
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_S):
             await store_of(request).check()
+            await asyncio.to_thread(request.app.state.check)
+    except ReelrayError as exc:
+        return failure_response(request_failure(503, "internal_error", exc.message))
     except TimeoutError as exc:
         raise StoreAway("the database does not answer") from exc
     return JSONResponse({"status": "ok"})

@@ -32,7 +32,7 @@ async def webhook(request: Request, request_id: str) -> Response:
     return JSONResponse(listing.entry(found) | {"log": listing.log(await outbox_of(request).attempts(found.job_id))})
 
 
-@router.post("/{request_id}/redeliver")
+@router.post("/{request_id}/redeliver", status_code=202)
 async def redeliver(request: Request, request_id: str) -> Response:
     """Sends a webhook again, even if it was delivered, with all its retries."""
     found = await webhook_of(request, request_id, Scope.SUBMIT)

@@ -17,6 +17,7 @@ from deployments.jobs.database import QUERIES, Database, StoreAway, storable
 from deployments.jobs.job import Claim, JobState, LeaseLost
 from deployments.jobs.listener import WORK, Changes
 from deployments.schemas.failures import Failure, error_failure
+from deployments.schemas.submission import RetryCondition
 from engines.errors import Cancelled, GenerationTimeout, ReelrayError, RunnerDisconnected, StartTimeout
 
 LOW_AFTER_S = 600.0
@@ -65,7 +66,7 @@ class Claims:
 
         async def requeue(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             for row in await connection.fetch(QUERIES["claimed"], token):
-                args = (row["id"], token, "the worker stopped", False, _lost_attempt_failures(), 0.0, None)
+                args = (row["id"], token, "the worker stopped", False, _lost_attempt_failures(), 0.0, None, None)
                 await connection.fetch(QUERIES["requeue"], *args)
             return []
 
@@ -108,14 +109,21 @@ class Claims:
         await self._close(claim, JobState.CANCELLED, None, _failure(Cancelled), {})
 
     async def requeue(
-        self, claim: Claim, reason: str, *, counted: bool, wait_s: float = 0.0, lost_in: Mapping[str, int] | None = None
+        self,
+        claim: Claim,
+        reason: str,
+        *,
+        counted: bool,
+        wait_s: float = 0.0,
+        lost_in: Mapping[str, int] | None = None,
+        retries: Mapping[RetryCondition, int] | None = None,
     ) -> None:
         """Gives the job back, to its old place in the order; cancels it if that was asked for.
 
         counted: the attempt failed, and the last one fails the job; otherwise it does not count (we are shutting down).
-        wait_s: seconds for which it is not tried again. lost_in: replaces the claim's, if given. Raises `LeaseLost`.
+        wait_s: seconds for which it is not tried again. lost_in, retries: replace the claim's, if given. Raises `LeaseLost`.
         """
-        args = (claim.job_id, claim.token, storable(reason), counted, _lost_attempt_failures(), wait_s, lost_in)
+        args = (claim.job_id, claim.token, storable(reason), counted, _lost_attempt_failures(), wait_s, lost_in, retries)
         _held(await self._fetch("requeue", *args))
 
     async def sweep(self) -> int:

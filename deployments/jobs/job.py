@@ -11,13 +11,16 @@ The database refuses every other transition (`sql/functions.sql`). fal's protoco
 IN_PROGRESS, and COMPLETED for every end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 from deployments.schemas.failures import Failure
+from deployments.schemas.inputs import INPUT_VERSION
+from deployments.schemas.submission import RetryCondition
 
 
 class JobState(StrEnum):
@@ -64,11 +67,13 @@ class Idempotency:
 class NewJob:
     """A submission. priority: lower goes first. start_timeout_s: seconds until it must have started, or fails.
 
-    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. store_io: False deletes its
-    input at its end, and the rest within hours.
+    retries: condition -> how many more attempts may follow those that ended in it; the others follow `retry.py` alone.
+    files_s: how long its files are kept, in seconds; None: as long as the operator's settings say. files_access: who may read
+    them, as fal's `initial_acl`; None: everybody who knows their URLs. store_io: False deletes its input at its end, and the rest
+    within hours.
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
-    listed, see `Retention.add_file`. notes: the first lines of its log, all WARN.
+    listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
     """
 
     endpoint: str
@@ -77,13 +82,16 @@ class NewJob:
     priority: int = 0
     start_timeout_s: float | None = None
     max_attempts: int = 10
+    retries: Mapping[RetryCondition, int] = field(default_factory=dict)
     webhook_url: str | None = None
     idempotency: Idempotency | None = None
     files_s: float | None = None
+    files_access: dict[str, Any] | None = None
     store_io: bool = True
     service_url: str | None = None
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    input_version: int = INPUT_VERSION
 
 
 @dataclass(frozen=True)
@@ -150,16 +158,20 @@ class Claim:
     """One attempt at a job. Only the holder of `token` may report on it.
 
     checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier attempt.
-    lost_in: stage -> how many earlier attempts were lost while it worked.
+    lost_in: stage -> how many earlier attempts were lost while it worked. retries: what is left of `NewJob.retries`.
     """
 
     job_id: UUID
     token: UUID
     endpoint: str
+    owner: str | None
     input: dict[str, Any]
+    input_version: int
     attempt: int
     max_attempts: int
     files_s: float | None
+    files_access: dict[str, Any] | None
     checkpoint: str
     resumes: bool
     lost_in: dict[str, int]
+    retries: dict[RetryCondition, int]

@@ -16,6 +16,9 @@ from deployments.schemas.endpoint import ENDPOINTS
 
 CACHE_S = 2.0
 """How long a process may still accept a key or secret that has ended, if it has just looked it up."""
+OPEN_SECRET = UUID(int=0)
+ANONYMOUS = "anonymous"
+"""In place of a key's id, where the service is open."""
 
 
 class Scope(StrEnum):
@@ -62,7 +65,7 @@ class KeySecret:
 
 @dataclass(frozen=True)
 class KeyUsage:
-    """waiting: queued jobs. stored_bytes: of files that belong to jobs which have not ended, and some minutes longer."""
+    """waiting: queued jobs. stored_bytes: of uploads, and of files that came with jobs, until minutes after those have ended."""
 
     waiting: int
     stored_bytes: int
@@ -74,6 +77,7 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[bytes | UUID, tuple[KeySecret, float]] = {}
+        self._open: KeySecret | None = None
 
     async def create(self, name: str, max_running: int | None = None, scopes: Sequence[Scope] = DEFAULT_SCOPES) -> str:
         """Makes a key and returns its secret, `<id>:<256 random bits>`. Only a hash is kept, so it cannot be shown again.
@@ -123,6 +127,13 @@ class Keys:
     async def get_secret(self, secret_id: UUID) -> KeySecret | None:
         """The same by the secret's id, for callers with a token."""
         return await self._look_up("get_secret", secret_id)
+
+    async def open_secret(self) -> KeySecret:
+        """What an open service signs with. It belongs to no key."""
+        while self._open is None:  # another process has just made it, if there is no row
+            for row in await self._database.fetch(QUERIES["open_secret"]):
+                self._open = KeySecret(OPEN_SECRET, ANONYMOUS, (), row["token_key"])
+        return self._open
 
     async def usage(self, key_id: str, *, at_most: int | None) -> KeyUsage:
         """What a key has here now. at_most: counts no further than this many jobs."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from deployments.jobs.database import QUERIES, Database
 
@@ -19,12 +20,21 @@ class Retention:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def add_file(self, name: str, keep_s: float, owner: str | None = None, size: int = 0) -> None:
+    async def add_file(
+        self,
+        name: str,
+        keep_s: float | None,
+        owner: str | None = None,
+        size: int = 0,
+        content_type: str | None = None,
+        access: dict[str, Any] | None = None,
+    ) -> None:
         """Lists a file before it is written, so that it expires whatever becomes of its job.
 
-        owner, size: of the key that sent it, and in bytes; for its quota.
+        keep_s: None: it does not expire. owner, size: the key whose file it is, and the bytes that count for its quota.
+        access: who may read it; None: everybody who knows its URL.
         """
-        await self._database.fetch(QUERIES["add_file"], name, keep_s, owner, size)
+        await self._database.fetch(QUERIES["add_file"], name, keep_s, owner, size, content_type, access)
 
     async def expire_files(self, delete: Callable[[str], Awaitable[None]]) -> int:
         """Deletes and forgets files whose time is over, `EXPIRY_BATCH` at most. Returns how many it found.

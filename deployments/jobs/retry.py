@@ -8,7 +8,12 @@
     all else             1                  what the model or we refuse once is refused again
 
 * Three attempts that were lost while the same stage worked on the job: its input kills or hangs replicas. An attempt that no
-replica had begun to work on does not count for this.
+replica had begun to work on does not count for this. Preprocessing works on several jobs in one process, which are lost together:
+after the first such loss a job is preprocessed alone, so an innocent one is lost once, not three times.
+
+A caller may set how often a job is tried again after each condition of fal's `X-Fal-Retry-Config`, up to `max_attempts`; the
+conditions have budgets of their own, and no other limit holds for them. `CONDITIONS` says what is which. A lost lease is
+`connection_error`. With a budget, a job whose run deadline has passed is tried again as well.
 
 `max_attempts` is the job's own (`queue.max_attempts`), and 1 if its caller sent `X-Fal-No-Retry`: then nothing is tried
 again, not even after a lost lease. An attempt that we gave up ourselves, at a shutdown, does not count. What follows a lost
@@ -17,7 +22,8 @@ lease is decided by `sweep_leases` in `sql/queries.sql`.
 
 from dataclasses import dataclass
 
-from engines.errors import ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
+from deployments.schemas.submission import RetryCondition
+from engines.errors import GenerationTimeout, ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
 
 JITTER = 0.25
 """By which share a wait is longer or shorter, so that jobs that failed together do not come back together."""
@@ -42,6 +48,18 @@ POLICIES: dict[type[ReelrayError], Policy] = {
     StorageFailed: Policy(first_s=5.0, second_s=10.0, longest_s=300.0),
 }
 
+CONDITIONS: dict[type[ReelrayError], RetryCondition] = {
+    RunnerDisconnected: "server_error",
+    RunnerStalled: "timeout",
+    GenerationTimeout: "timeout",
+}
+"""fal's names for what its callers can set a number of retries for."""
+
+
+def condition_of(error: ReelrayError) -> RetryCondition | None:
+    """fal's name for an error; None: it has none."""
+    return next((CONDITIONS[kind] for kind in type(error).__mro__ if kind in CONDITIONS), None)
+
 
 def policy_of(error: ReelrayError) -> Policy | None:
     """The table's row for an error; None: it is never tried again."""
@@ -55,12 +73,17 @@ def wait_s(policy: Policy, attempt: int, draw: float = 0.5) -> float:
     return min(usual, policy.longest_s) * (1 + JITTER * (2 * draw - 1))
 
 
-def next_attempt_in(error: ReelrayError, attempt: int, max_attempts: int, losses: int = 0, draw: float = 0.5) -> float | None:
+def next_attempt_in(
+    error: ReelrayError, attempt: int, max_attempts: int, losses: int = 0, draw: float = 0.5, budget: int | None = None
+) -> float | None:
     """Seconds until a job whose `attempt`, from 1, ended in `error` is tried again; None: never, the job ends with the error.
 
     losses: how many attempts, with this one, were lost while the stage worked that did now; 0: none did.
+    budget: how many more retries the caller allows after this error; None: it is ours to decide.
     """
     policy = policy_of(error)
-    if policy is None or attempt >= max_attempts or losses >= policy.losses:
+    if budget is not None:
+        policy = (policy or POLICIES[RunnerStalled]) if budget > 0 else None
+    if policy is None or attempt >= max_attempts or (budget is None and losses >= policy.losses):
         return None
     return wait_s(policy, attempt, draw)

@@ -24,6 +24,7 @@ from deployments.jobs.keys import Keys
 from deployments.jobs.listener import Changes, job_subject, lines_subject
 from deployments.jobs.queue_position import STEP, Place, QueuePositions
 from deployments.jobs.retention import Retention
+from deployments.jobs.uploads import Uploads
 from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, IdempotencyKeyReused
 
@@ -53,6 +54,9 @@ class _Submission(NamedTuple):
     service_url: str | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    input_version: int
+    retries: Json
+    files_access: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class QueueStatus:
 
 
 class JobStore:
-    """The queue: submissions, reads and the operator's switches here; beside them `claims`, `keys` and `retention`.
+    """The queue: submissions, reads and the operator's switches here; beside them `claims`, `keys`, `retention` and
+    `uploads`.
 
     Make it with `open`; it belongs to one event loop. Every call may raise `StoreAway`.
     """
@@ -76,6 +81,7 @@ class JobStore:
         self.claims = Claims(database)
         self.keys = Keys(database)
         self.retention = Retention(database)
+        self.uploads = Uploads(database)
         self._positions: dict[str, QueuePositions] = {}
         self._reads = Coalescer(self._read)
         self._submissions = Coalescer(self._insert)
@@ -299,4 +305,7 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         service_url=new.service_url,
         files=new.files,
         notes=tuple(map(storable, new.notes)),
+        input_version=new.input_version,
+        retries=to_json(dict(new.retries)),
+        files_access=new.files_access,
     )

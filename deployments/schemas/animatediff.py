@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
+from deployments.schemas.description import Endpoint, VideoOutput
 from deployments.schemas.inputs import EMPTY_IS_NONE, NOT_BOOL, EndpointInput, Int, Number, OptionalMediaUrl, Text
-from engines.animatediff.config import API_FRAMES
+from engines.animatediff.config import API_FRAMES, AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
 
 FrameIndex = Annotated[Annotated[int, Field(ge=0, lt=API_FRAMES), NOT_BOOL] | None, EMPTY_IS_NONE]
@@ -83,3 +84,16 @@ class AnimateDiffInput(EndpointInput):
             controlnet_type=self.controlnet_type,
             keyframes=tuple(Keyframe(index=index, image=media[field].read_bytes(), field=field) for index, field in fields),
         )
+
+
+ENDPOINT = Endpoint(
+    id="fal-ai/animatediff-sparsectrl-lcm",
+    model="animatediff-sparsectrl-lcm",
+    family="animatediff",
+    title="AnimateDiff SparseCtrl LCM",
+    category="text-to-video",
+    input=AnimateDiffInput,
+    output=VideoOutput,
+    config=AnimateDiffConfig,
+    realtime=True,
+)

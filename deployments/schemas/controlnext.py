@@ -6,7 +6,9 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from deployments.schemas.description import Endpoint, VideoOutput
 from deployments.schemas.inputs import Bool, EndpointInput, Int, MediaUrl, Number
+from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtSpec
 
 MAX_AREA = 1024 * 576
@@ -72,3 +74,15 @@ class ControlNeXtInput(EndpointInput):
         return ControlNeXtSpec(
             image=media[IMAGE_FIELD], video=media[VIDEO_FIELD], **self.model_dump(exclude={"image_url", "video_url"})
         )
+
+
+ENDPOINT = Endpoint(
+    id="fal-ai/controlnext",
+    model="controlnext",
+    family="controlnext",
+    title="ControlNeXt SVD",
+    category="video-to-video",
+    input=ControlNeXtInput,
+    output=VideoOutput,
+    config=ControlNeXtConfig,
+)

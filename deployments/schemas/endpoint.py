@@ -1,45 +1,14 @@
-"""The endpoints that are served: each one's id, model, input and output."""
+"""The endpoints that are served."""
 
-from dataclasses import dataclass
+from importlib import import_module
 
-from pydantic import BaseModel, Field
+from deployments.schemas.description import Endpoint as Endpoint
 
-from deployments.schemas.animatediff import AnimateDiffInput
-from deployments.schemas.controlnext import ControlNeXtInput
-from deployments.schemas.inputs import EndpointInput
+_SCHEMAS = (
+    "deployments.schemas.animatediff",
+    "deployments.schemas.controlnext",
+)
+"""Modules with an `ENDPOINT`. To add an endpoint: such a module, a line here, a folder and a line in `engines/registry.py`, and a
+block in the YAML under the endpoint's family."""
 
-
-class File(BaseModel):
-    """A generated file."""
-
-    url: str = Field(examples=["http://127.0.0.1:8000/files/3f1c/video.mp4"])
-    content_type: str = Field(examples=["video/mp4"])
-    file_name: str = Field(examples=["video.mp4"])
-    file_size: int = Field(description="In bytes.", examples=[182_301])
-
-
-class VideoOutput(BaseModel):
-    """The video, and the seed that reproduces it."""
-
-    video: File
-    seed: int
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """What is served under an id. model: its name in `engines.registry`. family: prefix of its deployments' names in the YAML."""
-
-    id: str
-    model: str
-    family: str
-    input: type[EndpointInput]
-    output: type[BaseModel]
-
-
-ENDPOINTS: dict[str, Endpoint] = {
-    endpoint.id: endpoint
-    for endpoint in (
-        Endpoint("fal-ai/animatediff-sparsectrl-lcm", "animatediff-sparsectrl-lcm", "animatediff", AnimateDiffInput, VideoOutput),
-        Endpoint("fal-ai/controlnext", "controlnext", "controlnext", ControlNeXtInput, VideoOutput),
-    )
-}
+ENDPOINTS: dict[str, Endpoint] = {made.id: made for made in (import_module(name).ENDPOINT for name in _SCHEMAS)}

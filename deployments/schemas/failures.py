@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.errors import ModelError, ReelrayError, StartTimeout
+from engines.errors import ModelError, ReelrayError, RunTimeout, StartTimeout
 
 MAX_ECHO_CHARS = 200
 """A wrong value is shown in its error up to this length: a data URI of megabytes helps nobody."""
@@ -72,7 +72,7 @@ def error_failure(exc: ReelrayError) -> Failure:
         headers = {"X-Fal-Needs-Retry": str(int(exc.retryable))}
         return Failure(exc.status, {"detail": [detail]}, exc.message, exc.type, headers)
     headers = {"X-Fal-Error-Type": exc.type}
-    if isinstance(exc, StartTimeout):
+    if isinstance(exc, StartTimeout | RunTimeout):
         headers["X-Fal-Request-Timeout-Type"] = "user"  # tells both clients not to retry
     return Failure(exc.status, {"detail": exc.message, "error_type": exc.type}, exc.message, exc.type, headers)
 

@@ -18,6 +18,9 @@ from engines.spec import RenderSpec
 MAX_TEXT_CHARS = 2000
 """Of a prompt, of which a model reads 75 tokens."""
 
+INPUT_VERSION = 1
+"""Of all endpoints' fields; stored with every job. Increase it when a field is added, removed or changes its meaning."""
+
 KEPT = "kept:"
 """Begins a stored input's reference to a file of its own in the file store. No caller can send one."""
 
@@ -56,7 +59,7 @@ Bool = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, NOT_BOOL, Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_cut)]
 """A longer text is cut, and the job's log says so."""
-MediaUrl = Annotated[str, AfterValidator(_fetchable)]
+MediaUrl = Annotated[str, AfterValidator(_fetchable), Field(json_schema_extra={"pattern": "^(https?://|data:)"})]
 OptionalMediaUrl = Annotated[MediaUrl | None, EMPTY_IS_NONE]
 
 I = TypeVar("I", bound="EndpointInput")  # noqa: E741
@@ -100,12 +103,27 @@ class EndpointInput(BaseModel):
         return Parsed(parsed, ignored, (*_ignored_notes(ignored, len(unknown)), *notes))
 
     @classmethod
+    def of_query(cls, query: Mapping[str, str]) -> dict[str, str | bool]:
+        """The fields in a query, where everything is text; numbers are parsed with the rest."""
+        switches = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        words = {"true": True, "false": False}
+        return {name: words.get(value, value) if name in switches else value for name, value in query.items()}
+
+    @classmethod
     def stored(cls, job_input: dict[str, Any]) -> Self:
         """The input in a job's row, not validated again: an upgrade may have changed the schema while the job waited.
 
         Fields that this version does not know are ignored, and those that it has added have their defaults.
         """
         return cast("Self", cls.model_construct(**job_input))  # pydantic's plugin for mypy says "EndpointInput"
+
+    @classmethod
+    def unread(cls, job_input: Mapping[str, Any], version: int) -> str | None:
+        """A line for the log of a job of another version, whose row has fields that this one ignores; None: there are none."""
+        names = [shortened(name) for name in job_input if name not in cls.model_fields]
+        if not names:
+            return None
+        return f"accepted under version {version} of the inputs; this service has {INPUT_VERSION} and ignores {', '.join(names)}"
 
     @classmethod
     def _object(cls, body: bytes | bytearray) -> dict[str, Any]:
@@ -133,8 +151,8 @@ class EndpointInput(BaseModel):
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
 
     def media(self) -> dict[str, str]:
-        """Field name -> URL, data URI or, in a stored input, reference of every file to fetch."""
-        raise NotImplementedError
+        """Field name -> URL, data URI or, in a stored input, reference of every file to fetch; none by default."""
+        return {}
 
     def spec(self, media: Mapping[str, Path]) -> RenderSpec:
         """What to render. media: field -> file, for each field of `media()`; the files are read here, or later by the model."""

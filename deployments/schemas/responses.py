@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+from pydantic import BaseModel
+
 from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled
 
@@ -82,6 +84,16 @@ def status(job: JobView, lines: Iterable[LoggedLine] | None, queue_url: str) -> 
     if failure := failure_of(job):
         body |= {"error": failure.error, "error_type": failure.error_type}
     return body
+
+
+def partial(job_input: BaseModel, output: type[BaseModel], line: LoggedLine | None) -> dict[str, Any]:
+    """An event of a stream before its last one, which is the output itself: the output's fields, with what is known already.
+
+    `partial`, `progress` and `log` are in these events only. line: null for the first event.
+    """
+    known = {name: getattr(job_input, name, None) for name in output.model_fields}
+    shown = None if line is None else _log_item(line)
+    return {**known, "partial": True, "progress": shown and shown.get("progress"), "log": shown}
 
 
 def last_event_id(headers: Mapping[str, str]) -> int:

@@ -1,24 +1,44 @@
 """What a submission asks for besides its input: fal's headers and query parameters. fal-queue-protocol.md, section 2.1.
 
-Options without effect here are accepted: runner hints, files' access rules, retry configs, fallbacks.
+Options without effect here, such as runner hints and fallbacks, are accepted, and their caller is told so.
 """
 
 import hashlib
 import json
-import math
 import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import httpx
 
+from deployments.schemas.failures import shortened
+from deployments.schemas.uploads import AccessRules, read_lifecycle
 from engines.errors import BadRequest
 
 PRIORITIES = {"normal": 0, "low": 1}
 MAX_START_TIMEOUT_S = 365 * 86_400.0
 MAX_KEY_CHARS = 255
-MAX_FILES_S = 100 * 365 * 86_400.0
+MAX_RETRIES = 1000
+MAX_IGNORED = 20
+
+RetryCondition = Literal["server_error", "timeout", "connection_error"]
+"""What an attempt can end in that fal tries again; `jobs/retry.py` says what is which here."""
+
+RETRY_CONFIG = "x-fal-retry-config"
+EFFECTIVE = frozenset(
+    {
+        "x-fal-queue-priority",
+        "x-fal-request-timeout",
+        "x-fal-no-retry",
+        "x-fal-object-lifecycle-preference",
+        "x-fal-store-io",
+        "x-fal-target-url",  # the proxy protocol's
+        "x-fal-client-proxy",
+    }
+)
+"""Those of fal's headers that have an effect here, or ask for none. `RETRY_CONFIG` has one if it is valid."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +46,40 @@ class SubmissionOptions:
     """What the headers and the query of a submission ask for; `jobs.job.NewJob` says what each does.
 
     no_retry: at most one attempt. max_queue_length: how many requests may wait before this one; None: any number.
+    ignored: fal's headers that have no effect here, and what has none in a retry config.
     """
 
     priority: int = 0
     start_timeout_s: float | None = None
     no_retry: bool = False
+    retries: Mapping[RetryCondition, int] = field(default_factory=dict)
     webhook_url: str | None = None
     files_s: float | None = None
+    files_access: AccessRules | None = None
     store_io: bool = True
     max_queue_length: int | None = None
     idempotency_key: str | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def read_options(headers: Mapping[str, str], query: Mapping[str, str]) -> SubmissionOptions:
-    """The options of a submission. headers: looked up in lower case. Raises `BadRequest`."""
+    """The options of a submission. headers: their names are in lower case. Raises `BadRequest`."""
+    no_retry = is_set(headers.get("x-fal-no-retry", ""))
+    retries, without_effect = _retries(headers.get(RETRY_CONFIG), no_retry)
+    others = [name for name in headers if name.startswith(("x-fal-", "x-app-fal-")) and name not in {*EFFECTIVE, RETRY_CONFIG}]
+    files = read_lifecycle(headers.get("x-fal-object-lifecycle-preference"))
     return SubmissionOptions(
         priority=_priority(headers.get("x-fal-queue-priority", "normal")),
         start_timeout_s=_start_timeout_s(headers.get("x-fal-request-timeout")),
-        no_retry=is_set(headers.get("x-fal-no-retry", "")),
+        no_retry=no_retry,
+        retries=retries,
         webhook_url=_webhook_url(query.get("fal_webhook") or None),  # forms send it empty
-        files_s=_files_s(headers.get("x-fal-object-lifecycle-preference")),
+        files_s=files.keep_s,
+        files_access=files.access,
         store_io=headers.get("x-fal-store-io", "1").lower() not in ("0", "false", "no"),
         max_queue_length=_max_queue_length(query.get("fal_max_queue_length")),
         idempotency_key=_idempotency_key(headers.get("idempotency-key")),
+        ignored=tuple(sorted({*others, *without_effect}))[:MAX_IGNORED],
     )
 
 
@@ -80,6 +111,25 @@ def _max_queue_length(value: str | None) -> int | None:
     return int(value)
 
 
+def _retries(value: str | None, no_retry: bool) -> tuple[dict[RetryCondition, int], list[str]]:
+    """The retries that a config allows for each condition, and what in it has no effect. fal ignores what is not valid in it."""
+    if value is None:
+        return {}, []
+    try:
+        config = json.loads(value)
+    except (ValueError, RecursionError):
+        config = None
+    if no_retry or not isinstance(config, dict):
+        return {}, [RETRY_CONFIG]
+    retries: dict[RetryCondition, int] = {}
+    for condition in get_args(RetryCondition):
+        wish = config.get(condition)
+        count = wish.get("retries") if isinstance(wish, dict) else None
+        if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+            retries[condition] = min(count, MAX_RETRIES)
+    return retries, [f"{RETRY_CONFIG}: {shortened(name)}" for name in config if name not in retries]
+
+
 def _priority(value: str) -> int:
     if value.lower() not in PRIORITIES:
         raise BadRequest("X-Fal-Queue-Priority must be normal or low.")
@@ -96,22 +146,6 @@ def _start_timeout_s(value: str | None) -> float | None:
     if not 0 < seconds <= MAX_START_TIMEOUT_S:  # false for NaN as well
         raise BadRequest("X-Fal-Request-Timeout must be a number of seconds, above 0 and at most a year.")
     return seconds
-
-
-def _files_s(value: str | None) -> float | None:
-    """The expiration in a lifecycle preference; None where it has none. Its access rules have no effect here."""
-    if value is None:
-        return None
-    try:
-        wish = json.loads(value)
-        seconds = wish.get("expiration_duration_seconds")
-    except (ValueError, AttributeError, RecursionError):
-        raise BadRequest("X-Fal-Object-Lifecycle-Preference must be a JSON object.") from None
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        raise BadRequest("expiration_duration_seconds must be a number of seconds, above 0.")
-    return float(min(seconds, MAX_FILES_S))
 
 
 def _webhook_url(value: str | None) -> str | None:

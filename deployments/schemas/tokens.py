@@ -1,6 +1,7 @@
-"""Short-lived tokens, which a web page gets instead of an API key: for some apps and some minutes.
+"""What is given out in place of an API key, for a while and for one use: tokens for web pages, tokens for uploads to the CDN, and
+the signatures in upload URLs.
 
-JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, section 3. Each secret of a key has a `token_key` of its own
+JSON Web Tokens (RFC 7519) with HMAC-SHA256; fal-queue-protocol.md, sections 3 and 4. Each secret of a key has its own `token_key`
 to sign with, stored beside the secret's hash. So a token needs no row in the database, and it ends with the secret that it was
 requested with, when that is revoked or rotated.
 """
@@ -12,8 +13,8 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, Protocol
 from uuid import UUID
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
@@ -23,7 +24,11 @@ from deployments.schemas.responses import app_id
 
 MAX_CHARS = 16_384
 MAX_TOKEN_S = 3600
+CDN_TOKEN_S = 3600
 _HEADER = {"alg": "HS256", "typ": "JWT"}
+
+Use = Literal["app", "cdn", "upload"]
+"""What a token is for; it is good for nothing else."""
 
 
 class TokenRequest(BaseModel):
@@ -65,12 +70,12 @@ class _Anonymous:
 
 @dataclass(frozen=True)
 class Token:
-    """What a token says, not to be trusted before `is_genuine`. expires_at: in seconds since 1970."""
+    """What a token says, not to be trusted before `is_genuine`. expires_at: in seconds since 1970. claims: what else it says."""
 
     secret_id: UUID
     key_id: str
-    apps: tuple[str, ...]
     expires_at: float
+    claims: dict[str, Any]
     signed: bytes
     signature: bytes
 
@@ -85,14 +90,48 @@ class Token:
         """Whether it is for this app. app: an endpoint's id or the start of one. The clients name an app by its alias alone."""
         whole = app_id(app)
         alias = whole.rpartition("/")[2]
-        return any(named == alias or app_id(named) == whole for named in self.apps)
+        return any(named == alias or app_id(named) == whole for named in self.claims["apps"])
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What an upload URL is good for: one file of this name and type, in the file store.
+
+    max_bytes: the most that it may have. exact: it must have so many. owner: the key that it will belong to; None where the
+    service is open.
+    """
+
+    name: str
+    content_type: str
+    max_bytes: int
+    exact: bool
+    owner: str | None
 
 
 def issue(secret: Signer, apps: Sequence[str], lifetime_s: int) -> str:
-    """A token for the key that `secret` is of."""
+    """A token for the key that `secret` is of, for some apps."""
+    return _issue(secret, "app", {"apps": list(apps)}, lifetime_s)
+
+
+def issue_cdn_token(secret: Signer) -> str:
+    """A token to upload files with, for `CDN_TOKEN_S` seconds."""
+    return _issue(secret, "cdn", {}, CDN_TOKEN_S)
+
+
+def issue_ticket(secret: Signer, ticket: Ticket, lifetime_s: int) -> str:
+    """The signature in an upload URL."""
+    return _issue(secret, "upload", asdict(ticket), lifetime_s)
+
+
+def ticket_of(token: Token) -> Ticket:
+    """What a genuine token of use "upload" is good for."""
+    return Ticket(**{field.name: token.claims[field.name] for field in fields(Ticket)})
+
+
+def _issue(secret: Signer, use: Use, claims: dict[str, Any], lifetime_s: int) -> str:
     now = int(time.time())
-    claims = {"sub": secret.key_id, "apps": list(apps), "iat": now, "exp": now + lifetime_s}
-    signed = f"{_encoded(_HEADER | {'kid': str(secret.id)})}.{_encoded(claims)}"
+    said = {"sub": secret.key_id, "use": use, **claims, "iat": now, "exp": now + lifetime_s}
+    signed = f"{_encoded(_HEADER | {'kid': str(secret.id)})}.{_encoded(said)}"
     return f"{signed}.{_base64(_signature(secret.token_key, signed.encode()))}"
 
 
@@ -101,8 +140,8 @@ def issue_for_anybody(apps: Sequence[str], lifetime_s: int) -> str:
     return issue(_Anonymous(UUID(int=0), "anonymous", secrets.token_bytes(32)), apps, lifetime_s)
 
 
-def read(text: str) -> Token | None:
-    """The token in a query; None if the text is not one."""
+def read(text: str, use: Use = "app") -> Token | None:
+    """The token in a text; None if the text is not one, or not for this use."""
     try:
         if len(text) > MAX_CHARS:
             return None
@@ -110,10 +149,10 @@ def read(text: str) -> Token | None:
         header, claims = (json.loads(_decoded(part)) for part in signed.split("."))
         if header["alg"] != _HEADER["alg"]:
             return None
-        apps, expires_at = claims["apps"], claims["exp"]
-        if not (isinstance(apps, list) and all(isinstance(app, str) for app in apps) and isinstance(expires_at, int)):
+        expires_at = claims["exp"]
+        if claims["use"] != use or not isinstance(expires_at, int):
             return None
-        return Token(UUID(header["kid"]), claims["sub"], tuple(apps), expires_at, signed.encode(), _decoded(signature))
+        return Token(UUID(header["kid"]), claims["sub"], expires_at, claims, signed.encode(), _decoded(signature))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever malformed text can raise
         return None
 

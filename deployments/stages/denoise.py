@@ -5,6 +5,7 @@ A call's progress is stored as a checkpoint, so that a later attempt at the job 
 """
 
 import asyncio
+import logging
 from typing import Any
 
 from deployments.files.checkpoints import Checkpoints, Saving
@@ -12,6 +13,8 @@ from deployments.stages.protocol import CheckpointRef, Done, Note, Started, Stre
 from deployments.stages.threaded import InThread
 from engines.registry import build_stage
 from engines.spec import Conditioning, Latents, OnProgress, ShouldStop
+
+logger = logging.getLogger(__name__)
 
 
 class Denoise:
@@ -25,6 +28,9 @@ class Denoise:
 
     async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> Stream[Latents]:
         """Notes of its progress, then the latents, which by then are stored as the job's checkpoint.
+
+        A step of other engines than this replica's is not resumed from. Where engines were mixed even so, because one failed at
+        some calls of this attempt or of the one that it resumes, a WARN says it: the result is no longer that of one arithmetic.
 
         If cancelled, it gives up its turn when the running UNet call has ended, and returns when the last step is stored.
         """
@@ -42,5 +48,14 @@ class Denoise:
                 async with InThread("denoise", sample) as work:
                     async for note in work:
                         yield note
+            if (mixed := _mixed(work.product.engine)) is not None:
+                logger.warning(mixed, extra={"action": "engines_mixed", "file": checkpoint.name})
+                yield Note(mixed, "WARN")
             await saving.finish(work.product)  # after its turn, so that the next call works meanwhile
         yield Done(work.product, work.seconds)
+
+
+def _mixed(engine: str) -> str | None:
+    """A line for the log if several engines ran a job's steps. engine: what ran them, see `Latents`."""
+    ran = engine.split("+")
+    return f"steps were run by {' and '.join(ran)}: the same request may give other bits another time" if len(ran) > 1 else None

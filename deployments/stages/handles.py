@@ -24,9 +24,9 @@ class ServeStages:
         self._denoise = denoise.options(stream=True)
         self._decode = decode.options(stream=True)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[ObjectRef]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[ObjectRef]:
         """See `Stages`."""
-        return await _finished(self._preprocess.run.remote(job_input), on_note)
+        return await _finished(self._preprocess.run.remote(job_input, alone), on_note)
 
     async def denoise(self, conditioning: ObjectRef, checkpoint: CheckpointRef, on_note: OnNote) -> Done[ObjectRef]:
         """See `Stages`."""

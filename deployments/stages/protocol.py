@@ -58,8 +58,8 @@ class Stages(Protocol):
     Every call raises `ReelrayError`, retryable if the runner and not the request was at fault.
     """
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
-        """The conditioning for a validated input."""
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
+        """The conditioning for a validated input. alone: made beside no other job, since this one may kill its replica."""
         ...
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:

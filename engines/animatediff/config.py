@@ -1,11 +1,11 @@
 """Which weights serve AnimateDiff SparseCtrl LCM, and at which shapes. `serve_config.yaml` sets it. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from engines.backends.config import EngineConfig
-from engines.source import DType, Source
+from engines.config import ModelConfig
+from engines.source import Source
 
 API_FRAMES = 16
 """Frames of a clip in the API; keyframe indices are smaller than this."""
@@ -42,8 +42,8 @@ class AnimateDiffWeights:
         )
 
 
-@dataclass(frozen=True)
-class AnimateDiffConfig:
+@dataclass(frozen=True, kw_only=True)
+class AnimateDiffConfig(ModelConfig):
     """How the model runs.
 
     height, width: in pixels; None takes the base checkpoint's own size (512 for SD 1.5). fps: of the file.
@@ -53,13 +53,10 @@ class AnimateDiffConfig:
     control_steps: for how many steps SparseCtrl runs in one batch. None is 4 on a GPU and 1 on a CPU: a larger batch overflows a
     CPU's caches, which costs 7 % of a job.
     max_image_pixels: larger keyframes are refused before they are decoded.
-    threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
     engine: what runs the UNet; if it names no shapes, it is prepared for `num_frames` at `height` and `width`.
     """
 
     weights: AnimateDiffWeights | Literal["demo"] = "demo"
-    device: str = "cpu"
-    dtype: DType = "float32"
     num_frames: int = API_FRAMES
     height: int | None = None
     width: int | None = None
@@ -68,10 +65,11 @@ class AnimateDiffConfig:
     control_cache_bytes: int = 2_000_000_000
     control_steps: int | None = None
     max_image_pixels: int = 50_000_000
-    threads: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    def placed(self, demo_weights: Path, engines: Path) -> Self:
+        """See `ModelConfig`."""
+        weights = AnimateDiffWeights.demo(demo_weights) if self.weights == "demo" else self.weights
+        return replace(super().placed(demo_weights, engines), weights=weights)
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers out of range."""

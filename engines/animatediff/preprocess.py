@@ -10,6 +10,7 @@ from engines.animatediff.checkpoint import clip_shape, load_known_words, load_te
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
 from engines.errors import blamed_on
+from engines.media.decoder import DECODER
 from engines.media.image import load_image, load_scribble
 from engines.sampling import seeded_generator
 from engines.spec import OnProgress, ShouldStop
@@ -24,6 +25,7 @@ class Preprocess:
     """Holds the text encoder and the VAE's encoder."""
 
     def __init__(self, config: AnimateDiffConfig):
+        DECODER.prepare()
         weights = weights_of(config)
         self.config = config
         self.shape = clip_shape(config)
@@ -83,7 +85,7 @@ class Preprocess:
         keyframes = sorted(spec.keyframes, key=lambda keyframe: keyframe.index)  # so the noise does not depend on their order
         is_scribble = spec.controlnet_type == "scribble"
         images = torch.stack(
-            [self._image(keyframe, is_scribble) for keyframe in stoppable(keyframes, should_stop)]
+            [self._image(keyframe, is_scribble, should_stop) for keyframe in stoppable(keyframes, should_stop)]
         )  # (K, 3, H, W)
         values = images if is_scribble else self._latents(images, generator)
         if is_scribble:
@@ -98,10 +100,10 @@ class Preprocess:
         digest.update(text.numpy().tobytes())
         return SparseControlInput(spec.controlnet_type, values, frames, digest.hexdigest())
 
-    def _image(self, keyframe: Keyframe, is_scribble: bool) -> Tensor:
+    def _image(self, keyframe: Keyframe, is_scribble: bool, should_stop: ShouldStop | None) -> Tensor:
         load = load_scribble if is_scribble else load_image
         with blamed_on(keyframe.field):
-            return load(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels)
+            return load(keyframe.image, self.shape.height, self.shape.width, self.config.max_image_pixels, should_stop)
 
     def _latents(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A sample from the VAE's posterior, (K, 4, h, w) fp32. Its noise is the first that a request with RGB keyframes draws.

@@ -1,11 +1,11 @@
 """Which weights serve ControlNeXt SVD, and within which limits. `serve_config.yaml` sets it. Does not import torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from engines.backends.config import EngineConfig
-from engines.source import DType, Source
+from engines.config import ModelConfig
+from engines.source import Source
 
 DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
 """Files of DWPose's two nets, as named in their hub repo."""
@@ -38,8 +38,8 @@ class ControlNeXtWeights:
         )
 
 
-@dataclass(frozen=True)
-class ControlNeXtConfig:
+@dataclass(frozen=True, kw_only=True)
+class ControlNeXtConfig(ModelConfig):
     """How the model runs.
 
     control_batch_frames: frames that go through the control net at once.
@@ -50,24 +50,22 @@ class ControlNeXtConfig:
     max_image_pixels: larger images and video frames are refused before they are decoded.
     max_decode_chunk: larger `decode_chunk_size`s are refused: a chunk is decoded at once, whatever decode_batch_frames is.
     max_video_s: longer driving videos are refused.
-    threads: torch's CPU threads in a process; None is all cores on a CPU and one beside a GPU.
     engine: what runs the UNet; if it names no shapes, it is prepared for the API's defaults, and TensorRT for 2 to 25 frames at
     that size.
     """
 
     weights: ControlNeXtWeights | Literal["demo"] = "demo"
-    device: str = "cpu"
-    dtype: DType = "float32"
     control_batch_frames: int = 8
     control_cache_bytes: int = 2_000_000_000
     decode_batch_frames: int = 8
     max_image_pixels: int = 50_000_000
     max_decode_chunk: int = 32
     max_video_s: float = 3600.0
-    threads: int | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    def placed(self, demo_weights: Path, engines: Path) -> Self:
+        """See `ModelConfig`."""
+        weights = ControlNeXtWeights.demo(demo_weights) if self.weights == "demo" else self.weights
+        return replace(super().placed(demo_weights, engines), weights=weights)
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers out of range."""

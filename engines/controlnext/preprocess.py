@@ -25,8 +25,8 @@ from engines.controlnext.pose.dwpose import DWPose
 from engines.controlnext.pose.skeleton import Pose
 from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtConditioning, ControlNeXtSpec
 from engines.errors import ValueTooLarge, blamed_on
+from engines.media.decoder import DECODER, DecodedVideo
 from engines.media.image import load_cover
-from engines.media.video_reader import VideoReader, open_video
 from engines.sampling import seeded_generator
 from engines.spec import OnProgress, Progress, ShouldStop
 from engines.stopping import stoppable
@@ -46,6 +46,7 @@ class Preprocess:
     """Holds DWPose, CLIP's image tower and the VAE's encoder."""
 
     def __init__(self, config: ControlNeXtConfig):
+        DECODER.prepare()
         weights = weights_of(config)
         self.config = config
         self.size_multiple = size_multiple(weights)
@@ -63,7 +64,7 @@ class Preprocess:
             message = f"This service decodes at most {limit} frames together."
             raise ValueTooLarge(message, ("body", "decode_chunk_size"), {"le": limit})
         generator = seeded_generator(spec.seed)
-        levels = self.levels(spec)
+        levels = self.levels(spec, should_stop)
         notes: list[str] = []
         poses = self._poses(spec, levels, notes, on_progress, should_stop)
         image = levels.float() / 255
@@ -86,12 +87,13 @@ class Preprocess:
             fps=spec.fps,
         )
 
-    def levels(self, spec: ControlNeXtSpec) -> Tensor:
+    def levels(self, spec: ControlNeXtSpec, should_stop: ShouldStop | None = None) -> Tensor:
         """(3, H, W) uint8: the reference image, covering the output's size. Everything that sees the image sees these levels."""
         if spec.height % self.size_multiple or spec.width % self.size_multiple:
             raise ValueError(f"{spec.width}x{spec.height} is not a multiple of {self.size_multiple} pixels")
         with blamed_on(IMAGE_FIELD):
-            return load_cover(spec.image.read_bytes(), spec.height, spec.width, self.config.max_image_pixels)
+            data, limit = spec.image.read_bytes(), self.config.max_image_pixels
+            return load_cover(data, spec.height, spec.width, limit, should_stop=should_stop)
 
     def _poses(
         self,
@@ -105,7 +107,8 @@ class Preprocess:
         height, width = spec.height, spec.width
         reference = self.dwpose(levels.permute(1, 2, 0).numpy())
         require_person(reference)
-        with blamed_on(VIDEO_FIELD), open_video(spec.video, self.config.max_image_pixels, self.config.max_video_s) as video:
+        limits = (self.config.max_image_pixels, self.config.max_video_s)
+        with blamed_on(VIDEO_FIELD), DECODER.video(spec.video, *limits, should_stop) as video:
             frames = _watched(video, spec, on_progress, should_stop)
             driving: Iterator[NDArray[Any]]
             if spec.video_is_pose:
@@ -150,7 +153,7 @@ class Preprocess:
 
 
 def _watched(
-    video: VideoReader, spec: ControlNeXtSpec, on_progress: OnProgress | None, should_stop: ShouldStop | None
+    video: DecodedVideo, spec: ControlNeXtSpec, on_progress: OnProgress | None, should_stop: ShouldStop | None
 ) -> Iterator[NDArray[np.uint8]]:
     """The driving frames, as many as the output needs after the reference's own. Reports each to on_progress.
 

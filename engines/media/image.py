@@ -1,66 +1,34 @@
-"""Image bytes to tensors, with limits checked before anything is decoded.
+"""Image bytes to tensors. A child process decodes them (`decoder.py`): a file may attack its decoder."""
 
-Colours that a colour profile describes are converted to sRGB. What transparency hides is never shown to a model: there is an
-arbitrary colour under it. Metadata that cannot be read says nothing; it costs no picture.
-"""
-
-import io
-import struct
-import warnings
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from engines.errors import ImageLoadError, ImageTooLarge, ImageTooSmall, UnsupportedImageFormat
-from engines.media.bare_image import without_metadata
-
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""The formats that are decoded. PIL knows more, but every decoder adds to the attack surface."""
-
-BACKGROUND = (128, 128, 128)
-"""Neutral grey, shown where a picture is transparent."""
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns a picture upright, by its EXIF orientation."""
-
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF 6.0
-_WHITE_IS_ZERO, _SIGNED = 0, 2
+from engines.media.decoder import DECODER
+from engines.spec import ShouldStop
 
 
-def load_image(data: bytes, height: int, width: int, max_pixels: int) -> Tensor:
+def load_image(data: bytes, height: int, width: int, max_pixels: int, should_stop: ShouldStop | None = None) -> Tensor:
     """(3, height, width), fp32 in [0, 1]: upright by its EXIF tag, RGB, stretched with Lanczos whatever its aspect.
 
-    Raises `UnsupportedImageFormat`, `ImageTooLarge` (ctx max_height, max_width: of a square at the limit) and `ImageLoadError`.
+    Raises `UnsupportedImageFormat`, `ImageTooLarge` (ctx max_height, max_width: of a square at the limit), `ImageLoadError`, and
+    `Cancelled` once `should_stop` returns true.
     """
-    return _stretched(_picture(data, max_pixels), height, width)
+    levels = DECODER.picture("stretched", data, height, width, max_pixels, should_stop=should_stop)
+    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
 
 
-def load_scribble(data: bytes, height: int, width: int, max_pixels: int) -> Tensor:
+def load_scribble(data: bytes, height: int, width: int, max_pixels: int, should_stop: ShouldStop | None = None) -> Tensor:
     """Like `load_image`, for white lines on black. Strokes on a transparent ground become white on black, whatever their colour.
 
     A drawing with more than half of its ground filled is shown as it is, with black where it is transparent.
     """
-    colours, alpha = _decoded(data, max_pixels)
-    if alpha is not None:
-        if np.asarray(alpha).mean() < 127.5:
-            colours = alpha.convert("RGB")
-        else:
-            colours = Image.composite(colours, Image.new("RGB", colours.size), alpha)
-    return _stretched(colours, height, width)
+    levels = DECODER.picture("scribble", data, height, width, max_pixels, should_stop=should_stop)
+    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255.0
 
 
-def load_cover(data: bytes, height: int, width: int, max_pixels: int, min_side: int = 64) -> Tensor:
+def load_cover(
+    data: bytes, height: int, width: int, max_pixels: int, min_side: int = 64, should_stop: ShouldStop | None = None
+) -> Tensor:
     """(3, height, width), uint8: upright, RGB, the centre of the image scaled to cover the size, aspect kept.
 
     Bilinear without antialiasing, the free side rounded up, rounded to 8 bits, then torchvision's centre crop, as in ControlNeXt
@@ -69,140 +37,5 @@ def load_cover(data: bytes, height: int, width: int, max_pixels: int, min_side: 
 
     Raises what `load_image` raises, and `ImageTooSmall` (ctx min_height, min_width) below min_side pixels on a side.
     """
-    picture = _picture(data, max_pixels)
-    if min(picture.size) < min_side:
-        limits = {"min_height": min_side, "min_width": min_side}
-        raise ImageTooSmall(f"The image has fewer than {min_side} pixels on a side.", (), limits)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, picture.height, picture.width) uint8
-    scaled_height = max(height, _ceil_div(picture.height * width, picture.width))
-    scaled_width = max(width, _ceil_div(picture.width * height, picture.height))
-    up, down, row_share = _taps(picture.height, scaled_height, height)
-    left, right, column_share = _taps(picture.width, scaled_width, width)
-    upper = _mixed(_at(pixels, up, left), _at(pixels, up, right), column_share)
-    lower = _mixed(_at(pixels, down, left), _at(pixels, down, right), column_share)
-    return _mixed(upper, lower, row_share[:, None]).round().to(torch.uint8)
-
-
-def _taps(size: int, scaled: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the middle `kept` of `scaled` pixels made from `size`: the two source pixels of each, (kept,), and the second's share.
-
-    As in torch's `interpolate(mode="bilinear", align_corners=False)`, pixel i is sampled at (i + 1/2) size / scaled - 1/2. In
-    fp32, as there: with a position more exact one pixel in a hundred of a large image would be rounded to another level.
-    """
-    start = round((scaled - kept) / 2)  # rounds halves to even, as torchvision does
-    scale = torch.tensor(size, dtype=torch.float32) / scaled
-    position = (scale * (torch.arange(start, start + kept) + 0.5) - 0.5).clamp(min=0)
-    first = position.floor().long().clamp(max=size - 1)
-    return first, (first + 1).clamp(max=size - 1), (position - first).clamp(0, 1)
-
-
-def _at(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return pixels[:, rows[:, None], columns].float()  # (3, rows, columns)
-
-
-def _mixed(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    return one * (1 - share) + other * share  # not `lerp`, which rounds differently
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _stretched(picture: Image.Image, height: int, width: int) -> Tensor:
-    pixels = torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.LANCZOS)))  # (height, width, 3) uint8
-    return pixels.permute(2, 0, 1).float() / 255.0
-
-
-def _picture(data: bytes, max_pixels: int) -> Image.Image:
-    """Upright, RGB, over `BACKGROUND`."""
-    colours, alpha = _decoded(data, max_pixels)
-    return colours if alpha is None else Image.composite(colours, Image.new("RGB", colours.size, BACKGROUND), alpha)
-
-
-def _decoded(data: bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
-    """Upright: 8-bit sRGB, and how opaque it is (L), None if it is so everywhere."""
-    try:
-        return _opened(data, max_pixels)
-    except (ImageLoadError, UnsupportedImageFormat):
-        bare = without_metadata(data)
-        if bare is None:
-            raise
-    return _opened(bare, max_pixels)
-
-
-def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
-    try:
-        # PIL's own warnings are of large images, whose check follows, and of odd metadata
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise _too_large(max_pixels)
-            image.load()
-            return _separated(_upright(image, _of_8_bits(image)), image.info.get("icc_profile"))
-    except UnidentifiedImageError as exc:
-        raise UnsupportedImageFormat(
-            f"The file is not an image in one of the formats {', '.join(FORMATS)}.", (), {"supported_formats": list(FORMATS)}
-        ) from exc
-    except Image.DecompressionBombError as exc:  # raised by PIL before its size can be read
-        raise _too_large(max_pixels) from exc
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error) as exc:  # what PIL's decoders raise
-        raise ImageLoadError("The image is damaged and could not be decoded.") from exc
-
-
-def _upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
-    """The pixels of the image, turned by its tag. `ImageOps.exif_transpose` fails where it cannot write the other tags again."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # PIL's parser raises nearly anything
-        return pixels
-    return pixels if turn is None else pixels.transpose(turn)
-
-
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """The image with at most 8 bits a value. PIL would clip larger values; floating-point images state no range."""
-    if image.mode == "F":
-        raise UnsupportedImageFormat("Floating-point images are not served.")
-    return Image.fromarray(_levels(image)) if image.mode.startswith("I") else image
-
-
-def _levels(image: Image.Image) -> NDArray[np.uint8]:
-    """Grey of more than 8 bits. A TIFF says how many; in 32 bits most programs leave values of 8 or 16, so the values decide."""
-    tags = getattr(image, "tag_v2", {})
-    values = np.asarray(image).astype(np.int64)
-    bits, signed = tags.get(_BITS, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
-    if signed:
-        values, bits = values.clip(min=0), bits - 1
-    else:
-        values &= (1 << bits) - 1  # PIL's 32 bits are signed
-    if bits > 16:
-        bits = next(depth for depth in (8, 16, bits) if values.max() < 1 << depth)
-    levels = np.round(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
-    return 255 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels
-
-
-def _separated(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, Image.Image | None]:
-    alpha = None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        if np.asarray(alpha).min() == 255:
-            alpha = None
-    if image.mode not in ("L", "RGB", "CMYK"):  # the modes that a profile may be of
-        image = image.convert("RGB")
-    return (_in_srgb(image, profile) if profile else image.convert("RGB")), alpha
-
-
-def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" not in ImageCms.getProfileDescription(source).lower():  # else rounding would change some levels by one
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            assert converted is not None
-            return converted
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a malformed profile, or one of another kind of image
-        pass
-    return image.convert("RGB")
-
-
-def _too_large(max_pixels: int) -> ImageTooLarge:
-    side = int(max_pixels**0.5)
-    return ImageTooLarge(f"The image has more than {max_pixels} pixels.", (), {"max_height": side, "max_width": side})
+    levels = DECODER.picture("cover", data, height, width, max_pixels, min_side=min_side, should_stop=should_stop)
+    return torch.from_numpy(levels).permute(2, 0, 1).contiguous()

@@ -6,6 +6,7 @@ no URL is ever opened.
 
 import ctypes
 import errno
+import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,14 +86,17 @@ def video_stream(container: InputContainer) -> VideoStream:
     return moving[0]
 
 
-def share_present(path: Path) -> float:
+def share_present(file: BinaryIO) -> float:
     """How much of the file is there, by the sizes of its outermost parts: other numbers in headers are often wrong.
 
     1 for a GIF, and for live recordings, which state no size.
     """
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
+    place, size = file.tell(), file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
         return min(size / max(_declared_size(file, size), 1), 1.0)
+    finally:
+        file.seek(place)  # of its other reader, the demuxer
 
 
 @contextmanager

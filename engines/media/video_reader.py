@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import chain
 from math import cos, radians, sin
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -47,10 +47,10 @@ class VideoReader:
     packets: how many were decoded so far, one frame each except in unusual files.
     """
 
-    def __init__(self, path: Path, container: InputContainer, max_pixels: int, max_duration_s: float):
+    def __init__(self, file: BinaryIO, container: InputContainer, max_pixels: int, max_duration_s: float):
         self.packets = self._decoded = self._lost = 0
         self._closed = self._broken = False
-        self._path, self._container = path, container
+        self._file, self._container = file, container
         self._max_pixels = min(max_pixels, MAX_BLOCK // 3)  # a frame in RGB must fit into one block
         self._stream = video_stream(container)
         # Matroska declares one end for sound and picture together; FFmpeg sometimes copies it to the streams.
@@ -122,11 +122,11 @@ class VideoReader:
             notes.append("the video's frames are unevenly spaced in time: they are taken by time, not by count")
         return tuple(notes)
 
-    def at_most(self, stride: int, count: int) -> int:
-        """How many frames `frames` will give according to the file's header, or count if it does not say. For progress only."""
+    @property
+    def declared_frames(self) -> int | None:
+        """How many frames the file has according to its header; None if it does not say."""
         rate = self._stream.average_rate
-        declared = self._stream.frames or (self._declared_end_s is not None and rate and round(self._declared_end_s * rate))
-        return min(count, -(-declared // stride)) if declared else count
+        return self._stream.frames or (round(self._declared_end_s * rate) if self._declared_end_s is not None and rate else None)
 
     def close(self) -> None:
         """End the demuxer's loop before its container is closed: PyAV 18 would go on reading from a closed one and crash."""
@@ -233,7 +233,7 @@ class VideoReader:
         if not ended:
             return
         # A header that promises more seconds or frames than the file holds is no evidence of damage.
-        share = share_present(self._path)
+        share = share_present(self._file)
         if self._broken and self._declared_end_s:
             share = min(share, float(self._reached_s / self._declared_end_s))
         if share < 1 - MAX_LOST:
@@ -280,8 +280,15 @@ def open_video(path: Path, max_pixels: int, max_duration_s: float) -> Iterator[V
     `ImageTooLarge` (ctx max_height, max_width: of a square at the limit), `VideoTooLong` (ctx max_duration,
     provided_duration) and `VideoLoadError`; all with an empty loc, as in `load_image`.
     """
-    with path.open("rb", buffering=0) as file, open_container(file) as container:
-        reader = VideoReader(path, container, max_pixels, max_duration_s)
+    with path.open("rb", buffering=0) as file, reading(file, max_pixels, max_duration_s) as reader:
+        yield reader
+
+
+@contextmanager
+def reading(file: BinaryIO, max_pixels: int, max_duration_s: float) -> Iterator[VideoReader]:
+    """The same for an open file."""
+    with open_container(file) as container:
+        reader = VideoReader(file, container, max_pixels, max_duration_s)
         try:
             yield reader
         finally:

@@ -25,8 +25,7 @@ def main() -> int:
     parser.add_argument("--over-s", type=float, default=120.0, help="how long submissions take")
     parser.add_argument("--save", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    report = Report("chaos", "What survives: the queue under random blows", "`make chaos`")
-    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    report = Report("chaos", "What survives: the queue under random blows", __doc__, "`make chaos`")
     report.console.print(f"seed {asked.seed}")
     with embedded() as settings:
         findings, tables = asyncio.run(unleash(settings, Plan(asked.jobs, asked.seed, asked.over_s)))
@@ -35,12 +34,8 @@ def main() -> int:
     restarts = [seconds for each in findings.restarts.values() for seconds in each]
     p99 = percentile(restarts, 99) if restarts else 0.0
     findings.expect(p99 <= RESTART_S, f"dead attempts started again after {p99:.1f} s (p99)")
-    report.add(f"Target: p99 at most {RESTART_S:g} s. Broken promises: {len(findings.faults) or 'none'}.")
-    for fault in findings.faults:
-        report.add(fault)
-    if asked.save:
-        report.save()
-    return bool(findings.faults)
+    report.add(f"Target: p99 at most {RESTART_S:g} s.")
+    return report.conclude(findings.faults, save=asked.save)
 
 
 if __name__ == "__main__":

@@ -239,20 +239,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    report = Report("cancels", "Cancels at random moments", "`make chaos`")
-    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    report = Report("cancels", "Cancels at random moments", __doc__, "`make chaos`")
     with embedded() as settings:
         files = FileStore(settings.files_url)
         url = database_url(settings)
         asyncio.run(migrate(url))
         faults, shown = asyncio.run(unleash(url, files, asked.jobs, asked.seed))
     report.add(shown)
-    report.add(f"Targets: acknowledged within 50 ms, at most one unit begun after. Broken promises: {len(faults) or 'none'}.")
-    for fault in faults[:50]:
-        report.add(fault)
-    if asked.save:
-        report.save()
-    return bool(faults)
+    report.add("Targets: acknowledged within 50 ms, at most one unit begun after.")
+    return report.conclude(faults, save=asked.save)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class SocketStages:
         self.sockets = sockets
         self.trace = trace
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
         return await self._call("preprocess", job_input, on_note)
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:

@@ -107,19 +107,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--save", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    report = Report("outages", "What survives: jobs beside a database that is away", "`make chaos`")
-    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    report = Report("outages", "What survives: jobs beside a database that is away", __doc__, "`make chaos`")
     outages = Outages()
     plan = Plan(asked.jobs, seed=1, over_s=outages.all_s, workers=1, dispatchers=1, replicas=3, webhook_retry_s=1.0)
     with embedded() as settings:
         findings = asyncio.run(survive(settings, outages, plan))
     report.add(promises(findings, plan))
-    report.add(f"{outages}. Broken promises: {len(findings.faults) or 'none'}.")
-    for fault in findings.faults:
-        report.add(fault)
-    if asked.save:
-        report.save()
-    return bool(findings.faults)
+    report.add(f"{outages}.")
+    return report.conclude(findings.faults, save=asked.save)
 
 
 if __name__ == "__main__":

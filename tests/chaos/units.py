@@ -47,7 +47,7 @@ class UnitStages:
         """How many replicas are working on a call."""
         return sum(turn.locked() for turns in self._turns.values() for turn in turns)
 
-    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+    async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
         return await done_of(self._run("preprocess", job_input), on_note)
 
     async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:

@@ -7,6 +7,7 @@ import pytest
 from deployments.hosting.embedded_postgres import stop_embedded
 from deployments.settings import Settings
 from tests.e2e.service import Service
+from tests.e2e.third.added import with_third_endpoint
 from tests.wire.conftest import page_client
 
 __all__ = ["page_client"]
@@ -15,10 +16,12 @@ __all__ = ["page_client"]
 @pytest.fixture(scope="package")
 def service() -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
-    with TemporaryDirectory(prefix="reelray-") as home:
-        running = Service(Path(home))
-        running.start()
-        yield running
-        if running.running:
-            assert running.stop() == 0
-        stop_embedded(Settings(home=running.home))  # of a test that stopped it
+    with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
+        running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
+        try:
+            running.start()
+            yield running
+        finally:
+            if running.running:
+                assert running.stop() == 0
+            stop_embedded(Settings(home=running.home))  # of a test that stopped it

@@ -30,15 +30,16 @@ ENVIRONMENT = {"RAY_worker_niceness": "0"}
 class Service:
     """`reelray serve` on demo weights. home: its database, files and weights, which outlive it.
 
-    trained: on those of the package; otherwise on random ones, which are faster.
-
-    without: models that are left out, for each of which three processes need not load torch.
+    without: models that are left out, for each of which three processes need not load torch. trained: the weights are the
+    package's; otherwise random ones, which are faster. added: blocks for the settings. root: the folder of the code that it runs.
     """
 
     home: Path
     queue: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     trained: bool = False
+    added: dict[str, Any] = field(default_factory=dict)
+    root: Path = field(default_factory=Path.cwd)
     import_path: str = "deployments.app:build"
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -55,7 +56,7 @@ class Service:
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
         (application,) = config["applications"]
         application["import_path"] = self.import_path
-        application["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue}
+        application["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue} | self.added
         for model in self.without:
             application["args"][model] = None
             application["deployments"] = [each for each in application["deployments"] if not each["name"].startswith(model)]
@@ -65,8 +66,8 @@ class Service:
         log_path = self.home / "serve.log"
         with log_path.open("ab") as log:
             begin = log.tell()
-            env = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd()}  # for apps among the tests
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+            env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.root)}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=self.root, start_new_session=True)
         deadline = time.monotonic() + READY_S
         while not answers(self.url) or b"Reelray answers at" not in log_path.read_bytes()[begin:]:
             assert self.process.poll() is None, log_path.read_text()
@@ -111,7 +112,8 @@ def gateway(service: Service) -> Iterator[str]:
     port = free_port()
     command = [REELRAY, "gateway", "--config", service.home / "serve_config.yaml", "--port", str(port), "--workers", "2"]
     with (service.home / "gateway.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        env = os.environ | {"PYTHONPATH": str(service.root)}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=service.root, start_new_session=True)
     try:
         deadline = time.monotonic() + READY_S
         while not answers(f"http://127.0.0.1:{port}"):

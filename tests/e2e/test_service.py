@@ -169,17 +169,20 @@ def test_a_cut_prompt_is_reported_in_the_log(client: QueueClient):
     assert (first["level"], first["message"]) == ("WARN", "prompt cut to its first 75 of 120 tokens")
 
 
-def test_keyframes_come_by_url_and_by_data_uri(client: QueueClient, media: str):
+def test_keyframes_come_by_url_by_data_uri_and_by_upload(client: QueueClient, service: Service, media: str):
     buffer = io.BytesIO()
     Image.new("RGB", (30, 30), "red").save(buffer, "PNG")
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    hidden = {"x-fal-object-lifecycle": '{"initial_acl": {"default": "hide"}}', "content-type": "image/png"}
+    uploaded = httpx.post(f"{service.url}/files/upload", content=buffer.getvalue(), headers=hidden).json()["access_url"]
+    assert httpx.get(uploaded).status_code == 404
     files = []
-    for source in (f"{media}/red.png", uri):
+    for source in (f"{media}/red.png", uri, uploaded):
         job = {"prompt": "a", "seed": 1, "keyframe_1_image_url": source, "keyframe_1_index": 3, "controlnet_type": "rgb"}
         request_id = client.submit(ENDPOINT, job)
         finished(client, request_id)
         files.append(client.download(client.result(ENDPOINT, request_id)["video"]["url"]))
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
 
 
 BAD_KEYFRAMES = [  # the URL, the error's type

@@ -48,7 +48,7 @@ def short_leases(service: Service) -> Service:
 
 
 def start_with_short_leases(service: Service) -> None:
-    service.queue, service.without, service.import_path = QUEUE, ("controlnext",), "tests.e2e.endless:build"
+    service.queue, service.without, service.import_path = QUEUE, ("controlnext", "solid"), "tests.e2e.endless:build"
     service.start()
 
 

@@ -28,8 +28,7 @@ def compilations(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    report = Report("compiled", "Kernels compiled for GPUs that are not here", "`python -m tests.kernels.report`")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("compiled", "Kernels compiled for GPUs that are not here", __doc__, "`python -m tests.kernels.report`")
     report.add(f"Triton {triton.__version__}, with the assembler in its wheel. Nothing here has run on a GPU.")
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     with TemporaryDirectory() as folder:

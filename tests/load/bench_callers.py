@@ -8,7 +8,6 @@ the first line, of small submissions. Memory is the process's largest resident s
 import asyncio
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -22,14 +21,18 @@ import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from deployments.files.file_store import FileStore
 from deployments.hosting import gateway
 from deployments.hosting.embedded_postgres import database_url
+from deployments.jobs.store import JobStore
+from deployments.schemas.inputs import KEPT
 from deployments.settings import CONFIG_VARIABLE, Settings
 from tests.conftest import embedded
 from tests.e2e.service import free_port
 from tests.load.report import Report, ms, table
 
-SUBMIT = "/queue/fal-ai/animatediff-sparsectrl-lcm"
+ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
+SUBMIT = f"/queue/{ENDPOINT}"
 NAP_S = 0.002
 READY_S = 60.0
 PIECE_BYTES = 1 << 18
@@ -38,29 +41,27 @@ PIECE_BYTES = 1 << 18
 def app() -> FastAPI:
     """A gateway's app that also measures itself: GET /measured answers the figures since the last time."""
     made = gateway.app()
-    longest = [0.0]
     lifespan = made.router.lifespan_context
-
-    async def nap_for_ever() -> None:
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(NAP_S)
-            longest[0] = max(longest[0], time.perf_counter() - began - NAP_S)
 
     @asynccontextmanager
     async def measuring(app: FastAPI) -> AsyncIterator[None]:
-        async with lifespan(app):
-            napping = asyncio.create_task(nap_for_ever())
+        async with lifespan(app), watched() as app.state.longest:
             yield
-            napping.cancel()
 
     async def measured(request: Request) -> Response:
+        longest = request.app.state.longest
         blocked_s, longest[0] = longest[0], 0.0
-        return JSONResponse({"blocked_s": blocked_s, "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+        return JSONResponse({"blocked_s": blocked_s, "peak_kb": peak_kb()})
 
     made.router.lifespan_context = measuring
     made.router.add_route("/measured", measured)
     return made
+
+
+def peak_kb() -> int:
+    """Of this process. `getrusage` would count that of the benchmark, which has forked it, too."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1])
 
 
 @contextmanager
@@ -119,6 +120,44 @@ def bodies() -> Iterator[tuple[str, bytes, int]]:
     yield "60 MB of a data URI, from 64 at once", uri % (b"A" * 60_000_000), 64
 
 
+@asynccontextmanager
+async def watched() -> AsyncIterator[list[float]]:
+    """How long this process's loop stood still within the block, at most, in seconds; one number."""
+    longest = [0.0]
+
+    async def nap_for_ever() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(NAP_S)
+            longest[0] = max(longest[0], time.perf_counter() - began - NAP_S)
+
+    napping = asyncio.create_task(nap_for_ever())
+    await asyncio.sleep(10 * NAP_S)
+    longest[0] = 0.0
+    yield longest
+    await asyncio.sleep(2 * NAP_S)
+    napping.cancel()
+
+
+async def workers_side(settings: Settings) -> list[tuple[str, float]]:
+    """What the same bodies cost a dispatcher, which claims all of their jobs, and a replica, which reads the file of one."""
+    url = await asyncio.to_thread(database_url, settings)
+    store, files, kept = await JobStore.open(url), FileStore(settings.files_url), ""
+    figures, count = [], 0
+    async with watched() as longest:
+        while claim := await store.claims.take([ENDPOINT], 60.0):
+            count += 1
+            kept = next((value for value in claim.input.values() if str(value).startswith(KEPT)), kept)
+    figures.append((f"a dispatcher claims all {count} jobs", longest[0]))
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        copy = Path(folder) / "file"
+        async with watched() as longest:
+            await files.copy_input(kept.removeprefix(KEPT), copy)
+        figures.append((f"a replica reads the file of one, {copy.stat().st_size / 1e6:.0f} MB", longest[0]))
+    await store.close()
+    return figures
+
+
 async def measure(port: int, body: bytes, times: int) -> tuple[dict[str, float], float, dict[int, int]]:
     """The gateway's figures, the seconds until the last answer, and the answers' statuses."""
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -131,8 +170,7 @@ async def measure(port: int, body: bytes, times: int) -> tuple[dict[str, float],
 
 
 def main() -> None:
-    report = Report("callers", "What one caller can cost", "`python -m tests.load.bench_callers` (`make bench-callers`)")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("callers", "What one caller can cost", __doc__, "`python -m tests.load.bench_callers` (`make bench-callers`)")
     report.add("Targets: the loop never stands still for more than 50 ms; the last line stays within 1 GB.")
     shown = table("One worker", "what is sent", "answers", "loop stood still, ms", "peak memory, MB", "seconds")
     with embedded() as settings:
@@ -143,7 +181,11 @@ def main() -> None:
                 figures, seconds, statuses = asyncio.run(measure(port, body, times))
             answers = ", ".join(f"{count} x {status}" for status, count in statuses.items())
             shown.add_row(name, answers, ms(figures["blocked_s"]), f"{figures['peak_kb'] / 1024:.0f}", f"{seconds:.1f}")
+        others = table("The same jobs further on", "what is done", "loop stood still, ms")
+        for name, blocked_s in asyncio.run(workers_side(settings)):
+            others.add_row(name, ms(blocked_s))
     report.add(shown)
+    report.add(others)
     report.save()
 
 

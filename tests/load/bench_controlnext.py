@@ -107,8 +107,7 @@ def memory_row(shown: Table, folder: Path) -> None:
 
 
 def main() -> None:
-    report = Report("controlnext", "ControlNeXt SVD against diffusers' UNet and against its algorithm without savings")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("controlnext", "ControlNeXt SVD against diffusers' UNet and against its algorithm without savings", __doc__)
     report.add(f"Target of a UNet call: a ratio of at most {TARGET}. Times in ms are medians.")
     with TemporaryDirectory(prefix="reelray-") as name:
         folder = Path(name)

@@ -254,8 +254,7 @@ def with_known_blend(unet: nn.Module) -> None:
 
 
 def main() -> None:
-    report = Report("flops", "Floating-point operations at full size, ours against diffusers'")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("flops", "Floating-point operations at full size, ours against diffusers'", __doc__)
     jobs = (
         (controlnext(), SVD_CALL_TARGET, CONTROLNEXT_TARGET),
         (animatediff(), None, ANIMATEDIFF_TARGET),

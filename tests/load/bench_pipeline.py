@@ -139,8 +139,7 @@ def median(rounds: list[Round], field: str) -> float:
 
 
 def main() -> None:
-    report = Report("pipeline", f"Our pipeline against diffusers', {STEPS} steps, 16 frames, three keyframes")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("pipeline", f"Our pipeline against diffusers', {STEPS} steps, 16 frames, three keyframes", __doc__)
     report.add(f"Target: a ratio of at most {TARGET}. Times in ms are medians.")
     with TemporaryDirectory(prefix="reelray-") as folder:
         for name, size, rounds in (("tiny", DemoSize(layers=2), 10), ("wide", WIDE, 3)):

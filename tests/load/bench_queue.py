@@ -197,8 +197,7 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 1_000_000])
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     asked = parser.parse_args()
-    report = Report("queue", "The queue under load")
-    report.add(" ".join((__doc__ or "").split("\n\n", 1)[1].split()))
+    report = Report("queue", "The queue under load", __doc__)
     report.add(
         "Ratios are to the constant under uvicorn, of the same method. Targets: status reads at least 0.5, submits at least "
         "0.3, hosted in Serve with HAProxy at least 0.15; from 1,000 to 1,000,000 waiting no more than 1.5 times the time."

@@ -160,8 +160,7 @@ def report_throughput(report: Report, at_once_s: float, local_s: float) -> None:
 
 
 def main() -> None:
-    report = Report("service", "What the service adds to a job, demo model on CPU")
-    report.add(" ".join((__doc__ or "").split()))
+    report = Report("service", "What the service adds to a job, demo model on CPU", __doc__)
     with (
         TemporaryDirectory(prefix="reelray-") as home,
         report.console.status("starting the service") as shown,

@@ -19,12 +19,13 @@ _PACKAGES = ("torch", "diffusers", "transformers", "ray")
 class Report:
     """Tables and text, shown as they are added; `save` writes them to `results/<name>.md`, replacing the last run's.
 
+    doc: the benchmark's own docstring: what follows its first line comes first, but for indented lines, which show its use.
     command: how to repeat the measurement, in Markdown.
 
     Each benchmark has one file, which is rewritten; git has its history.
     """
 
-    def __init__(self, name: str, title: str, command: str | None = None):
+    def __init__(self, name: str, title: str, doc: str | None, command: str | None = None):
         self.name = name
         self.command = command or f"`python -m tests.load.bench_{name}` (`make bench`)"
         self.title = title
@@ -33,11 +34,22 @@ class Report:
         self.parts: list[Table | str] = []
         self.load_before = os.getloadavg()[0]
         self.console.rule(title)
+        paragraphs = (doc or "").split("\n\n")[1:]
+        self.add(" ".join(" ".join(text for text in paragraphs if not text.startswith("    ")).split()))
 
     def add(self, part: Table | str) -> None:
         """Shows a table or a paragraph, and keeps it for the file."""
         self.parts.append(part)
         self.console.print(part)
+
+    def conclude(self, faults: Sequence[str], *, save: bool) -> int:
+        """Adds the broken promises that were found; writes the file if asked to. Returns the command's exit status."""
+        self.add(f"Broken promises: {len(faults) or 'none'}.")
+        for fault in faults[:50]:
+            self.add(fault)
+        if save:
+            self.save()
+        return bool(faults)
 
     def save(self) -> None:
         """Writes the file."""

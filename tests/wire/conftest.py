@@ -1,4 +1,5 @@
-"""The wire suite runs against the app under uvicorn in this process, `reelray gateway --workers 2` and Serve behind HAProxy.
+"""The wire suite runs against the app under uvicorn in this process, `reelray gateway --workers 2` and Serve behind HAProxy. The
+last two speak https only.
 
 A test that looks into the process, because it asks for one of `INSIDE`, has the first only.
 """
@@ -12,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from deployments.files.file_store import FileStore
+from deployments.hosting.tls import TlsFiles, write_certificate
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
@@ -31,14 +33,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="package")
-def host(hosting: str, postgres: str) -> Iterator[Hosted | None]:
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFiles]:
+    """A certificate of ours, whose CA all clients of this package trust."""
+    files = write_certificate(tmp_path_factory.mktemp("tls"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSL_CERT_FILE", str(files.ca))
+        environment.setenv("NODE_EXTRA_CA_CERTS", str(files.ca))
+        yield files
+
+
+@pytest.fixture(scope="package")
+def host(hosting: str, postgres: str, tls: TlsFiles) -> Iterator[Hosted | None]:
     """None is this process."""
     if hosting == "uvicorn":
         yield None
         return
     name = f"hosted_{uuid4().hex}"
     asyncio.run(execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    with hosted(hosting, of_database(postgres, name)) as service:
+    with hosted(hosting, of_database(postgres, name), tls) as service:
         yield service
     asyncio.run(execute(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
 

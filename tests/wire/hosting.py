@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import yaml
 
+from deployments.hosting.tls import TlsFiles
 from deployments.settings import Settings
 from tests.e2e.service import ENVIRONMENT, REELRAY, free_port
 
@@ -29,8 +30,8 @@ class Hosted:
 
 
 @contextmanager
-def hosted(kind: str, database: str) -> Iterator[Hosted]:
-    """kind: "gateway" or "serve". database: the URL of a migrated one."""
+def hosted(kind: str, database: str, tls: TlsFiles) -> Iterator[Hosted]:
+    """kind: "gateway" or "serve". database: the URL of a migrated one. tls: it speaks https only, with these."""
     with TemporaryDirectory(prefix="reelray-") as folder:
         settings = Settings(home=Path(folder), database=database)
         port, config, log = free_port(), Path(folder) / "serve_config.yaml", Path(folder) / "log"
@@ -43,13 +44,17 @@ def hosted(kind: str, database: str) -> Iterator[Hosted]:
             "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
         }
         listening = {"host": "127.0.0.1", "port": port, "keep_alive_timeout_s": 75}
+        if kind == "serve":
+            listening |= {"ssl_certfile": str(tls.chain), "ssl_keyfile": str(tls.key)}
         document = {"proxy_location": "HeadOnly", "http_options": listening, "applications": [application]}
         config.write_text(yaml.safe_dump(document))
         words = [str(REELRAY), kind, "--config", str(config), "--port", str(port)]
+        if kind == "gateway":
+            words += ["--workers", "2", "--tls", str(tls.key.parent)]
         environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*words, "--workers", "2"] if kind == "gateway" else words,
+                words,
                 env=environment,
                 stdout=output,
                 stderr=output,
@@ -57,7 +62,7 @@ def hosted(kind: str, database: str) -> Iterator[Hosted]:
             )
         try:
             _wait_until_healthy(port, process, log)
-            yield Hosted(f"http://127.0.0.1:{port}", settings)
+            yield Hosted(f"https://127.0.0.1:{port}", settings)
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_S)
         finally:
@@ -72,6 +77,6 @@ def _wait_until_healthy(port: int, process: "subprocess.Popen[bytes]", log: Path
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         with suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success:
+            if httpx.get(f"https://127.0.0.1:{port}/health", timeout=2, verify=False).is_success:
                 return
         time.sleep(0.1)

@@ -157,20 +157,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--save", action="store_true", help="keep the figures")
     asked = parser.parse_args()
-    report = Report("lost_answers", "Answers lost on the way", "`make chaos`")
-    report.add(" ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()))
+    report = Report("lost_answers", "Answers lost on the way", __doc__, "`make chaos`")
     install_client()
     with embedded() as settings:
         try:
             faults = asyncio.run(measure(settings, asked.jobs, report))
         except (fal_client.FalClientError, httpx.HTTPError, TimeoutError, AssertionError) as exc:
             faults = [f"a client gave up: {exc!r}"]
-    report.add(f"Broken promises: {len(faults) or 'none'}.")
-    for fault in faults:
-        report.add(fault)
-    if asked.save:
-        report.save()
-    return bool(faults)
+    return report.conclude(faults, save=asked.save)
 
 
 if __name__ == "__main__":

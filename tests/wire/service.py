@@ -7,12 +7,17 @@ from contextlib import asynccontextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
-from deployments.jobs.job import Claim
+from deployments.hosting.tls import TlsFiles
+from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.store import JobStore
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
+from deployments.settings import QueueSettings, RetentionSettings
 from deployments.stages.progress import StageProgress
-from engines.errors import ImageLoadError
+from engines import errors
+from engines.errors import ModelError, ReelrayError
 from engines.spec import Progress
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -65,10 +70,17 @@ def _count(requests: list[tuple[str, str]], method: str, ending: str) -> int:
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp) -> AsyncIterator[str]:
-    """Serves `app`; yields its base URL."""
+async def listening(app: ASGIApp, tls: TlsFiles | None = None) -> AsyncIterator[str]:
+    """Serves `app`, by https if `tls` is given; yields its base URL."""
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=1
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="critical",  # a stream that is cut off on purpose is an error to uvicorn
+        lifespan="on",
+        timeout_graceful_shutdown=1,
+        ssl_certfile=tls and tls.chain,
+        ssl_keyfile=tls and tls.key,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -77,7 +89,7 @@ async def listening(app: ASGIApp) -> AsyncIterator[str]:
             assert not serving.done(), "uvicorn did not start"
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         await serving
@@ -96,29 +108,48 @@ async def working(store: JobStore, files: FileStore, step_s: float = 0.05) -> As
 
 
 async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
+    async with asyncio.TaskGroup() as group, store.claims.watch_work() as work:
+        group.create_task(_sweep(store))
+        while True:
+            if claim := await store.claims.take(list(ENDPOINTS), LEASE_S):
+                group.create_task(_attempt(store, files, claim, step_s))
+            else:
+                await work.changed(0.2)
+
+
+async def _sweep(store: JobStore) -> None:
     while True:
-        if claim := await store.claims.take([ENDPOINT], LEASE_S):
-            await _render(store, files, claim, step_s)
-        else:
-            await asyncio.sleep(0.02)
+        await store.claims.sweep()
+        await asyncio.sleep(0.2)
+
+
+async def _attempt(store: JobStore, files: FileStore, claim: Claim, step_s: float) -> None:
+    with suppress(LeaseLost):  # the test has deleted the job
+        await _render(store, files, claim, step_s)
 
 
 async def _render(store: JobStore, files: FileStore, claim: Claim, step_s: float) -> None:
-    """The prompt "endless" runs until it is cancelled; "unreadable" fails as if a keyframe were not an image."""
+    """What the first word of a prompt asks for: "endless" runs until it is cancelled, "held" goes back to the queue for an hour,
+    "slow" takes five times as long, "fails" ends in the error that the second word names.
+    """
+    word, _, rest = str(claim.input.get("prompt", "")).partition(" ")
+    if word == "held":
+        await store.claims.requeue(claim, "held", counted=True, wait_s=3600)
+        return
     step = 0
-    while step < 4 or claim.input["prompt"] == "endless":
+    while step < 4 or word == "endless":
         step += 1
         progress = StageProgress("denoise", Progress("step", step, 4))
         await store.claims.log(claim, f"step {step}/4", progress=progress.fields())
-        await asyncio.sleep(step_s)
-        job = await store.get(claim.job_id)
-        if job is None or job.cancel_requested:
+        await asyncio.sleep(step_s * {"slow": 5, "endless": 5}.get(word, 1))
+        if await store.claims.heartbeat(claim, LEASE_S):
             await store.claims.cancel(claim)
             return
-    if claim.input["prompt"] == "unreadable":
-        error = ImageLoadError("The image could not be decoded.", ("body", "keyframe_0_image_url"))
-        await store.claims.fail(claim, error_failure(error), {"inference_time": 4 * step_s})
+    if word == "fails":
+        kind: type[ReelrayError] = getattr(errors, rest)
+        loc = ("body", "keyframe_0_image_url") if issubclass(kind, ModelError) else ()
+        await store.claims.fail(claim, error_failure(kind("", loc)), {"inference_time": 4 * step_s})
         return
-    kept = await files.put("video.mp4", VIDEO, "video/mp4")
+    kept = await Dispatcher(store, files, {}, QueueSettings(), RetentionSettings()).keep_file(claim, VIDEO)
     video = {"url": kept.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": kept.size}
     await store.claims.succeed(claim, {"video": video, "seed": claim.input["seed"]}, {"inference_time": 4 * step_s})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from urllib.parse import quote
 
 import httpx
@@ -67,8 +68,7 @@ async def test_a_stream_tells_each_change_as_it_happens_and_ends_with_the_job(ba
 
 
 async def test_a_caller_may_be_slow_and_ask_again_on_its_connection(base_url: str) -> None:
-    host = base_url.removeprefix("http://")
-    reader, writer = await asyncio.open_connection(*host.split(":"))
+    reader, writer, host = await connected(base_url)
     body = b'{"prompt": "slow"}'
     writer.write(f"POST /queue/{ENDPOINT} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
     for i in range(len(body)):
@@ -86,14 +86,23 @@ async def test_a_caller_may_be_slow_and_ask_again_on_its_connection(base_url: st
 
 
 async def test_a_caller_that_hangs_up_in_its_body_leaves_no_job(base_url: str, store: JobStore) -> None:
-    host = base_url.removeprefix("http://")
-    _, writer = await asyncio.open_connection(*host.split(":"))
+    _, writer, host = await connected(base_url)
     writer.write(f"POST /queue/{ENDPOINT} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000\r\n\r\n{{".encode())
     await writer.drain()
     await asyncio.sleep(HANG_UP_S)
     writer.close()
     await asyncio.sleep(HANG_UP_S)
     assert await store.queued(ENDPOINT, at_most=1) == 0
+
+
+async def connected(base_url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, str]:
+    """A connection, and what stands in `Host`."""
+    scheme, _, host = base_url.partition("://")
+    name, port = host.split(":")
+    reader, writer = await asyncio.open_connection(
+        name, int(port), ssl=ssl.create_default_context() if scheme == "https" else None
+    )
+    return reader, writer, host
 
 
 async def _event(lines) -> dict[str, object]:  # type: ignore[no-untyped-def]

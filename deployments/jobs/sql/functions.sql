@@ -71,6 +71,46 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Whether an owner may have `bytes` for the file `piece` besides what it has. Until the transaction ends, nothing else is reserved for
+-- this owner; the statement after the wait for that sees what the one before has reserved.
+CREATE OR REPLACE FUNCTION is_within_quota(of_owner text, piece text, bytes bigint, quota bigint)
+RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF of_owner IS NULL OR quota IS NULL THEN
+        RETURN true;
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtextextended('quota ' || of_owner, 0));
+    RETURN bytes + (SELECT coalesce(sum(size_bytes), 0) FROM stored_files WHERE owner = of_owner AND name <> piece) <= quota;
+END $$;
+
+-- Reserves bytes for an upload, or for the part `piece` of it; returns why not, or the digest of an upload that is complete already.
+-- A part that is sent again takes the place of what was sent before. Not flushed to disk: if a crash undoes it, its end finds no row.
+CREATE OR REPLACE FUNCTION reserve_upload(of_name text, piece text, bytes bigint, max_bytes bigint, quota bigint)
+RETURNS TABLE (refusal text, digest bytea) LANGUAGE plpgsql AS $$
+DECLARE
+    upload stored_files;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    SELECT * INTO upload FROM stored_files
+    WHERE name = of_name AND part_of IS NULL AND NOT gone AND expires_at > now();
+    IF NOT FOUND THEN
+        refusal := 'over';
+    ELSIF upload.digest IS NOT NULL THEN
+        digest := upload.digest;
+    ELSIF bytes + (SELECT coalesce(sum(size_bytes), 0) FROM stored_files WHERE part_of = of_name AND name <> piece) > max_bytes THEN
+        refusal := 'size';
+    ELSIF NOT is_within_quota(upload.owner, piece, bytes, quota) THEN
+        refusal := 'quota';
+    ELSIF piece = of_name THEN
+        UPDATE stored_files SET size_bytes = bytes WHERE name = of_name;
+    ELSE
+        INSERT INTO stored_files AS part (name, expires_at, owner, size_bytes, part_of)
+        VALUES (piece, upload.expires_at, upload.owner, bytes, of_name)
+        ON CONFLICT (name) DO UPDATE SET size_bytes = excluded.size_bytes, digest = NULL;
+    END IF;
+    RETURN NEXT;
+END $$;
+
 -- Numbers the lines of a job's log. The writer has locked the job's row, so there is only one at a time; this statement begins after
 -- the wait for that lock and so sees the line of the writer before. When the log is full, one line says so and later ones are dropped. So is a line that is there
 -- already, because its writer did not get the answer; a writer repeats only its last one, so a few lines are looked at.
@@ -91,13 +131,29 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The state of a job whose attempt ended without an outcome. An attempt that does not count cannot be the last one.
-CREATE OR REPLACE FUNCTION jobs_after_lost_attempt(cancel_requested boolean, attempt integer, max_attempts integer, counted boolean)
+-- The state of a job whose attempt ended without an outcome. An attempt that does not count cannot be the last one. retries_left:
+-- how many more the caller allowed after such an end; null: any number.
+CREATE OR REPLACE FUNCTION jobs_after_lost_attempt(
+    cancel_requested boolean, attempt integer, max_attempts integer, counted boolean, retries_left integer
+)
 RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
         WHEN cancel_requested THEN 'cancelled'
-        WHEN counted AND attempt >= max_attempts THEN 'failed'
+        WHEN counted AND (attempt >= max_attempts OR retries_left <= 0) THEN 'failed'
         ELSE 'queued'
+    END
+$$;
+
+-- A lost lease is the condition `connection_error` of a caller's retry config: how many retries are left for it, and then.
+CREATE OR REPLACE FUNCTION left_after_lost_lease(retries json) RETURNS integer LANGUAGE sql IMMUTABLE AS $$
+    SELECT (retries ->> 'connection_error')::integer
+$$;
+
+CREATE OR REPLACE FUNCTION retries_after_lost_lease(retries json) RETURNS json LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN left_after_lost_lease(retries) > 0
+        THEN (retries::jsonb || jsonb_build_object('connection_error', left_after_lost_lease(retries) - 1))::json
+        ELSE retries
     END
 $$;
 

@@ -6,7 +6,7 @@
 -- nothing waits, the turn is that of the running jobs, so that one of them that comes back keeps its place. No row if the id is
 -- taken: the answer was lost and the call is repeated. No row either if the caller's idempotency key $9 already stands for a job, see
 -- `repeated`. A key is free again when its time is over, or for another body if its own was no valid input ($12). The input's files
--- ($16) now stay until the job ends; $17 are the first lines of its log.
+-- ($16) now stay until the job ends; $17 are the first lines of its log. $18: the version of the schemas that accepted the input.
 WITH kept AS (
     INSERT INTO idempotency_keys AS taken (owner, key, fingerprint, job_id, expires_at, rejected)
     SELECT coalesce($3, ''), $9, $10::bytea, $1, now() + make_interval(secs => $11), $12
@@ -26,9 +26,10 @@ WITH kept AS (
     INSERT INTO job_logs (job_id, level, message) SELECT $1, 'WARN', note FROM fresh CROSS JOIN unnest($17::text[]) AS note
 )
 INSERT INTO jobs (
-    id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files, state, turn
+    id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
+    input_version, retries, files_access, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -106,8 +107,9 @@ WITH claimed AS (
     INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
-SELECT id AS job_id, token, endpoint, input, attempt, max_attempts, files_s, checkpoint_name(id) AS checkpoint,
-    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in
+SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
+    checkpoint_name(id) AS checkpoint,
+    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
 FROM claimed
 
 -- name: claimed
@@ -146,15 +148,16 @@ SELECT id FROM closed UNION ALL SELECT id FROM jobs WHERE id = $1 AND token = $2
 
 -- name: requeue
 -- Gives a job back: its next state is that after a lost attempt ($5 holds the failures by state), and it is not tried again for $6
--- seconds. $7: where its attempts were lost, if that has changed. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
+-- seconds. $7: where its attempts were lost, if that has changed; $8: which retries are left, likewise. A job whose attempt does not count (not $4) has met its start deadline, whenever it goes on. Returns rows as `close` does.
 WITH returned AS (
     UPDATE jobs SET
-        state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
-        failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4),
+        state = jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4, NULL),
+        failure = $5::json -> jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, $4, NULL),
         attempt = CASE WHEN $4 THEN attempt ELSE attempt - 1 END,
         start_by = CASE WHEN $4 THEN start_by END,
         not_before = CASE WHEN $6 > 0 THEN now() + make_interval(secs => $6) END,
         lost_in = coalesce($7, lost_in),
+        retries = coalesce($8, retries),
         reason = $3
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id
@@ -169,13 +172,14 @@ WITH due AS (
     SELECT
         id,
         run_by <= now() AND NOT cancel_requested AS overran,
-        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true) AS next
+        jobs_after_lost_attempt(cancel_requested, attempt, max_attempts, true, left_after_lost_lease(retries)) AS next
     FROM jobs WHERE state = 'running' AND lease_until < now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
     state = CASE WHEN due.overran THEN 'failed' ELSE due.next END,
     failure = $1::json -> CASE WHEN due.overran THEN 'overran' ELSE due.next END,
     token = NULL,
+    retries = retries_after_lost_lease(retries),
     reason = CASE WHEN due.overran THEN 'run deadline passed' ELSE 'lease expired' END
 FROM due WHERE jobs.id = due.id
 RETURNING jobs.id
@@ -198,15 +202,20 @@ WITH due AS (
 SELECT pg_notify('reelray', 'work') FROM returned LIMIT 1
 
 -- name: add_file
--- A file that is about to be written. A repeated call has no effect, because names are not used twice.
-INSERT INTO stored_files (name, expires_at, owner, size_bytes) VALUES ($1, now() + make_interval(secs => $2), $3, $4)
+-- A file that is about to be written ($2 null: it is kept for ever). A repeated call has no effect, because names are not used twice.
+INSERT INTO stored_files (name, expires_at, owner, size_bytes, content_type, access)
+VALUES ($1, coalesce(now() + make_interval(secs => $2), 'infinity'), $3, $4, $5, $6)
 ON CONFLICT (name) DO NOTHING
 
 -- name: take_expired_files
 -- Files whose time is over, for this process to delete: no other gets them within an hour. After that, those that could not be
--- deleted are tried again. No transaction stays open while files are deleted, however slow the file store is.
-UPDATE stored_files SET expires_at = now() + interval '1 hour'
-WHERE name IN (SELECT name FROM stored_files WHERE expires_at <= now() ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED)
+-- deleted are tried again. No transaction stays open while files are deleted, however slow the file store is. Meanwhile they are
+-- `gone` for all others.
+UPDATE stored_files SET expires_at = now() + interval '1 hour', gone = true
+WHERE name IN (
+    SELECT name FROM stored_files WHERE expires_at <= now() AND NOT (direct AND digest IS NULL)
+    ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+)
 RETURNING name
 
 -- name: forget_files
@@ -262,6 +271,20 @@ SELECT id, endpoint, state, created_at, attempt, max_attempts FROM jobs
 WHERE ($2::text IS NULL OR endpoint = $2) AND ($3::text IS NULL OR state = $3)
 ORDER BY id DESC LIMIT $1
 
+-- name: history
+-- Jobs of one owner and endpoint that ended within a time, newest end first, after a place in that order ($7, $8; null: from the
+-- beginning). $5: how they ended (null: anyhow). $10: with their payloads.
+SELECT id, endpoint, created_at, started_at, finished_at, failure,
+    CASE WHEN $10::boolean THEN input END AS input, CASE WHEN $10::boolean THEN result END AS result
+FROM jobs
+WHERE finished_at IS NOT NULL AND coalesce(owner, '') = coalesce($1, '') AND endpoint = $2 AND finished_at >= $3 AND finished_at < $4
+    AND ($5::text[] IS NULL OR CASE
+        WHEN failure IS NULL THEN 'success' WHEN (failure ->> 'status')::integer >= 500 THEN 'error' ELSE 'user_error'
+    END = ANY ($5::text[]))
+    AND ($6::uuid IS NULL OR id = $6)
+    AND ($7::timestamptz IS NULL OR (finished_at, id) < ($7, $8::uuid))
+ORDER BY finished_at DESC, id DESC LIMIT $9
+
 -- name: create_key
 -- A key with its first secret. Changes nothing if the id is taken, see `submit`.
 WITH made AS (
@@ -314,3 +337,8 @@ WHERE secret.hash = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires
 -- The same by its id.
 SELECT secret.id, key_id, scopes, token_key FROM api_key_secrets AS secret JOIN api_keys ON api_keys.id = key_id
 WHERE secret.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+
+-- name: open_secret
+-- The key that an open service signs with; the first call makes it.
+WITH made AS (INSERT INTO open_token_key DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING token_key)
+SELECT token_key FROM made UNION ALL SELECT token_key FROM open_token_key LIMIT 1

@@ -41,7 +41,7 @@ def find_people(cells: Array, scale: float) -> Floats:
     """
     values = cells[0]  # (8400, 85)
     scores = values[:, 4] * values[:, 5 + PERSON]
-    sure = np.flatnonzero(scores > MIN_SCORE)
+    sure = np.flatnonzero(scores.astype(np.float64) > MIN_SCORE)  # 0.3 itself is a float64 there too
     corner, stride = _grid()
     with np.errstate(over="ignore", invalid="ignore"):
         centre = (values[sure, 0:2] + corner[sure]) * stride[sure]

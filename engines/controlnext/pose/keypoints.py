@@ -18,8 +18,11 @@ POINTS = 133
 
 BINS_PER_PIXEL = 2
 _PADDING = 1.25
-MEAN = np.array((123.675, 116.28, 103.53), np.float32)
-STD = np.array((58.395, 57.12, 57.375), np.float32)
+_ASPECT = WIDTH / HEIGHT
+_CROP_CORNERS = np.array(((WIDTH / 2, HEIGHT / 2), (WIDTH / 2, HEIGHT / 2 - WIDTH / 2), (0, HEIGHT / 2 - WIDTH / 2)), np.float32)
+"""The crop's middle, the point half its width above, and the one beside that at the left edge: three points fix the mapping."""
+MEAN = np.array((123.675, 116.28, 103.53))
+STD = np.array((58.395, 57.12, 57.375))
 _FACE, _LEFT, _RIGHT = slice(23, 91), slice(91, 112), slice(112, 133)
 
 _COCO_LEFT_SHOULDER, _COCO_RIGHT_SHOULDER = 5, 6
@@ -29,7 +32,11 @@ _TO_OPENPOSE = (0, _NECK, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a frame that the net gets: centre and size, in pixels of the frame; its aspect is 288:384."""
+    """The part of a frame that the net gets: centre and size, in pixels of the frame; its aspect is 288:384.
+
+    Each formula rounds as the published one does, operation by operation: the drawing truncates coordinates, so a last bit can
+    move a point by a canvas pixel.
+    """
 
     centre: tuple[float, float]
     size: tuple[float, float]
@@ -39,14 +46,16 @@ class Crop:
         """A quarter larger than `box` (left, top, right, bottom), and then made wider or higher to match the net's aspect."""
         left, top, right, bottom = box.tolist()
         width, height = max(right - left, 1.0) * _PADDING, max(bottom - top, 1.0) * _PADDING
-        width = max(width, height * WIDTH / HEIGHT)
-        return cls(((left + right) / 2, (top + bottom) / 2), (width, width * HEIGHT / WIDTH))
+        size = (width, width / _ASPECT) if width > height * _ASPECT else (height * _ASPECT, height)
+        return cls(((left + right) / 2, (top + bottom) / 2), size)
 
     def cut(self, frame: NDArray[np.uint8]) -> Array:
         """(1, 3, 384, 288), normalised by ImageNet's mean and deviation; black outside the frame."""
-        scale = WIDTH / self.size[0]
-        (x, y), half = self.centre, (WIDTH / 2, HEIGHT / 2)
-        to_crop = np.array([[scale, 0.0, half[0] - scale * x], [0.0, scale, half[1] - scale * y]])
+        (x, y), reach = self.centre, self.size[0] / 2
+        centre, above = np.array(((x, y), (x, y - reach)), np.float32)
+        beside = above - (centre[1] - above[1], 0)
+        corners = np.array((centre, above, beside), np.float32)
+        to_crop = cv2.getAffineTransform(corners, _CROP_CORNERS)
         pixels = cv2.warpAffine(frame, to_crop, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
         return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)[None], np.float32)
 

@@ -2,15 +2,14 @@ import asyncio
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
 from deployments.cli.job_commands import age
-from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
-from tests.conftest import embedded
+from tests.conftest import TEMPLATE, drop, execute, of_database
 from tests.deployments.cli.test_main import config, run
 
 ANIMATEDIFF, CONTROLNEXT = "fal-ai/animatediff-sparsectrl-lcm", "fal-ai/controlnext"
@@ -34,11 +33,13 @@ async def filled(url: str) -> dict[str, UUID]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, UUID], list[object]]]:
+def service(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, UUID], list[object]]]:
     """A service's jobs, and the command-line options that select the service."""
-    with embedded() as settings:
-        ids = asyncio.run(filled(database_url(settings)))
-        yield ids, ["--config", config(tmp_path_factory.mktemp("service"), home=str(settings.home))]
+    name = f"timelines_{uuid4().hex}"
+    asyncio.run(execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    url = of_database(postgres, name)
+    yield asyncio.run(filled(url)), ["--config", config(tmp_path_factory.mktemp("service"), database=url)]
+    asyncio.run(drop(postgres, name))
 
 
 def test_a_timeline_has_every_state_with_its_attempt_and_reason(service: tuple[dict[str, UUID], list[object]]):

@@ -19,7 +19,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from deployments.webhooks.outbox import Outbox
-from tests.conftest import embedded, execute, of_database
+from tests.conftest import execute, of_database
 from tests.engines.animatediff.media import png, scribble
 
 runner = CliRunner()
@@ -124,29 +124,36 @@ def test_an_open_gateway_is_not_started_on_the_network(tmp_path: Path):
     assert refused.stderr.startswith("auth: open serves everybody who can connect, and 0.0.0.0 is more than loopback.")
 
 
-def test_keys_are_made_listed_and_revoked_and_the_database_is_left_as_it_was(tmp_path: Path):
-    with embedded() as settings:
-        options = ("--config", config(tmp_path, home=str(settings.home)))
-        secret = run("keys", "create", "studio", "--max-running", 37, *options).stdout.strip()
-        key_id, _, _ = secret.partition(":")
-        listed = run("keys", "list", *options).stdout
-        assert key_id in listed
-        assert "studio" in listed
-        assert secret not in listed
-        assert "37" in listed.replace(key_id, "")
-        assert "submit, read" in listed
-        assert run("keys", "create", "dashboard", "--scope", "admin", *options).exit_code == 0
-        assert "admin" in run("keys", "list", *options).stdout
-        assert run("keys", "create", "x", "--scope", "write", *options).exit_code == 2
-        rotated = run("keys", "rotate", key_id, "--overlap-hours", 1, *options).stdout.strip()
-        assert rotated.startswith(f"{key_id}:")
-        assert rotated != secret
-        assert run("keys", "revoke", key_id, *options).exit_code == 0
-        assert run("keys", "revoke", key_id, *options).exit_code == 0, "it is revoked"
-        unknown = run("keys", "revoke", "nobody", *options)
-        assert (unknown.exit_code, unknown.stderr) == (1, "there is no key nobody\n")
-        assert run("keys", "rotate", key_id, *options).exit_code == 1
-        assert not (settings.home / "postgres" / "data" / "postmaster.pid").exists()
+def test_a_command_leaves_the_embedded_database_as_it_was(tmp_path: Path, home: Settings):
+    options = ("--config", config(tmp_path, home=str(home.home)))
+    assert run("keys", "create", "studio", *options).exit_code == 0
+    assert not (home.home / "postgres" / "data" / "postmaster.pid").exists()
+    with database_for_command(home):
+        assert "studio" in run("keys", "list", *options).stdout
+        assert (home.home / "postgres" / "data" / "postmaster.pid").exists()
+
+
+def test_keys_are_made_listed_rotated_and_revoked(tmp_path: Path, database: str):
+    options = ("--config", config(tmp_path, database=database))
+    secret = run("keys", "create", "studio", "--max-running", 37, *options).stdout.strip()
+    key_id, _, _ = secret.partition(":")
+    listed = run("keys", "list", *options).stdout
+    assert key_id in listed
+    assert "studio" in listed
+    assert secret not in listed
+    assert "37" in listed.replace(key_id, "")
+    assert "submit, read" in listed
+    assert run("keys", "create", "dashboard", "--scope", "admin", *options).exit_code == 0
+    assert "admin" in run("keys", "list", *options).stdout
+    assert run("keys", "create", "x", "--scope", "write", *options).exit_code == 2
+    rotated = run("keys", "rotate", key_id, "--overlap-hours", 1, *options).stdout.strip()
+    assert rotated.startswith(f"{key_id}:")
+    assert rotated != secret
+    assert run("keys", "revoke", key_id, *options).exit_code == 0
+    assert run("keys", "revoke", key_id, *options).exit_code == 0, "it is revoked"
+    unknown = run("keys", "revoke", "nobody", *options)
+    assert (unknown.exit_code, unknown.stderr) == (1, "there is no key nobody\n")
+    assert run("keys", "rotate", key_id, *options).exit_code == 1
 
 
 def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, embedded_server: str, monkeypatch: pytest.MonkeyPatch):
@@ -158,31 +165,28 @@ def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, embedded_ser
         assert "Traceback" not in told.output
 
 
-def test_migrating_is_a_command_of_its_own(tmp_path: Path):
-    with embedded() as settings:
-        options = ("--config", config(tmp_path, home=str(settings.home)))
-        assert run("database", "migrate", *options).stdout == "the schema is up to date\n"
-        with database_for_command(settings) as url:
-            asyncio.run(execute(url, "INSERT INTO schema_migrations (name) VALUES ('9999_newer.sql')"))
-        for words in (("database", "migrate"), ("keys", "list")):
-            refused = run(*words, *options)
-            assert refused.exit_code == 1
-            assert refused.stderr.startswith("the database cannot be used: the database belongs to a newer Reelray")
+def test_migrating_is_a_command_of_its_own(tmp_path: Path, database: str):
+    options = ("--config", config(tmp_path, database=database))
+    assert run("database", "migrate", *options).stdout == "the schema is up to date\n"
+    asyncio.run(execute(database, "INSERT INTO schema_migrations (name) VALUES ('9999_newer.sql')"))
+    for words in (("database", "migrate"), ("keys", "list")):
+        refused = run(*words, *options)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith("the database cannot be used: the database belongs to a newer Reelray")
 
 
-def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path):
-    with embedded() as settings:
-        options = ("--config", config(tmp_path, home=str(settings.home)))
-        assert run("queue", "status", "controlnext", *options).stdout == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
-        paused = run("queue", "pause", "controlnext", "--drain", *options).stdout
-        assert paused.startswith("fal-ai/controlnext: paused since 20")
-        assert run("queue", "status", "controlnext", *options).stdout == paused
-        for _ in range(2):
-            resumed = run("queue", "resume", "controlnext", *options).stdout
-            assert resumed == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
+def test_an_endpoint_is_paused_drained_and_resumed(tmp_path: Path, database: str):
+    options = ("--config", config(tmp_path, database=database))
+    assert run("queue", "status", "controlnext", *options).stdout == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
+    paused = run("queue", "pause", "controlnext", "--drain", *options).stdout
+    assert paused.startswith("fal-ai/controlnext: paused since 20")
+    assert run("queue", "status", "controlnext", *options).stdout == paused
+    for _ in range(2):
+        resumed = run("queue", "resume", "controlnext", *options).stdout
+        assert resumed == "fal-ai/controlnext: open, 0 waiting, 0 running\n"
 
 
-def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path):
+def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path, database: str):
     async def ended(url: str) -> UUID:
         store = await JobStore.open(url)
         job = await store.submit(NewJob("e", {}, webhook_url="http://h.example/hook"))
@@ -192,20 +196,18 @@ def test_a_webhook_is_shown_and_queued_again_and_its_key_rotated(tmp_path: Path)
         await store.close()
         return job.id
 
-    with embedded() as settings:
-        options = ("--config", config(tmp_path, home=str(settings.home)))
-        with database_for_command(settings) as url:
-            job_id = asyncio.run(ended(url))
-        shown = run("webhooks", "show", job_id, *options).stdout
-        assert "failed: http://h.example/hook" in shown
-        assert "The receiver answered 500." in shown
-        assert run("webhooks", "redeliver", job_id, *options).exit_code == 0
-        assert "pending: http://h.example/hook" in run("webhooks", "show", job_id, *options).stdout
-        unknown = run("webhooks", "redeliver", UUID(int=0), *options)
-        assert (unknown.exit_code, unknown.stderr) == (1, f"there is no webhook of {UUID(int=0)}\n")
-        assert "is not a request's id" in run("webhooks", "redeliver", "x", *options).stderr
-        kid = run("webhooks", "rotate-key", "--overlap-hours", "0", *options).stdout.strip()
-        assert len(kid) == 16
+    options = ("--config", config(tmp_path, database=database))
+    job_id = asyncio.run(ended(database))
+    shown = run("webhooks", "show", job_id, *options).stdout
+    assert "failed: http://h.example/hook" in shown
+    assert "The receiver answered 500." in shown
+    assert run("webhooks", "redeliver", job_id, *options).exit_code == 0
+    assert "pending: http://h.example/hook" in run("webhooks", "show", job_id, *options).stdout
+    unknown = run("webhooks", "redeliver", UUID(int=0), *options)
+    assert (unknown.exit_code, unknown.stderr) == (1, f"there is no webhook of {UUID(int=0)}\n")
+    assert "is not a request's id" in run("webhooks", "redeliver", "x", *options).stderr
+    kid = run("webhooks", "rotate-key", "--overlap-hours", "0", *options).stdout.strip()
+    assert len(kid) == 16
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "gateway", "render", "submit", "status", "result", "cancel"])

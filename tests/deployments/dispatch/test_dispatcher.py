@@ -10,13 +10,15 @@ import pytest
 
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
+from deployments.jobs import retry
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Job, JobState, NewJob
 from deployments.jobs.store import JobStore
 from deployments.settings import QueueSettings, RetentionSettings, Settings
+from deployments.stages.isolation import Isolation
 from deployments.stages.progress import StageProgress
-from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages
-from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed
+from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
+from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled
 from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever
@@ -90,6 +92,16 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     assert [line.progress and line.progress["step"]["done"] for line in lines] == [None, 0, 1, 2, 3, 4]
 
 
+async def test_a_job_of_another_version_is_told_what_of_its_input_is_ignored(store: JobStore, files: FileStore):
+    async with dispatching(store, files, ScriptedStages(nothing)):
+        job_id = (await store.submit(NewJob(ENDPOINT, INPUT | {"a_later_field": 1}, input_version=7))).id
+        await ended(store, job_id)
+    (first, *_) = await store.logs(job_id)
+    assert first.level == "WARN"
+    assert first.message.startswith("accepted under version 7 of the inputs; ")
+    assert first.message.endswith("ignores a_later_field")
+
+
 async def test_a_cancelled_job_frees_the_stage(store: JobStore, files: FileStore, local_stages: LocalStages):
     calls: list[int] = []
 
@@ -152,7 +164,7 @@ async def test_an_input_that_kills_its_replica_gets_three_of_them(store: JobStor
         raise RunnerDisconnected
 
     class Unreachable(ScriptedStages):
-        async def preprocess(self, job_input: dict[str, Any], on_note: OnNote) -> Done[Any]:
+        async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
             if self.preprocessed < 2:  # nobody has begun to work on the job
                 self.preprocessed += 1
                 raise RunnerDisconnected
@@ -167,6 +179,39 @@ async def test_an_input_that_kills_its_replica_gets_three_of_them(store: JobStor
             await asyncio.sleep(0.05)
     assert job.failure is not None
     assert (job.attempt, stages.calls, job.failure.error_type) == (5, 3, "runner_disconnected")
+
+
+async def test_jobs_that_were_lost_beside_one_that_kills_its_replica_are_then_tried_alone(
+    store: JobStore, files: FileStore, monkeypatch: pytest.MonkeyPatch
+):
+    class OneProcess(ScriptedStages):
+        """All calls that work while the poison kills their process are lost with it."""
+
+        def __init__(self) -> None:
+            super().__init__(nothing)
+            self.isolation, self.killed, self.kills = Isolation(), asyncio.Event(), 0
+
+        async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
+            async with self.isolation.turn(alone):
+                await on_note(Started())
+                killed = self.killed
+                if job_input["prompt"] == "poison":
+                    await asyncio.sleep(0.05)  # the others have begun
+                    self.killed, self.kills = asyncio.Event(), self.kills + 1
+                    killed.set()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(killed.wait(), 0.15)
+                    raise RunnerDisconnected
+                return Done(job_input, 0.1)
+
+    monkeypatch.setattr(retry, "JITTER", 0.0)
+    monkeypatch.setattr(retry, "wait_s", lambda *_: 0.0)  # else they would come back one after another
+    queue = QUICK.model_copy(update={"max_in_flight": 4})
+    async with dispatching(store, files, stages := OneProcess(), queue):
+        ids = [(await store.submit(NewJob(ENDPOINT, INPUT | {"prompt": prompt}))).id for prompt in ("poison", *"abc")]
+        poison, *others = [await ended(store, job_id) for job_id in ids]
+    assert (poison.state, poison.attempt, stages.kills) == (JobState.FAILED, 3, 3)
+    assert [(job.state, job.attempt) for job in others] == [(JobState.SUCCEEDED, 2)] * 3
 
 
 async def test_a_runner_that_always_dies_fails_the_job_in_the_end(store: JobStore, files: FileStore):
@@ -341,6 +386,26 @@ async def test_a_job_whose_caller_wants_no_retry_ends_with_its_first_error(store
         job = await ended(store, (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=1))).id)
     assert job.failure is not None
     assert (job.attempt, job.failure.status, job.failure.body["detail"]) == (1, 500, "A file could not be stored.")
+
+
+async def test_each_condition_of_a_retry_config_has_its_own_budget(store: JobStore, files: FileStore):
+    """Three replicas die, of which the caller allows two; the stalled one in between has a budget of its own."""
+    errors = iter([RunnerDisconnected(), RunnerStalled(), RunnerDisconnected(), RunnerDisconnected()])
+
+    async def fail(_: dict[str, Any]) -> None:
+        raise next(errors)
+
+    stages = ScriptedStages(fail)
+    new = NewJob(endpoint=ENDPOINT, input=INPUT, retries={"server_error": 2, "timeout": 1})
+    async with dispatching(store, files, stages):
+        job_id = (await store.submit(new)).id
+        async with asyncio.timeout(20):
+            while (job := await store.get(job_id)) and not job.state.ended:
+                await store.database.fetch("UPDATE jobs SET not_before = now() WHERE not_before IS NOT NULL")
+                await asyncio.sleep(0.05)
+    assert job is not None
+    assert job.failure is not None
+    assert (job.attempt, job.failure.error_type, stages.calls) == (4, "runner_disconnected", 4)
 
 
 def _unreachable(*_: object) -> NoReturn:

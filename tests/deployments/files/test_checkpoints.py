@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,29 @@ def reached(step: int) -> Checkpoint:
 
 
 class Stage:
-    """before: called before each step with the number of steps done. began_at: the step at which each call began."""
+    """before: called before each step with the number of steps done. began_at: the step at which each call began.
+
+    runs: what really runs the steps.
+    """
 
     engines: tuple[str, ...] = ()
 
-    def __init__(self, before: Callable[[int], None] = lambda _: None):
+    def __init__(self, before: Callable[[int], None] = lambda _: None, runs: str = "eager"):
         self.before = before
+        self.runs = runs
         self.began_at: list[int] = []
 
     def sample(self, conditioning: Any, *, resume: Any, on_step: Any, on_progress: Any, should_stop: Any) -> Latents:
         start = resume.step if resume else 0
         self.began_at.append(start)
+        ran = "+".join(sorted({self.runs} | set(resume.engine.split("+") if resume else ())))  # as `run_steps`
         for done in range(start, STEPS):
             self.before(done)
             if should_stop():
                 raise Cancelled
-            on_step(reached(done + 1))
+            on_step(replace(reached(done + 1), engine=ran))
             on_progress(Progress("step", done + 1, STEPS))
-        return Latents(torch.full((1, 4, 2, 2, 2), 99.0), conditioning.seed)
+        return Latents(torch.full((1, 4, 2, 2, 2), 99.0), conditioning.seed, engine=ran)
 
 
 @pytest.fixture
@@ -280,6 +286,22 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
     assert isinstance(done.product, Latents)
     warned = [record for record in caplog.records if record.getMessage() == "checkpoint not used"]
     assert len(warned) == (found not in (None, "latents"))
+
+
+@pytest.mark.parametrize(("before", "after"), [("inductor", "eager"), ("eager+inductor", "inductor"), ("inductor", "inductor")])
+async def test_a_resume_by_another_engine_than_the_one_that_ran_the_steps_is_said(
+    replica: Callable[..., Denoise], caplog: pytest.LogCaptureFixture, before: str, after: str
+):
+    """Both replicas have the same engines, but calls of one fell back to the modules."""
+    await interrupt(replica(Stage(slowly, before)), f"step 3/{STEPS}")
+    stage = Stage(runs=after)
+    *told, done = await listen(replica(stage), AGAIN)
+    assert stage.began_at[0] >= 3, "the work is not lost"
+    said = [item.message for item in told if isinstance(item, Note) and item.level == "WARN"]
+    mixed = before != after
+    assert done.product.engine == ("eager+inductor" if mixed else "inductor")
+    assert said == mixed * ["steps were run by eager and inductor: the same request may give other bits another time"]
+    assert [record.getMessage() for record in caplog.records] == said
 
 
 @pytest.mark.parametrize("refuses", ["put_checkpoint", "get_checkpoint"])

@@ -106,12 +106,12 @@ async def test_no_other_name_is_looked_up(files: FileStore, name: str) -> None:
 async def test_an_input_is_kept_but_never_served(files: FileStore, tmp_path: Path) -> None:
     name = files.new_input()
     await files.put_input(name, b"a picture")
-    await files.copy_input(name, tmp_path / "copy")
+    await files.copy(name, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"a picture"
     assert await files.size(name) is None
     await files.delete(name)
     with pytest.raises(StorageFailed):
-        await files.copy_input(name, tmp_path / "copy")
+        await files.copy(name, tmp_path / "copy")
 
 
 async def test_an_unknown_name_has_no_size(files: FileStore) -> None:
@@ -200,7 +200,7 @@ def full(self: Path, target: Path) -> Path:
 async def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rename", full)
     files = FileStore(str(tmp_path))
-    assert isinstance(files._fs, LocalFileSystem)
+    assert isinstance(files.fs, LocalFileSystem)
     with pytest.raises(StorageFailed):
         await files.put("video.mp4", b"x", "video/mp4")
     assert files_in(tmp_path) == []

@@ -10,39 +10,37 @@ import psutil
 import yaml
 
 from deployments.cli.client import QueueClient
-from tests.conftest import embedded
+from deployments.settings import Settings
 from tests.e2e.service import REELRAY, free_port
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 
 
 @contextmanager
-def gateways() -> Iterator[tuple[int, Callable[[], subprocess.Popen[bytes]]]]:
+def gateways(settings: Settings) -> Iterator[tuple[int, Callable[[], subprocess.Popen[bytes]]]]:
     """A port, and a function that starts a gateway with two workers on it. All its gateways are stopped afterwards."""
     started: list[subprocess.Popen[bytes]] = []
-    with embedded() as settings:
-        settings.home.mkdir(parents=True)
-        config = settings.home / "serve_config.yaml"
-        config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(settings.home)}}]}))
-        port = free_port()
-        command = [REELRAY, "gateway", "--config", config, "--port", str(port), "--workers", "2"]
+    config = settings.home / "serve_config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(settings.home)}}]}))
+    port = free_port()
+    command = [REELRAY, "gateway", "--config", config, "--port", str(port), "--workers", "2"]
 
-        def start() -> subprocess.Popen[bytes]:
-            env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-            started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env, start_new_session=True))
-            return started[-1]
+    def start() -> subprocess.Popen[bytes]:
+        env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env, start_new_session=True))
+        return started[-1]
 
-        try:
-            yield port, start
-        finally:
-            for gateway in started:
-                with suppress(ProcessLookupError):
-                    os.killpg(gateway.pid, signal.SIGKILL)
-                gateway.wait(15)
+    try:
+        yield port, start
+    finally:
+        for gateway in started:
+            with suppress(ProcessLookupError):
+                os.killpg(gateway.pid, signal.SIGKILL)
+            gateway.wait(15)
 
 
-def test_the_gateway_accepts_and_answers_while_nothing_else_runs():
-    with gateways() as (port, start), QueueClient(f"http://127.0.0.1:{port}") as client:
+def test_the_gateway_accepts_and_answers_while_nothing_else_runs(home: Settings):
+    with gateways(home) as (port, start), QueueClient(f"http://127.0.0.1:{port}") as client:
         gateway = start()
         wait_until_healthy(port)
         ids = [client.submit(ENDPOINT, {"prompt": "a red ball"}) for _ in range(4)]
@@ -53,8 +51,8 @@ def test_the_gateway_accepts_and_answers_while_nothing_else_runs():
         assert gateway.wait(15) in (0, -15)
 
 
-def test_a_gateway_that_was_killed_can_be_started_again():
-    with gateways() as (port, start):
+def test_a_gateway_that_was_killed_can_be_started_again(home: Settings):
+    with gateways(home) as (port, start):
         killed = start()
         wait_until_healthy(port)
         workers = psutil.Process(killed.pid).children()

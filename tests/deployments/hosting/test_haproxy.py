@@ -11,6 +11,7 @@ import pytest
 from deployments.hosting import haproxy, haproxy_launch
 from deployments.hosting.haproxy import BINARY, FALLBACK_PORT, PORTS, SWITCH, fronted
 from deployments.hosting.haproxy_launch import mended
+from deployments.hosting.tls import write_certificate
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
     stand_in.chmod(0o700)
     config.write_text("defaults\n")
     code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    launch = [sys.executable, "-IS", haproxy_launch.__file__, stand_in, "-db", "-f", config]
+    launch = [sys.executable, "-IS", haproxy_launch.__file__, "", stand_in, "-db", "-f", config]
     with subprocess.Popen([sys.executable, "-c", code, *launch], stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None
         process = psutil.Process(int(starter.stdout.readline()))
@@ -82,19 +83,37 @@ def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
         process.wait(10)
 
 
-def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path):
-    """The configuration lines are those that Ray Serve 2.60 writes."""
+@pytest.mark.parametrize(
+    ("host", "replica"), [("*", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("127.0.0.2", "127.0.0.2")]
+)
+def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path, host: str, replica: str):
+    """The configuration lines are those that Ray Serve 2.60 writes. Its replicas listen where the service does."""
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "defaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n"
         "frontend prometheus\n    bind :9101\n"
-        "frontend http_frontend\n    bind *:8000\n    default_backend default_backend\n"
+        f"frontend http_frontend\n    bind {host}:8000\n    default_backend default_backend\n"
+        "backend http-reelray\n    server near 127.0.0.1:30001 check\n    server far 10.0.0.7:30001 check\n"
+        "    server SERVE_PROXY_ACTOR 127.0.0.1:8500 check backup\n"
         "backend default_backend\n    http-request return status 404 content-type text/plain string nope\n"
         "listen stats\n  bind *:8404\n  stats enable\n"
     )
-    config.write_text(mended(config.read_text()))
+    tls = write_certificate(tmp_path)
+    pem = tmp_path / "both.pem"
+    pem.write_bytes(tls.chain.read_bytes() + tls.key.read_bytes())
+    config.write_text(mended(config.read_text(), str(pem)))
     lines = [line.strip() for line in config.read_text().splitlines()]
-    assert [line for line in lines if line.startswith("bind")] == ["bind 127.0.0.1:9101", "bind *:8000", "bind 127.0.0.1:8404"]
+    assert [line for line in lines if line.startswith("bind")] == [
+        "bind 127.0.0.1:9101",
+        f"bind {host}:8000 ssl crt {pem} alpn http/1.1",
+        "bind 127.0.0.1:8404",
+    ]
+    assert [line.split()[2] for line in lines if line.startswith("server")] == [
+        f"{replica}:30001",
+        "10.0.0.7:30001",
+        f"{replica}:8500",
+    ]
+    assert "http-request set-header X-Forwarded-Proto https" in lines
     assert "404" not in " ".join(line for line in lines if "8404" not in line)
     with fronted():
         checked = subprocess.run([os.environ[BINARY], "-c", "-f", config], capture_output=True, text=True, check=False)

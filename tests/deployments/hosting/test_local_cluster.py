@@ -2,7 +2,10 @@ import http.server
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from deployments.cli.client import QueueClient
 from deployments.hosting import local_cluster
 from deployments.hosting.local_cluster import ServiceFailed, address_of, running
 from deployments.settings import Exposed, Settings
+from tests.e2e.service import free_port
 
 
 def test_an_open_service_is_not_started_on_the_network():
@@ -84,6 +88,45 @@ def test_a_service_that_is_ended_while_it_waits_leaves_nothing_even_if_serve_doe
     assert not postgres.exists()
     assert psutil.Process().children() == children
     assert not any(name.startswith("RAY_SERVE_HAPROXY") for name in os.environ)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_of_a_service_that_is_ended_while_it_starts_nothing_stays(number: int, home: Settings):
+    """Its processes are known by a variable that all of them inherit."""
+    home.home.mkdir()
+    document = yaml.safe_load(Path("serve_config.yaml").read_text())
+    document["applications"][0]["args"]["home"] = str(home.home)
+    config, mark = home.home / "serve_config.yaml", {"REELRAY_TEST": home.home.name}
+    config.write_text(yaml.safe_dump(document))
+    postgres = home.home / "postgres" / "data" / "postmaster.pid"
+
+    def left() -> list[psutil.Process]:
+        return [each for each in psutil.process_iter() if each.pid != os.getpid() and mark.items() <= environment(each).items()]
+
+    with (home.home / "serve.log").open("wb") as log:
+        command = [Path(sys.executable).with_name("reelray"), "serve", "--config", config, "--port", str(free_port())]
+        service = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | mark, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not postgres.exists():
+        assert service.poll() is None, (home.home / "serve.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # Ray begins to start
+    service.send_signal(number)
+    service.wait(60)
+    deadline = time.monotonic() + 30
+    while remaining := left():
+        assert time.monotonic() < deadline, [each.cmdline() for each in remaining]
+        time.sleep(0.2)
+    assert not postgres.exists()
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # it has just ended
+        return {}
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):

@@ -1,10 +1,12 @@
 import asyncio
+import email.policy as policy
 import json
 import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from email.parser import BytesParser
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fastapi import FastAPI
 from deployments.files.file_store import FileStore
 from deployments.ingress import queue_routes, service_routes
 from deployments.ingress.app import create_app
+from deployments.ingress.target_routing import TargetRouting
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.keys import Scope
@@ -144,7 +147,17 @@ async def test_what_the_caller_left_open_is_drawn_once(client: httpx.AsyncClient
         ({"X-Fal-Store-IO": "0"}, {}, {"store_io": False}),
         ({"X-Fal-Store-IO": "1"}, {}, {"store_io": True}),
         ({"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds":3600}'}, {}, {"files_s": 3600.0}),
-        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'}, {}, {"files_s": None}),
+        (
+            {"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"forbid"}}'},
+            {},
+            {"files_s": None, "files_access": {"default": "forbid", "rules": []}},
+        ),
+        (
+            {"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"rules":[{"user":"a","decision":"hide"}]}}'},
+            {},
+            {"files_access": {"default": "allow", "rules": [{"user": "a", "decision": "hide"}]}},
+        ),
+        ({"X-Fal-Object-Lifecycle-Preference": '{"initial_acl":{"default":"allow"}}'}, {}, {"files_access": None}),
     ],
 )
 async def test_submit_options(
@@ -219,6 +232,25 @@ async def test_unknown_fields_are_named_in_the_answer_and_in_the_log(client: htt
     assert (line["level"], line["seq"]) == ("WARN", 1)
     assert line["message"].endswith("duration, größe")
     assert "x-reelray-ignored-fields" not in (await client.post(SUBMIT, json=INPUT)).headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "ignored"),
+    [
+        ({"x-fal-queue-priority": "normal", "x-fal-no-retry": "1", "x-fal-store-io": "0"}, None),
+        ({"x-fal-runner-hint": "lora:a", "x-app-fal-disable-fallback": "1"}, "x-app-fal-disable-fallback, x-fal-runner-hint"),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 0}}'}, None),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 0}, "weather": {"retries": 1}}'}, "x-fal-retry-config%3A%20weather"),
+        ({"x-fal-retry-config": '{"server_error": 3}'}, "x-fal-retry-config%3A%20server_error"),
+        ({"x-fal-retry-config": "[[["}, "x-fal-retry-config"),
+        ({"x-fal-retry-config": '{"timeout": {"retries": 3}}', "x-fal-no-retry": "true"}, "x-fal-retry-config"),
+    ],
+)
+async def test_headers_without_effect_are_named_in_the_answer(
+    headers: dict[str, str], ignored: str | None, client: httpx.AsyncClient
+) -> None:
+    answer = await client.post(SUBMIT, json=INPUT, headers=headers)
+    assert (answer.status_code, answer.headers.get("x-reelray-ignored-headers")) == (200, ignored)
 
 
 async def test_unknown_fields_are_refused_where_the_operator_says_so(settings: Settings) -> None:
@@ -543,10 +575,38 @@ async def test_proxy_refuses_every_other_target(target: str | None, alone: httpx
     assert UUID(response.headers["x-fal-request-id"])
 
 
-@pytest.mark.parametrize("target", ["https://fal.run/" + ENDPOINT, "https://rest.fal.ai/storage/upload/initiate"])
+@pytest.mark.parametrize("target", ["https://fal.run/fal-ai/no-such-model", "https://rest.fal.ai/no/such/path"])
 async def test_parts_that_are_not_served_are_not_found(target: str, alone: httpx.AsyncClient) -> None:
     response = await alone.post("/api/fal/proxy", json=INPUT, headers={"x-fal-target-url": target})
     assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "prefixed"),
+    [
+        ("fal.run", f"/{ENDPOINT}", f"/run/{ENDPOINT}"),
+        ("falrun.com", f"/{ENDPOINT}/stream", f"/run/{ENDPOINT}/stream"),
+        ("queue.fal.run", f"/{ENDPOINT}", f"/queue/{ENDPOINT}"),
+        ("queue.falrun.com:443", f"/{ENDPOINT}", f"/queue/{ENDPOINT}"),
+        ("rest.fal.ai", "/tokens/", "/rest/tokens/"),
+        ("rest.alpha.fal.ai", "/tokens/realtime", "/rest/tokens/realtime"),
+        ("v3.fal.media", "/files/upload", "/cdn/files/upload"),
+        ("v3.fal.media", "/files/upload/multipart", "/cdn/files/upload/multipart"),
+        ("v3.fal.media", "/files/abc/video.mp4", "/files/abc/video.mp4"),
+        ("127.0.0.1:8000", f"/run/{ENDPOINT}", f"/run/{ENDPOINT}"),
+        ("fal.run.evil.example", f"/{ENDPOINT}", f"/{ENDPOINT}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_each_of_fals_hosts_is_a_prefix(host: str, path: str, prefixed: str, kind: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+
+    scope = {"type": kind, "path": path, "headers": [(b"host", host.encode())]}
+    await TargetRouting(app)(scope, None, None)  # type: ignore[arg-type]
+    assert seen == [prefixed]
 
 
 @pytest.mark.parametrize("authority", ["queue.fal.run", "queue.fal.run:8443", "Queue.Fal.Run"])
@@ -780,7 +840,8 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     assert UUID(preflight.headers["x-fal-request-id"])
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
-    exposed |= {"x-reelray-ignored-fields", "content-range"}
+    exposed |= {"x-fal-runner-hints", "x-fal-billable-units", "x-reelray-ignored-fields", "x-reelray-ignored-headers"}
+    exposed |= {"content-range", "content-disposition", "etag"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 
@@ -806,6 +867,13 @@ async def test_with_keys_pages_read_from_any_origin_or_from_those_allowed(
 async def test_an_open_service_answers_to_its_own_names_only(method: str, host: str, alone: httpx.AsyncClient) -> None:
     for path in ("/webhooks/deliveries", "/health", "/openapi.json"):
         assert (await alone.request(method, path, headers={"host": host})).status_code == 403
+
+
+async def test_a_service_on_the_network_that_was_told_its_name_answers_to_no_other(settings: Settings) -> None:
+    named = settings.model_copy(update={"open_to_network": True, "public_url": "http://door:8000"})
+    async with calling(create_app(named, NOWHERE)) as client:
+        for host, status in {"evil.example": 403, "door": 200, "10.0.0.7:8000": 200}.items():
+            assert (await client.get("/openapi.json", headers={"host": host})).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -842,6 +910,7 @@ async def test_a_strangers_page_submits_nothing_to_an_open_service(client: httpx
         ({"allowed_origins": ("https://studio.example",)}, "https://studio.example", "localhost:8000"),
         ({"open_to_network": True}, "http://door:8000", "door:8000"),
         ({"open_to_network": True}, "https://door", "door"),
+        ({"open_to_network": True, "public_url": "http://door:8000"}, "http://door:8000", "door:8000"),
         ({"auth": "keys"}, "https://studio.example", "door:8000"),  # a page has no key unless it was given one
     ],
 )
@@ -862,7 +931,7 @@ async def test_a_service_open_to_the_network_still_refuses_strangers_pages(setti
 async def test_openapi_describes_the_endpoint(alone: httpx.AsyncClient) -> None:
     document = (await alone.get("/openapi.json")).json()
     schema = document["paths"][SUBMIT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "prompt" in schema["properties"]
+    assert "prompt" in document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
 
 
 # Files
@@ -921,7 +990,11 @@ async def test_what_a_browser_could_run_is_a_download(settings: Settings, alone:
         ("bytes=-0", 416, b"", "bytes */10"),
         ("bytes=5-3", 200, b"0123456789", None),
         ("bytes=-", 200, b"0123456789", None),
-        ("bytes=0-1,4-5", 200, b"0123456789", None),
+        ("bytes=0-1,", 200, b"0123456789", None),
+        ("bytes=0-4,3-5", 200, b"0123456789", None),
+        ("bytes=20-, 4-5", 206, b"45", "bytes 4-5/10"),
+        ("bytes=20-,30-40", 416, b"", "bytes */10"),
+        ("bytes=" + ",".join(f"{i % 10}-{i % 10}" for i in range(40)), 200, b"0123456789", None),
         ("lines=0-1", 200, b"0123456789", None),
         ("bytes=a-b", 200, b"0123456789", None),
     ],
@@ -932,6 +1005,46 @@ async def test_ranges(
     response = await alone.get(video, headers={"range": asked})
     assert (response.status_code, response.content) == (status, content)
     assert response.headers.get("content-range") == content_range
+
+
+async def test_several_ranges_come_in_one_answer(video: str, alone: httpx.AsyncClient) -> None:
+    response = await alone.get(video, headers={"range": "bytes=-2, 0-1,4-4"})
+    assert response.status_code == 206
+    assert response.headers["content-length"] == str(len(response.content))
+    message = BytesParser(policy=policy.HTTP).parsebytes(
+        b"content-type: " + response.headers["content-type"].encode() + b"\r\n\r\n" + response.content
+    )
+    parts = [(part["content-type"], part["content-range"], part.get_payload(decode=True)) for part in message.iter_parts()]
+    assert parts == [
+        ("video/mp4", "bytes 8-9/10", b"89"),
+        ("video/mp4", "bytes 0-1/10", b"01"),
+        ("video/mp4", "bytes 4-4/10", b"4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"if-none-match": "{etag}"}, 304),
+        ({"if-none-match": 'W/{etag}, "other"'}, 304),
+        ({"if-none-match": '"other", {etag}'}, 304),
+        ({"if-none-match": "*"}, 304),
+        ({"if-none-match": '"other"'}, 200),
+        ({"if-none-match": "{etag}x"}, 200),
+        ({"if-match": "{etag}"}, 200),
+        ({"if-match": "*"}, 200),
+        ({"if-match": '"other"'}, 412),
+        ({"if-match": '"other"', "range": "bytes=0-1"}, 412),
+        ({"if-none-match": "{etag}", "range": "bytes=0-1"}, 304),
+        ({"if-range": "{etag}", "range": "bytes=0-1"}, 206),
+        ({"if-range": "W/{etag}", "range": "bytes=0-1"}, 200),
+        ({"if-range": "Wed, 21 Oct 2015 07:28:00 GMT", "range": "bytes=0-1"}, 200),
+    ],
+)
+async def test_conditions(headers: dict[str, str], status: int, video: str, alone: httpx.AsyncClient) -> None:
+    etag = (await alone.head(video)).headers["etag"]
+    answer = await alone.get(video, headers={name: value.replace("{etag}", etag) for name, value in headers.items()})
+    assert answer.status_code == status
 
 
 async def test_a_range_of_another_version_is_not_mixed_in(video: str, alone: httpx.AsyncClient) -> None:

@@ -218,7 +218,7 @@ def test_token_does_not_choose_its_algorithm(alg: str | None):
 
 
 HEADER = {"alg": "HS256", "kid": str(uuid4())}
-CLAIMS = {"sub": "key", "apps": [ALIAS], "exp": 1}
+CLAIMS = {"sub": "key", "use": "app", "apps": [ALIAS], "exp": 1}
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ CLAIMS = {"sub": "key", "apps": [ALIAS], "exp": 1}
         f"{part(HEADER)}.{part([])}.AAAA",
         f"{part(HEADER)}.{part(CLAIMS | {'exp': '1'})}.AAAA",
         f"{part(HEADER)}.{part(CLAIMS | {'exp': None})}.AAAA",
-        f"{part(HEADER)}.{part(CLAIMS | {'apps': ALIAS})}.AAAA",
-        f"{part(HEADER)}.{part(CLAIMS | {'apps': [1]})}.AAAA",
+        f"{part(HEADER)}.{part(CLAIMS | {'use': 'cdn'})}.AAAA",
+        f"{part(HEADER)}.{part(CLAIMS | {'use': None})}.AAAA",
         f"{part(HEADER)}.{base64.urlsafe_b64encode(b'[' * 9000).decode()}.AAAA",
         f"{part(HEADER)}.{part(CLAIMS)}.A",
     ],

@@ -35,16 +35,21 @@ async def sql(database: str) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The first submission is committed, but its answer is lost. The list then holds its SQL statement."""
-    fetchmany, statements = asyncpg.Connection.fetchmany, list[str]()
+    return lose_first_answer(monkeypatch, "fetchmany", "INSERT INTO jobs")
 
-    async def fetch_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
-        rows = await fetchmany(self, query, *args)
-        if "INSERT INTO jobs" in query and not statements:
+
+def lose_first_answer(monkeypatch: pytest.MonkeyPatch, method: str, word: str) -> list[str]:
+    """Loses the answer to the first statement with `word`. The list then holds it. method: of asyncpg's connections."""
+    call, statements = getattr(asyncpg.Connection, method), list[str]()
+
+    async def call_and_lose(self: asyncpg.Connection, query: str, *args: object) -> object:
+        rows = await call(self, query, *args)
+        if word in query and not statements:
             statements.append(query)
             raise asyncpg.ConnectionDoesNotExistError
         return rows
 
-    monkeypatch.setattr(asyncpg.Connection, "fetchmany", fetch_and_lose)
+    monkeypatch.setattr(asyncpg.Connection, method, call_and_lose)
     return statements
 
 

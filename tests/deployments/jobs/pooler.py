@@ -1,11 +1,19 @@
-"""A connection pooler that treats its clients as PgBouncer does, in session or in transaction mode."""
+"""Two connection poolers, in session or in transaction mode: one that treats its clients as PgBouncer does, and PgBouncer itself,
+where it is installed (`apt-get install pgbouncer`)."""
 
 import asyncio
+import os
+import shutil
 import struct
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
+
+from deployments.hosting.embedded_postgres import _service_user
 
 ALLOWED = {b"user", b"database", b"client_encoding"}
 """Startup parameters; PgBouncer refuses all others that it does not keep track of."""
@@ -104,3 +112,41 @@ async def pooling(url: str, *, shared: bool) -> AsyncIterator[str]:
             server.close()
             if pooler.pool is not None:
                 pooler.pool[1].close()
+
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+START_S = 10.0
+
+
+@asynccontextmanager
+async def pgbouncer(url: str, *, shared: bool) -> AsyncIterator[str]:
+    """The same with PgBouncer and its defaults."""
+    parts = urlsplit(url)
+    name, upstream = parts.path.lstrip("/"), parse_qs(parts.query)["host"][0]
+    with TemporaryDirectory(prefix="reelray-") as folder:
+        config = Path(folder) / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\n{name} = host={upstream} port=5432 dbname={name} user=postgres\n"
+            f"[pgbouncer]\npool_mode = {'transaction' if shared else 'session'}\nauth_type = any\n"
+            f"unix_socket_dir = {folder}\nlisten_port = 5432\n"
+        )
+        process = _started(config)
+        try:
+            async with asyncio.timeout(START_S):
+                while not (Path(folder) / ".s.PGSQL.5432").exists():  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            yield parts._replace(query=f"host={quote(folder)}&port=5432").geturl()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _started(config: Path) -> subprocess.Popen[bytes]:
+    """As the server's own user, because it refuses to be root and the server's socket is for that user alone."""
+    assert PGBOUNCER is not None
+    user = _service_user()
+    rights: dict[str, Any] = {}
+    if user is not None:
+        os.chown(config.parent, user.pw_uid, user.pw_gid)
+        rights = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
+    return subprocess.Popen([PGBOUNCER, "-q", config], stderr=subprocess.DEVNULL, **rights)

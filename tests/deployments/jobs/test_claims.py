@@ -12,6 +12,7 @@ from deployments.jobs.claims import LOW_SHARE
 from deployments.jobs.database import QUERIES
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.store import JobStore, _submission
+from tests.deployments.jobs.conftest import lose_first_answer
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -235,16 +236,7 @@ async def test_claim_whose_answer_was_lost_gets_the_same_job_when_it_is_repeated
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = await submitted(store, NEW, 2)
-    fetch, lost = asyncpg.Connection.fetch, list[str]()
-
-    async def lose_once(self: asyncpg.Connection, query: str, *args: object) -> object:
-        rows = await fetch(self, query, *args)
-        if "claim_job" in query and not lost:
-            lost.append(query)
-            raise asyncpg.ConnectionDoesNotExistError
-        return rows
-
-    monkeypatch.setattr(asyncpg.Connection, "fetch", lose_once)
+    lost = lose_first_answer(monkeypatch, "fetch", "claim_job")
     claim = await claimed(store)
     assert lost
     assert (claim.job_id, claim.attempt) == (first, 1)

@@ -1,7 +1,8 @@
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from deployments.jobs.database import SQL, StoreAway, StoreRefused, load_stateme
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from tests.conftest import drop, execute, of_database
-from tests.deployments.jobs.pooler import pooling
+from tests.deployments.jobs.pooler import PGBOUNCER, pgbouncer, pooling
 
 NEW = NewJob("fal-ai/fake", {"prompt": "a cat"})
 CODE = """
@@ -220,7 +221,16 @@ async def test_a_failover_only_delays_a_submission(store: JobStore, database: st
     await store.check()
 
 
-async def test_a_pooler_in_session_mode_works_and_one_in_transaction_mode_says_what_to_do(embedded_server: str) -> None:
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        pooling,
+        pytest.param(pgbouncer, marks=pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer itself was not tried")),
+    ],
+)
+async def test_a_pooler_in_session_mode_works_and_one_in_transaction_mode_says_what_to_do(
+    embedded_server: str, pooling: Callable[..., AbstractAsyncContextManager[str]]
+) -> None:
     await execute(embedded_server, "CREATE DATABASE pooled")
     url = of_database(embedded_server, "pooled")
     async with pooling(url, shared=False) as pooled:

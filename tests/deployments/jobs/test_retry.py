@@ -8,7 +8,15 @@ from deployments.jobs.job import Claim, Job, JobState, NewJob
 from deployments.jobs.retry import POLICIES, next_attempt_in, policy_of, wait_s
 from deployments.jobs.store import JobStore
 from engines import errors
-from engines.errors import FileDownloadError, ReelrayError, RunnerDisconnected, RunnerFailed, RunnerStalled, StorageFailed
+from engines.errors import (
+    FileDownloadError,
+    GenerationTimeout,
+    ReelrayError,
+    RunnerDisconnected,
+    RunnerFailed,
+    RunnerStalled,
+    StorageFailed,
+)
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -40,6 +48,13 @@ def test_the_third_attempt_that_is_lost_in_the_same_stage_is_the_last(kind: type
 @pytest.mark.parametrize("kind", POLICIES)
 def test_a_job_with_one_attempt_is_never_tried_again(kind: type[ReelrayError]) -> None:
     assert waits(kind(), 1) == [None]
+
+
+@pytest.mark.parametrize("kind", [RunnerDisconnected, RunnerStalled, GenerationTimeout])
+def test_a_callers_budget_takes_the_place_of_our_own_limits(kind: type[ReelrayError]) -> None:
+    assert next_attempt_in(kind(), 1, 10, budget=0) is None
+    assert next_attempt_in(kind(), 5, 10, losses=5, budget=1) == 8
+    assert next_attempt_in(kind(), 10, 10, budget=5) is None, "no job is tried more often than the operator allows"
 
 
 def test_waits_differ_by_a_quarter_either_way_and_never_overflow() -> None:
@@ -104,6 +119,15 @@ async def test_new_jobs_do_not_overtake_for_ever_one_that_waits_in_an_empty_queu
     await store.claims.sweep()
     assert (await claimed(store)).job_id == claims[4].job_id
     assert (await read(store, newer[0].id)).position == 0
+
+
+async def test_lost_leases_have_a_budget_of_their_own(store: JobStore, sql: asyncpg.Connection) -> None:
+    job = await store.submit(replace(NEW, retries={"connection_error": 1, "timeout": 3}))
+    for left in (1, 0):
+        assert (await claimed(store)).retries == {"connection_error": left, "timeout": 3}
+        await sql.execute("UPDATE jobs SET lease_until = now() - interval '1 second'")
+        await store.claims.sweep()
+    assert (await read(store, job.id)).state is JobState.FAILED
 
 
 async def test_lost_attempt_of_a_job_that_is_not_to_be_retried_is_its_end(store: JobStore, sql: asyncpg.Connection) -> None:

@@ -1,5 +1,6 @@
 """What generic tools send besides the input: fields that an endpoint does not have, empty ones, texts without end."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.schemas.animatediff import AnimateDiffInput
+from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import MAX_FAULTS, validation_failure
-from deployments.schemas.inputs import MAX_TEXT_CHARS, Parsed
+from deployments.schemas.inputs import INPUT_VERSION, MAX_TEXT_CHARS, Parsed
 
 URL = "https://a.example/x.png"
 
@@ -69,7 +71,17 @@ def test_blanks_do_not_push_a_prompt_out():
 
 
 def test_a_stored_input_of_another_version_is_still_an_input():
-    assert AnimateDiffInput.stored({"prompt": "a", "a_later_field": 1}).prompt == "a"
+    job = {"prompt": "a", "a_later_field": 1}
+    assert AnimateDiffInput.stored(job).prompt == "a"
+    said = f"accepted under version 7 of the inputs; this service has {INPUT_VERSION} and ignores a_later_field"
+    assert AnimateDiffInput.unread(job, 7) == said
+    assert AnimateDiffInput.unread({"prompt": "a"}, 7) is None
+
+
+def test_other_fields_are_another_version():
+    fields = {endpoint.id: sorted(endpoint.input.model_fields) for endpoint in ENDPOINTS.values()}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    assert (INPUT_VERSION, digest[:16]) == (1, "45b5b0da48a6f667"), "increase INPUT_VERSION, then write down the new digest"
 
 
 def test_only_a_stored_input_refers_to_kept_files():

@@ -1,5 +1,6 @@
 import asyncio
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -71,6 +72,40 @@ async def test_a_job_that_waited_while_the_schema_changed_is_not_refused(replica
     assert (specs[0].seed, specs[0].guidance_scale) == (1, 1)
 
 
+async def test_a_job_that_may_kill_the_replica_works_alone_in_it(replica: Callable[[Any], Preprocess], temporary: Path):
+    began: list[int] = []
+    go_on = threading.Semaphore(0)
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            began.append(spec.seed)
+            assert go_on.acquire(timeout=10)
+            return Conditioned()
+
+    one = replica(Stage())
+
+    async def until(*seeds: int) -> None:
+        async with asyncio.timeout(10):
+            while set(began) != set(seeds):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert set(began) == set(seeds)
+
+    calls = [(1, False), (2, False), (3, True), (4, False), (5, False)]
+    async with asyncio.TaskGroup() as group:
+        for seed, alone in calls:
+            group.create_task(listen(one.run({"prompt": "a", "seed": seed}, alone)))
+            await asyncio.sleep(0)
+        await until(1, 2)
+        go_on.release()
+        await until(1, 2)
+        go_on.release()
+        await until(1, 2, 3)
+        go_on.release()
+        await until(1, 2, 3, 4, 5)
+        go_on.release(2)
+
+
 async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any], Preprocess], temporary: Path):
     seen: list[bytes] = []
 
@@ -108,6 +143,27 @@ async def test_a_file_that_the_door_has_stored_is_read_from_there(
     both = {"keyframe_0_image_url": KEPT + name, "keyframe_1_image_url": "data:;base64,aGk=", "keyframe_1_index": 8}
     await listen(replica(Stage()).run(INPUT | both))
     assert seen == [b"stored", b"hi"]
+
+
+async def test_a_file_of_ours_is_read_from_the_store_and_one_whose_time_is_over_is_the_callers_fault(
+    replica: Callable[[Any], Preprocess], tmp_path: Path
+):
+    seen: list[bytes] = []
+
+    class Stage:
+        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+            seen.extend(keyframe.image for keyframe in spec.keyframes)
+            return Conditioned()
+
+    store = FileStore(str(tmp_path / "files"))
+    name = store.new_listed_name("a.png", "image/png")
+    await store.put("a.png", b"uploaded", "image/png", name)
+    await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    assert seen == [b"uploaded"]
+    await store.delete(name)
+    with pytest.raises(FileDownloadError) as raised:
+        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    assert raised.value.loc == ("body", "keyframe_0_image_url")
 
 
 @pytest.mark.parametrize("how", ["cancelled", "closed"])

@@ -13,6 +13,7 @@ CREATE TABLE jobs (
     state text NOT NULL CHECK (state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
     -- json and not jsonb here and below: jsonb refuses \u0000 and lone surrogates, which callers do send.
     input json NOT NULL,
+    input_version integer NOT NULL DEFAULT 1,  -- of the endpoints' schemas, when it was accepted
     webhook_url text,
     created_at timestamptz NOT NULL DEFAULT now(),
     start_by timestamptz,
@@ -33,7 +34,9 @@ CREATE TABLE jobs (
     not_before timestamptz,
     run_by timestamptz,  -- when the running attempt must have ended: for the sweep, in case its dispatcher is dead
     files_s double precision,  -- how long its files are kept, where its caller said so
+    files_access json,  -- who may read them; null: everybody who knows their URLs
     lost_in json NOT NULL DEFAULT '{}',  -- stage -> how many attempts were lost while it worked
+    retries json NOT NULL DEFAULT '{}',  -- condition -> how many more retries its caller allows; others follow `retry.py` alone
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
@@ -60,6 +63,7 @@ CREATE INDEX jobs_running ON jobs (endpoint, priority, turn) WHERE state = 'runn
 CREATE INDEX jobs_running_by_owner ON jobs (owner) WHERE state = 'running' AND owner IS NOT NULL;
 CREATE INDEX jobs_running_by_token ON jobs (token) WHERE state = 'running';
 CREATE INDEX jobs_ended ON jobs (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX jobs_history ON jobs ((coalesce(owner, '')), endpoint, finished_at, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX jobs_ended_unstored ON jobs (finished_at) WHERE finished_at IS NOT NULL AND NOT store_io;
 
 -- Every state a job has been in: `reelray jobs show`.
@@ -105,16 +109,32 @@ CREATE TABLE paused_endpoints (
     paused_at timestamptz NOT NULL DEFAULT now()
 );
 
--- Files to be deleted one day. A row is written before its file is, so that a file expires even if its job never ends.
+-- Files to be deleted one day. A row is written before its file is, so that a file expires even if its job never ends, or its
+-- upload never does.
 CREATE TABLE stored_files (
     name text PRIMARY KEY,  -- within the file store
     expires_at timestamptz NOT NULL,
-    owner text,  -- of the input that came with it; null for what jobs make
-    size_bytes bigint NOT NULL DEFAULT 0
+    gone boolean NOT NULL DEFAULT false,  -- its time was over: it is being deleted
+    owner text,  -- whose it is: the API key that sent it, or whose job made it
+    size_bytes bigint NOT NULL DEFAULT 0,  -- as far as it counts for the owner's quota
+    content_type text,
+    access json,  -- who may read it, as fal's `initial_acl`; null: everybody who knows its URL
+    -- Of uploads:
+    digest bytea,  -- of what was sent; null: it is not complete yet
+    keep_s double precision,  -- how long it is kept from then on; null: for ever
+    part_of text,  -- the upload that this is a part of
+    direct boolean NOT NULL DEFAULT false  -- it is sent to the bucket itself: whether it is complete has to be looked up there
 );
 
 CREATE INDEX stored_files_by_expiry ON stored_files (expires_at);
 CREATE INDEX stored_files_by_owner ON stored_files (owner) INCLUDE (size_bytes) WHERE owner IS NOT NULL;
+CREATE INDEX stored_files_by_upload ON stored_files (part_of) WHERE part_of IS NOT NULL;
+
+-- Signs the upload URLs and tokens of an open service; with keys, each secret has its own `token_key`.
+CREATE TABLE open_token_key (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    token_key bytea NOT NULL DEFAULT uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+);
 
 -- A key is who a caller is; a secret, which can be replaced, is how the caller proves it.
 CREATE TABLE api_keys (

@@ -1,64 +1,21 @@
-"""Compares the drawing with a slow one, written from `video-models.md` 2B.5, that redraws the whole canvas in every pass."""
+"""Compares the drawing with the published one, which redraws the whole canvas in every pass."""
 
-import colorsys
-import math
 from dataclasses import replace
-from itertools import pairwise
 
-import cv2
 import numpy as np
 import pytest
 
 from engines.controlnext.pose.draw import draw
 from engines.controlnext.pose.skeleton import Pose
 from tests.engines.controlnext.pose.people import STANDING, nobody, person, together
-
-LIMBS = "2-3,2-6,3-4,4-5,6-7,7-8,2-9,9-10,10-11,2-12,12-13,13-14,2-1,1-15,15-17,1-16,16-18"
-COLOURS = (
-    "(255,0,0),(255,85,0),(255,170,0),(255,255,0),(170,255,0),(85,255,0),(0,255,0),(0,255,85),(0,255,170),(0,255,255),"
-    "(0,170,255),(0,85,255),(0,0,255),(85,0,255),(170,0,255),(255,0,255),(255,0,170),(255,0,85)"
-)
-FINGERS = [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10, 11, 12], [0, 13, 14, 15, 16], [0, 17, 18, 19, 20]]
+from tests.engines.controlnext.published import Found, drawn
 
 
 def slow_draw(pose: Pose, height: int, width: int) -> np.ndarray:
-    limbs = [tuple(int(k) - 1 for k in limb.split("-")) for limb in LIMBS.split(",")]
-    colours = [tuple(int(c) for c in colour.split(",")) for colour in COLOURS[1:-1].split("),(")]
-    scale = 2160 / min(height, width)
-    canvas = np.zeros((round(height * scale - 0.499), round(width * scale - 0.499), 3), np.uint8)
-    tall, wide = canvas.shape[:2]
-
-    for (a, b), colour in zip(limbs, colours[:17], strict=True):
-        for body, score in zip(pose.body, pose.body_scores, strict=True):
-            if score[a] >= 0.3 and score[b] >= 0.3:
-                (x1, y1), (x2, y2) = body[a] * (wide, tall), body[b] * (wide, tall)
-                length, angle = math.sqrt((x1 - x2) ** 2 + (y1 - y2) ** 2), math.degrees(math.atan2(y1 - y2, x1 - x2))
-                middle, axes = (int((x1 + x2) / 2), int((y1 + y2) / 2)), (int(length / 2), 4)
-                outline = cv2.ellipse2Poly(middle, axes, int(angle), 0, 360, 1)
-                cv2.fillConvexPoly(canvas, outline, [int(c * score[a] * score[b]) for c in colour])
-    canvas = (canvas * 0.6).astype(np.uint8)
-    for joint in range(18):
-        for body, score in zip(pose.body, pose.body_scores, strict=True):
-            if score[joint] > 0.3:
-                centre = int(body[joint, 0] * wide), int(body[joint, 1] * tall)
-                cv2.circle(canvas, centre, 4, [int(c * score[joint]) for c in colours[joint]], thickness=-1)
-
-    hands = [(pose.hands[i, side], pose.hand_scores[i, side]) for side in (0, 1) for i in range(pose.persons)]
-    for points, scores in hands:
-        pixels = [(int(x * wide), int(y * tall)) for x, y in points]
-        bones = [bone for finger in FINGERS for bone in pairwise(finger)]
-        for e, (a, b) in enumerate(bones):
-            if min(*pixels[a], *pixels[b]) > 0.01:
-                value = int(scores[a] * scores[b] * 255)
-                cv2.line(canvas, pixels[a], pixels[b], [c * value for c in colorsys.hsv_to_rgb(e / 20, 1, 1)], thickness=2)
-        for pixel, score in zip(pixels, scores, strict=True):
-            if min(pixel) > 0.01:
-                cv2.circle(canvas, pixel, 4, (0, 0, int(score * 255)), thickness=-1)
-    for points, scores in zip(pose.face, pose.face_scores, strict=True):
-        for (x, y), score in zip(points, scores, strict=True):
-            if min(int(x * wide), int(y * tall)) > 0.01:
-                cv2.circle(canvas, (int(x * wide), int(y * tall)), 3, (int(score * 255),) * 3, thickness=-1)
-    return cv2.cvtColor(cv2.resize(canvas, (width, height), interpolation=cv2.INTER_LINEAR), cv2.COLOR_BGR2RGB)
+    """The published drawing of our pose."""
+    hands, hand_scores = (np.concatenate([each[:, 0], each[:, 1]]) for each in (pose.hands, pose.hand_scores))
+    found = Found(pose.body.reshape(-1, 2), pose.body_scores, hands, hand_scores, pose.face, pose.face_scores)
+    return drawn(found, height, width)
 
 
 def crowd(seed: int, people: int = 1, score: float = 1.0) -> Pose:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from engines.controlnext.pose.keypoints import HEIGHT, MEAN, POINTS, STD, WIDTH, Crop, decode_simcc, to_pose
+from tests.engines.controlnext.published import cropped
 
 COCO = (
     *("nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow"),
@@ -137,3 +138,15 @@ def test_every_person_is_kept_in_order():
     pose = to_pose(np.concatenate([points, points + 5]), np.concatenate([scores, scores]), height=1, width=1)
     assert pose.persons == 2
     np.testing.assert_array_equal(pose.body[1], pose.body[0] + 5)
+
+
+def test_crops_have_the_published_bits():
+    """The drawing truncates coordinates to pixels of its canvas, so a point's last bit can be seen."""
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (300, 400, 3), np.uint8)
+    for _ in range(60):
+        left, top = rng.uniform(-20, 300, 2)
+        box = np.array((left, top, left + rng.uniform(2, 300), top + rng.uniform(2, 300)), np.float32).astype(np.float64)
+        crop, (seen, centre, size) = Crop.around(box), cropped(frame, box)
+        np.testing.assert_array_equal((crop.centre, crop.size), (centre, size))
+        np.testing.assert_array_equal(crop.cut(frame), seen)
