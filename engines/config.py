@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from engines.backends.config import EngineConfig
-from engines.source import DType
+from engines.checkpoints.source import DType
 
 
 @dataclass(frozen=True, kw_only=True)

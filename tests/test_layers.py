@@ -242,7 +242,7 @@ def test_every_room_has_its_forbidden_import():
         ("import ray.serve as r", "engines/added.py"),
         ("def f():\n    from ray import serve", "deployments/stages/added.py"),
         ("if 0:\n    import deployments.files.checkpoints", "deployments/webhooks/added.py"),
-        ("from engines.fingerprint import fingerprint_of", "deployments/files/added.py"),
+        ("from engines.checkpoints.fingerprint import fingerprint_of", "deployments/files/added.py"),
         ("from importlib import import_module\nimport_module('engines.errors')", "kernels/added.py"),
         ("from fastapi import FastAPI", "deployments/jobs/added.py"),
         ("from torch import nn", "deployments/jobs/added.py"),

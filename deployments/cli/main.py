@@ -5,16 +5,16 @@ Heavy imports stand inside the commands, so that `reelray status` starts at once
 
 import typer
 
-from deployments.cli.client_setup import connect, env, tls
-from deployments.cli.database_commands import database
-from deployments.cli.engine_commands import engines
-from deployments.cli.job_commands import jobs
-from deployments.cli.key_commands import keys
-from deployments.cli.queue_commands import queue
-from deployments.cli.request_commands import cancel, render, result, status, submit
-from deployments.cli.service_commands import demo, gateway, serve
-from deployments.cli.webhook_commands import webhooks
-from deployments.cli.weight_commands import convert_weights, demo_weights
+from deployments.cli.commands.client_setup import connect, env, tls
+from deployments.cli.commands.database_commands import database
+from deployments.cli.commands.engine_commands import engines
+from deployments.cli.commands.job_commands import jobs
+from deployments.cli.commands.key_commands import keys
+from deployments.cli.commands.queue_commands import queue
+from deployments.cli.commands.request_commands import cancel, render, result, status, submit
+from deployments.cli.commands.service_commands import demo, gateway, serve
+from deployments.cli.commands.webhook_commands import webhooks
+from deployments.cli.commands.weight_commands import convert_weights, demo_weights
 
 app = typer.Typer(help="Video generation as a service on your own GPUs.", no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (serve, gateway, tls, connect, env, render, submit, status, result, cancel, demo_weights, convert_weights, demo):

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from deployments.files.file_store import FileStore, Part
-from engines.checkpoint_file import pack, unpack
-from engines.fingerprint import arithmetic_of, fingerprint_of
+from engines.checkpoints.checkpoint_file import pack, unpack
+from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
 from engines.spec import CallEngines, Checkpoint, Conditioning, Latents
 
 logger = logging.getLogger(__name__)

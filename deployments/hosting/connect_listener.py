@@ -23,15 +23,15 @@ _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
 class ConnectListener:
-    """Splices connections to fal's hosts to `host`:`port`, and refuses all others."""
+    """Splices connections to fal's hosts to `host`:`port`, and refuses all others. open: how many connections it has now."""
 
     def __init__(self, host: str, port: int):
         self._host, self._port = host, port
-        self._open = 0
+        self.open = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves one client connection."""
-        self._open += 1
+        self.open += 1
         try:
             refusal = await self._refusal(reader)
             if refusal is None:
@@ -42,12 +42,12 @@ class ConnectListener:
         except OSError:  # either side has gone
             pass
         finally:
-            self._open -= 1
+            self.open -= 1
             writer.close()
 
     async def _refusal(self, reader: asyncio.StreamReader) -> str | None:
         """The status line of a request that is refused."""
-        if self._open > MAX_CONNECTIONS:
+        if self.open > MAX_CONNECTIONS:
             return "503 Too many connections"
         try:
             async with asyncio.timeout(HEAD_S):

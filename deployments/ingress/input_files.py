@@ -17,8 +17,8 @@ from deployments.files.download import Refused, TooLarge, decoded_data_uri, told
 from deployments.files.file_store import is_served
 from deployments.ingress.access import Caller
 from deployments.ingress.body import INLINE_BYTES, SplitBody, unescaped
-from deployments.ingress.file_routes import readable
 from deployments.ingress.request_context import files_of, settings_of, store_of
+from deployments.ingress.routes.file_routes import readable
 from deployments.ingress.target_routing import CDN_HOST
 from deployments.jobs.job import NewJob
 from deployments.schemas.inputs import KEPT, EndpointInput

@@ -25,7 +25,7 @@ from deployments.ingress.body import MAX_FIELDS_BYTES, split
 from deployments.ingress.middleware import failure_response
 from deployments.ingress.new_jobs import accept
 from deployments.ingress.request_context import quotas_of, store_of
-from deployments.ingress.run_routes import end_of, give_up, output_of
+from deployments.ingress.routes.run_routes import end_of, give_up, output_of
 from deployments.jobs.database import StoreAway
 from deployments.jobs.keys import Scope
 from deployments.schemas import responses

@@ -19,10 +19,8 @@ from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.sparse_control import SparseControl
 from engines.animatediff.spec import ControlType
 from engines.animatediff.unet import MotionUNet
-from engines.errors import WeightsError
-from engines.sampling import NoiseSchedule, linear_schedule
-from engines.source import Source
-from engines.weights import (
+from engines.checkpoints.source import Source
+from engines.checkpoints.weights import (
     Tensors,
     build,
     file_patterns,
@@ -36,6 +34,8 @@ from engines.weights import (
     torch_dtype,
     union,
 )
+from engines.errors import WeightsError
+from engines.sampling import NoiseSchedule, linear_schedule
 
 _STEM = "diffusion_pytorch_model"
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+from engines.checkpoints.source import Source
 from engines.config import ModelConfig
-from engines.source import Source
 
 API_FRAMES = 16
 """Frames of a clip in the API; keyframe indices are smaller than this."""

@@ -23,11 +23,11 @@ from engines.animatediff.unet import MotionUNet, Residuals
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
+from engines.checkpoints.weights import torch_dtype
 from engines.sampling import NoiseSchedule, guide, lcm_step, lcm_timesteps, restored_generator
 from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
 from engines.step_loop import run_steps
 from engines.stopping import check
-from engines.weights import torch_dtype
 
 
 @dataclass(frozen=True)

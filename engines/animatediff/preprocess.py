@@ -9,13 +9,13 @@ from torch import Tensor
 from engines.animatediff.checkpoint import clip_shape, load_known_words, load_text_encoder, load_tokenizer, load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
+from engines.checkpoints.weights import torch_dtype
 from engines.errors import blamed_on
 from engines.media.decoder import DECODER
 from engines.media.image import load_image, load_scribble
 from engines.sampling import seeded_generator
 from engines.spec import OnProgress, ShouldStop
 from engines.stopping import stoppable
-from engines.weights import torch_dtype
 
 MOSTLY_BRIGHT = 0.5
 """Mean level above which a scribble is probably dark lines on white. It is used as it is, and the log says so."""

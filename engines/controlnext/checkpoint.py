@@ -12,11 +12,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights
-from engines.controlnext.control_net import ControlNet, ControlNetSize
-from engines.controlnext.unet import SVDUNet
-from engines.errors import WeightsError
-from engines.weights import (
+from engines.checkpoints.weights import (
     build,
     file_patterns,
     load_strict,
@@ -27,6 +23,10 @@ from engines.weights import (
     require,
     torch_dtype,
 )
+from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights
+from engines.controlnext.control_net import ControlNet, ControlNetSize
+from engines.controlnext.unet import SVDUNet
+from engines.errors import WeightsError
 
 _STEM = "diffusion_pytorch_model"
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+from engines.checkpoints.source import Source
 from engines.config import ModelConfig
-from engines.source import Source
 
 DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
 """Files of DWPose's two nets, as named in their hub repo."""

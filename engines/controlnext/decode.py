@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engines.checkpoints.weights import torch_dtype
 from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.spec import ControlNeXtLatents
@@ -15,7 +16,6 @@ from engines.frame_decoder import FrameDecoder
 from engines.media.video import Frames, encode_h264
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 from engines.stopping import stoppable
-from engines.weights import torch_dtype
 
 
 class Decode:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
+from engines.checkpoints.weights import torch_dtype
 from engines.controlnext.call import no_control, svd_call, svd_inputs
 from engines.controlnext.checkpoint import NoiseRange, latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
@@ -25,7 +26,6 @@ from engines.sampling import euler_step, guide, karras_sigmas, restored_generato
 from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
 from engines.step_loop import run_steps
 from engines.stopping import check
-from engines.weights import torch_dtype
 
 FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape(14, 128, 72), Shape(25, 128, 72)))
 """The API's default window at 576x1024, and the windows of shorter videos and other `batch_frames`."""

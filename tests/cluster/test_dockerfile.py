@@ -86,4 +86,4 @@ def test_its_health_check_asks_a_route_that_there_is(path: str):
     (check,) = of("HEALTHCHECK")
     (port,) = of("EXPOSE")
     assert f"http://127.0.0.1:{port}{path}'" in check
-    assert f'@router.get("{path}")' in Path("deployments/ingress/service_routes.py").read_text()
+    assert f'@router.get("{path}")' in Path("deployments/ingress/routes/service_routes.py").read_text()

@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
 from deployments.settings import Exposed, Settings, Split, load_settings
-from engines.source import Source
+from engines.checkpoints.source import Source
 
 CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
 

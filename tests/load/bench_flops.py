@@ -26,12 +26,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from engines.animatediff import published as animatediff_sizes
 from engines.animatediff.sparse_control import SparseControl
 from engines.animatediff.unet import MotionUNet, Residuals
+from engines.checkpoints.weights import build
 from engines.controlnext import published as controlnext_sizes
 from engines.controlnext.control_net import ControlNet
 from engines.controlnext.unet import Control, SVDUNet
 from engines.controlnext.windows import windows
 from engines.sampling import lcm_timesteps
-from engines.weights import build
 from tests.engines.controlnext.reference import ReferenceControlNet
 from tests.load.report import Report, table
 

@@ -13,9 +13,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from deployments.cli.client_setup import python_settings
+from deployments.cli.commands.client_setup import python_settings
 from deployments.files.file_store import FileStore
-from deployments.hosting import connect_listener
+from deployments.hosting.connect_listener import ConnectListener
 from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
@@ -29,6 +29,7 @@ from tests.wire.service import listening, working
 CASES = Path(__file__).with_name("cases")
 JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
 PROCESS_S = 160.0
+END_S = 30.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""
@@ -76,7 +77,9 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
         await stack.enter_async_context(_delivering(store, settings))
         hooks, heard = await stack.enter_async_context(_receiving())
         tls_port = int(tls_base.rpartition(":")[2])
-        proxy = await connect_listener.listen("127.0.0.1", 0, "127.0.0.1", tls_port)
+        listener = ConnectListener("127.0.0.1", tls_port)
+        proxy = await asyncio.start_server(listener.serve, "127.0.0.1", 0)
+        stack.push_async_callback(_ended, listener)
         stack.callback(proxy.close)
         proxy_url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
         js = {"base": base, "tlsPort": tls_port, "keys": keys}
@@ -92,6 +95,13 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
             key = (keys or {}).get("own", "anything")
             runs[recipe] = _run(python, {"FAL_KEY": key, **trust, **more}, *module, recipe)
         return dict(zip(runs, await asyncio.gather(*runs.values()), strict=True))
+
+
+async def _ended(listener: ConnectListener) -> None:
+    """Returns when the connections of the clients, which have ended, are closed."""
+    async with asyncio.timeout(END_S):
+        while listener.open:  # noqa: ASYNC110  (nothing tells of it)
+            await asyncio.sleep(0.02)
 
 
 async def _run(given: dict[str, Any], environment: dict[str, str], *command: str | Path) -> dict[str, str | None]:

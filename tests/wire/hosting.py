@@ -30,8 +30,8 @@ class Hosted:
 
 
 @contextmanager
-def hosted(kind: str, database: str, tls: TlsFiles) -> Iterator[Hosted]:
-    """kind: "gateway" or "serve". database: the URL of a migrated one. tls: it speaks https only, with these."""
+def hosted(kind: str, database: str, tls: TlsFiles | None = None) -> Iterator[Hosted]:
+    """kind: "gateway" or "serve". database: the URL of a migrated one. tls: it then speaks https only, with these."""
     with TemporaryDirectory(prefix="reelray-") as folder:
         settings = Settings(home=Path(folder), database=database)
         port, config, log = free_port(), Path(folder) / "serve_config.yaml", Path(folder) / "log"
@@ -44,13 +44,13 @@ def hosted(kind: str, database: str, tls: TlsFiles) -> Iterator[Hosted]:
             "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
         }
         listening = {"host": "127.0.0.1", "port": port, "keep_alive_timeout_s": 75}
-        if kind == "serve":
+        if kind == "serve" and tls:
             listening |= {"ssl_certfile": str(tls.chain), "ssl_keyfile": str(tls.key)}
         document = {"proxy_location": "HeadOnly", "http_options": listening, "applications": [application]}
         config.write_text(yaml.safe_dump(document))
         words = [str(REELRAY), kind, "--config", str(config), "--port", str(port)]
         if kind == "gateway":
-            words += ["--workers", "2", "--tls", str(tls.key.parent)]
+            words += ["--workers", "2", *(["--tls", str(tls.key.parent)] if tls else [])]
         environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -61,8 +61,9 @@ def hosted(kind: str, database: str, tls: TlsFiles) -> Iterator[Hosted]:
                 start_new_session=True,
             )
         try:
-            _wait_until_healthy(port, process, log)
-            yield Hosted(f"https://127.0.0.1:{port}", settings)
+            url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+            _wait_until_healthy(url, process, log)
+            yield Hosted(url, settings)
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_S)
         finally:
@@ -71,12 +72,12 @@ def hosted(kind: str, database: str, tls: TlsFiles) -> Iterator[Hosted]:
             process.wait(STOP_S)
 
 
-def _wait_until_healthy(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + READY_S
     while True:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         with suppress(httpx.HTTPError):
-            if httpx.get(f"https://127.0.0.1:{port}/health", timeout=2, verify=False).is_success:
+            if httpx.get(f"{url}/health", timeout=2, verify=False).is_success:
                 return
         time.sleep(0.1)

@@ -29,8 +29,8 @@ from engines.backends.trt.profiles import profile_of
 from engines.backends.trt.runner import TensorRTEngine
 from engines.backends.trt.stream import Stream
 from engines.backends.unet_call import UNetCall
+from engines.checkpoints.fingerprint import fingerprint_of
 from engines.errors import EngineError
-from engines.fingerprint import fingerprint_of
 from engines.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from deployments.cli.job_commands import age
+from deployments.cli.commands.job_commands import age
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from tests.conftest import TEMPLATE, drop, execute, of_database

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from deployments.cli.commands.request_commands import read_input
 from deployments.cli.main import app
-from deployments.cli.request_commands import read_input
 from deployments.hosting.embedded_postgres import database_for_command
 from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore

@@ -61,7 +61,6 @@ def test_a_service_that_is_ended_while_it_waits_leaves_nothing_even_if_serve_doe
     """Ray is a stand-in here; PostgreSQL is real."""
     document = yaml.safe_load(Path("serve_config.yaml").read_text())
     document["applications"][0]["args"]["home"] = str(home.home)
-    home.home.mkdir()
     config = home.home / "serve_config.yaml"
     config.write_text(yaml.safe_dump(document))
     ended: list[str] = []
@@ -94,7 +93,6 @@ def test_a_service_that_is_ended_while_it_waits_leaves_nothing_even_if_serve_doe
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_of_a_service_that_is_ended_while_it_starts_nothing_stays(number: int, home: Settings):
     """Its processes are known by a variable that all of them inherit."""
-    home.home.mkdir()
     document = yaml.safe_load(Path("serve_config.yaml").read_text())
     document["applications"][0]["args"]["home"] = str(home.home)
     config, mark = home.home / "serve_config.yaml", {"REELRAY_TEST": home.home.name}

@@ -12,8 +12,8 @@ from engines.animatediff.checkpoint import load_diffusers_sparse_control, load_d
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.layers import CrossAttention, SelfAttention, TemporalAttention
 from engines.animatediff.spec import AnimateDiffSpec, ControlType
+from engines.checkpoints.weights import fold_lora
 from engines.pipeline import Pipeline
-from engines.weights import fold_lora
 from kernels.choice import forced
 from tests.engines.animatediff.media import keyframes
 from tests.engines.rounding import assert_rounding, randn

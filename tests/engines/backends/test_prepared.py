@@ -197,8 +197,8 @@ def test_engines_are_part_of_what_the_bits_depend_on(fakes: list[FakeEngine], ea
 
 def test_what_inductor_compiles_stays_in_the_engines_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setitem(registry._MODELS, "a model", lambda: SimpleNamespace(denoise=lambda config: None))
-    build_stage("a model", "denoise", AnimateDiffConfig(threads=1, engine=EngineConfig("inductor", folder=tmp_path)))
+    monkeypatch.setattr(registry, "import_module", lambda name: SimpleNamespace(Denoise=lambda config: None))
+    build_stage(MODEL, "denoise", AnimateDiffConfig(threads=1, engine=EngineConfig("inductor", folder=tmp_path)))
     assert cache_dir() == str(tmp_path / "inductor")
 
 

@@ -6,13 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engines.checkpoints.source import DType
 from engines.controlnext.checkpoint import load_control_net, load_diffusers_unet
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.denoise import Denoise
 from engines.controlnext.spec import ControlNeXtConditioning
 from engines.sampling import seeded_generator
-from engines.source import DType
 from tests.engines.controlnext.reference import ReferenceControlNet, stirred
 
 HEIGHT, WIDTH = 64, 48

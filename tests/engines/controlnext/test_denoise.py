@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from engines.checkpoint_file import pack, unpack
+from engines.checkpoints.checkpoint_file import pack, unpack
+from engines.checkpoints.source import DType
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.denoise import ControlMaps, Denoise
 from engines.errors import Cancelled, GenerationFailed
-from engines.source import DType
 from engines.spec import Checkpoint, Progress
 from tests.engines.controlnext.conftest import conditioning
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from engines.checkpoints.source import DType
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
 from engines.controlnext.spec import ControlNeXtSpec
 from engines.pipeline import Pipeline
-from engines.source import DType
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd
 from PIL import Image
 
+from engines.checkpoints.source import DType
 from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.clip_image import clip_pixels
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
@@ -33,7 +34,6 @@ from engines.errors import (
 )
 from engines.media.video import encode_h264
 from engines.sampling import seeded_generator
-from engines.source import DType
 from engines.spec import Progress
 from tests.engines.controlnext import reference
 from tests.engines.controlnext.media import huge_png

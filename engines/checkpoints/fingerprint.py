@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.source import Source
+from engines.checkpoints.source import Source
 from kernels.choice import choices
 
 SAMPLES, SAMPLE_BYTES = 64, 4096

@@ -12,8 +12,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from engines.checkpoints.fingerprint import fingerprint_of
 from engines.controlnext.spec import ControlNeXtLatents
-from engines.fingerprint import fingerprint_of
 from engines.spec import Checkpoint, Latents
 
 FORMAT = 2

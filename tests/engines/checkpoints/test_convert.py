@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.convert import convert_weights
+from engines.checkpoints.convert import convert_weights
 from engines.errors import WeightsError
 
 

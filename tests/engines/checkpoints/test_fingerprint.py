@@ -9,8 +9,8 @@ import torch
 from engines import fingerprint
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.arithmetic import exact_arithmetic
-from engines.fingerprint import arithmetic_of, fingerprint_of
-from engines.source import Source
+from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
+from engines.checkpoints.source import Source
 from kernels.choice import forced
 from tests.engines.controlnext.conftest import conditioning
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from engines.checkpoints.source import DType, Source
 from engines.errors import WeightsError
-from engines.source import DType, Source
 
 Tensors = dict[str, Tensor]
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.checkpoints.source import DType
+from engines.checkpoints.weights import Tensors, torch_dtype
 from engines.errors import WeightsError
-from engines.source import DType
-from engines.weights import Tensors, torch_dtype
 
 
 def convert_weights(source: Path, target: Path, dtype: DType | None = None) -> Tensors:

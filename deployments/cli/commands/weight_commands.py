@@ -24,7 +24,7 @@ def convert_weights(
     ] = None,
 ) -> None:
     """Convert a published pickle to safetensors, without executing any code in it."""
-    from engines.convert import convert_weights
+    from engines.checkpoints.convert import convert_weights
 
     with clear_errors():
         tensors = convert_weights(source, target, dtype)

@@ -8,7 +8,7 @@ import torch
 from engines import checkpoint_file
 from engines.animatediff.denoise import Denoise as AnimateDiffDenoise
 from engines.animatediff.spec import AnimateDiffSpec
-from engines.checkpoint_file import UnusableCheckpoint, pack, unpack
+from engines.checkpoints.checkpoint_file import UnusableCheckpoint, pack, unpack
 from engines.controlnext.spec import ControlNeXtLatents
 from engines.pipeline import Pipeline
 from engines.spec import Checkpoint, Latents

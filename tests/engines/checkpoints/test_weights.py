@@ -12,9 +12,9 @@ from torch import nn
 from engines.animatediff.checkpoint import load_diffusers_unet, load_schedule, load_text_encoder, load_vae
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import write_demo_weights
+from engines.checkpoints.source import Source
+from engines.checkpoints.weights import file_patterns, fold_lora, load_strict, locate, read_file, read_lora, read_tensors
 from engines.errors import WeightsError
-from engines.source import Source
-from engines.weights import file_patterns, fold_lora, load_strict, locate, read_file, read_lora, read_tensors
 
 NAME = "diffusion_pytorch_model.safetensors"
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint is stored; `engines.weights` reads it. Does not import torch, so that settings can use it."""
+"""Where a checkpoint is stored; `engines.checkpoints.weights` reads it. Does not import torch, so that settings can use it."""
 
 from dataclasses import dataclass
 from pathlib import Path
