@@ -16,21 +16,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.files.file_store import FileStore
-from deployments.ingress import (
-    catalogue_routes,
-    file_routes,
-    queue_routes,
-    realtime,
-    run_routes,
-    service_routes,
-    status_stream,
-    upload_routes,
-    webhook_routes,
-)
+from deployments.ingress import realtime, status_stream
 from deployments.ingress.body import Bodies
 from deployments.ingress.middleware import add_middleware, failure_response
 from deployments.ingress.quotas import Quotas
 from deployments.ingress.request_context import InvalidBody, UnknownRequest
+from deployments.ingress.routes import (
+    catalogue_routes,
+    file_routes,
+    queue_routes,
+    run_routes,
+    service_routes,
+    upload_routes,
+    webhook_routes,
+)
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS

@@ -19,8 +19,8 @@ import pytest
 from fastapi import FastAPI
 
 from deployments.files.file_store import FileStore
-from deployments.ingress import queue_routes, service_routes
 from deployments.ingress.app import create_app
+from deployments.ingress.routes import queue_routes, service_routes
 from deployments.ingress.target_routing import TargetRouting
 from deployments.jobs.database import StoreAway, StoreRefused
 from deployments.jobs.job import Claim, Job, NewJob

@@ -5,9 +5,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from engines import checkpoint_file
 from engines.animatediff.denoise import Denoise as AnimateDiffDenoise
 from engines.animatediff.spec import AnimateDiffSpec
+from engines.checkpoints import checkpoint_file
 from engines.checkpoints.checkpoint_file import UnusableCheckpoint, pack, unpack
 from engines.controlnext.spec import ControlNeXtLatents
 from engines.pipeline import Pipeline

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from engines import fingerprint
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.arithmetic import exact_arithmetic
+from engines.checkpoints import fingerprint
 from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
 from engines.checkpoints.source import Source
 from kernels.choice import forced
