@@ -14,7 +14,7 @@ from PIL import Image
 
 from deployments.cli.client import QueueClient
 from engines.controlnext.demo_pose import puppet_image
-from engines.media.image import BACKGROUND
+from engines.media.picture import BACKGROUND
 from tests.e2e.files import serving
 from tests.e2e.service import Service
 from tests.engines.media.test_cases import CASES

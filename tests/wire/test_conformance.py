@@ -19,6 +19,10 @@ from tests.wire.hosting import Hosted
 from tests.wire.page import install_client
 
 CASES = declared()
+pytestmark = [
+    pytest.mark.timeout(600),  # the first rule of a service waits for all of them
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # the clients end with open connections
+]
 
 
 @pytest.fixture(scope="package")
