@@ -43,7 +43,7 @@ def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.engine.folder / "inductor"))
     import torch
 
-    from engines.arithmetic import exact_arithmetic
+    from engines.diffusion.arithmetic import exact_arithmetic
 
     exact_arithmetic()
     # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU

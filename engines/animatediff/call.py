@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import CrossAttention, KeyValue, TextContext
-from engines.animatediff.unet import MotionUNet, Residuals
+from engines.animatediff.nets.layers import CrossAttention, KeyValue, TextContext
+from engines.animatediff.nets.unet import MotionUNet, Residuals
 from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
 
 _TOKENS = 77  # in CLIP's text input

@@ -16,9 +16,9 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.animatediff.sparse_control import SparseControl
+from engines.animatediff.nets.sparse_control import SparseControl
 from engines.animatediff.spec import ControlType
-from engines.animatediff.unet import MotionUNet
+from engines.animatediff.nets.unet import MotionUNet
 from engines.checkpoints.source import Source
 from engines.checkpoints.weights import (
     Tensors,

@@ -16,17 +16,17 @@ from engines.animatediff.checkpoint import (
     weights_of,
 )
 from engines.animatediff.config import AnimateDiffConfig
-from engines.animatediff.layers import TextContext
-from engines.animatediff.sparse_control import ResidualCache, SparseControl
+from engines.animatediff.nets.layers import TextContext
+from engines.animatediff.nets.sparse_control import ResidualCache, SparseControl
 from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
-from engines.animatediff.unet import MotionUNet, Residuals
+from engines.animatediff.nets.unet import MotionUNet, Residuals
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
 from engines.checkpoints.weights import torch_dtype
 from engines.sampling import NoiseSchedule, guide, lcm_step, lcm_timesteps, restored_generator
 from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
-from engines.step_loop import run_steps
+from engines.diffusion.step_loop import run_steps
 from engines.stopping import check
 
 

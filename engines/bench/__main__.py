@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from engines.arithmetic import exact_arithmetic
+from engines.diffusion.arithmetic import exact_arithmetic
 from engines.bench import nets as sizes
 from engines.bench.job_cases import job_cases
 from engines.bench.measure import Case, Row, measure

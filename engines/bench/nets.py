@@ -20,12 +20,12 @@ from torch import nn
 
 import engines.animatediff.published as animatediff
 import engines.controlnext.published as controlnext
-from engines.animatediff.sparse_control import SparseControl
-from engines.animatediff.unet import MotionUNet
-from engines.controlnext.control_net import ControlNet, ControlNetSize
-from engines.controlnext.unet import Control, SVDUNet, inject
+from engines.animatediff.nets.sparse_control import SparseControl
+from engines.animatediff.nets.unet import MotionUNet
+from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
+from engines.controlnext.nets.unet import Control, SVDUNet, inject
 from engines.demo.checkpoint import SEED, live
-from engines.vae import fuse
+from engines.diffusion.vae import fuse
 
 _TINY_MOTION: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),

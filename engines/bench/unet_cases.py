@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.animatediff.call import motion_call, motion_inputs
-from engines.animatediff.unet import Residuals
+from engines.animatediff.nets.unet import Residuals
 from engines.backends.cuda_graph import GraphEngine
 from engines.backends.exact_shapes import ExactShapes
 from engines.backends.inductor import InductorEngine
@@ -21,7 +21,7 @@ from engines.bench.measure import Case, Way
 from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
 from engines.controlnext.call import svd_call, svd_inputs
-from engines.controlnext.unet import Control
+from engines.controlnext.nets.unet import Control
 from kernels.choice import forced
 
 TIMESTEP, TIME, ADDED_IDS = 499, 0.7, (6.0, 127.0, 0.02)

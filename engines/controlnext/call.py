@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.unet_call import Dims, UNetCall, numbered, sides, skip_levels, unet_call
-from engines.controlnext.layers import Biases, SelfAttention
-from engines.controlnext.unet import Control, Half, SVDUNet
+from engines.controlnext.nets.layers import Biases, SelfAttention
+from engines.controlnext.nets.unet import Control, Half, SVDUNet
 
 
 def svd_call(unet: SVDUNet, controlled: bool = True) -> UNetCall:

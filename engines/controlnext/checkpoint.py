@@ -24,8 +24,8 @@ from engines.checkpoints.weights import (
     torch_dtype,
 )
 from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights
-from engines.controlnext.control_net import ControlNet, ControlNetSize
-from engines.controlnext.unet import SVDUNet
+from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
+from engines.controlnext.nets.unet import SVDUNet
 from engines.errors import WeightsError
 
 _STEM = "diffusion_pytorch_model"

@@ -12,7 +12,7 @@ from engines.checkpoints.weights import torch_dtype
 from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.spec import ControlNeXtLatents
-from engines.frame_decoder import FrameDecoder
+from engines.diffusion.frame_decoder import FrameDecoder
 from engines.media.video import Frames, encode_h264
 from engines.spec import Clip, OnProgress, Progress, ShouldStop
 from engines.stopping import stoppable

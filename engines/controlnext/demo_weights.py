@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engines.controlnext.config import ControlNeXtWeights
-from engines.controlnext.control_net import ControlNet, ControlNetSize
+from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.demo_pose import write_demo_pose
 from engines.demo.checkpoint import live, write_json, write_once
 

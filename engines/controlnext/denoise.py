@@ -17,14 +17,14 @@ from engines.checkpoints.weights import torch_dtype
 from engines.controlnext.call import no_control, svd_call, svd_inputs
 from engines.controlnext.checkpoint import NoiseRange, latent_scale, load_control_net, load_noise_range, load_unet, weights_of
 from engines.controlnext.config import ControlNeXtConfig
-from engines.controlnext.control_net import ControlNet, Prefix
-from engines.controlnext.layers import Biases
+from engines.controlnext.nets.control_net import ControlNet, Prefix
+from engines.controlnext.nets.layers import Biases
 from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
-from engines.controlnext.unet import Control, Half, SVDUNet
+from engines.controlnext.nets.unet import Control, Half, SVDUNet
 from engines.controlnext.windows import Window, times_counted, windows
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
 from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
-from engines.step_loop import run_steps
+from engines.diffusion.step_loop import run_steps
 from engines.stopping import check
 
 FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape(14, 128, 72), Shape(25, 128, 72)))

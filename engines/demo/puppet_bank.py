@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from engines.controlnext.clip_image import clip_pixels
+from engines.controlnext.nets.clip_image import clip_pixels
 from engines.demo.puppets import build_of, pictures, random_moves, random_puppet, stances
 from engines.demo.training import Report
 

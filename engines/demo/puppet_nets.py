@@ -5,8 +5,8 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from engines.controlnext.control_net import ControlNet, ControlNetSize
-from engines.controlnext.unet import Control, inject
+from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
+from engines.controlnext.nets.unet import Control, inject
 from engines.demo.cpu_speed import use_flat_temporal_convs, use_plain_attention
 from engines.demo.puppets import SIDE
 from engines.demo.temporal_autoencoder import CHANNELS, SCALE

@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engines.animatediff import published as animatediff_sizes
-from engines.animatediff.sparse_control import SparseControl
-from engines.animatediff.unet import MotionUNet, Residuals
+from engines.animatediff.nets.sparse_control import SparseControl
+from engines.animatediff.nets.unet import MotionUNet, Residuals
 from engines.checkpoints.weights import build
 from engines.controlnext import published as controlnext_sizes
-from engines.controlnext.control_net import ControlNet
-from engines.controlnext.unet import Control, SVDUNet
+from engines.controlnext.nets.control_net import ControlNet
+from engines.controlnext.nets.unet import Control, SVDUNet
 from engines.controlnext.windows import windows
 from engines.sampling import lcm_timesteps
 from tests.engines.controlnext.reference import ReferenceControlNet

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from engines.animatediff.checkpoint import load_diffusers_sparse_control, load_diffusers_unet, load_sparse_control, load_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.animatediff.layers import CrossAttention, SelfAttention, TemporalAttention
+from engines.animatediff.nets.layers import CrossAttention, SelfAttention, TemporalAttention
 from engines.animatediff.spec import AnimateDiffSpec, ControlType
 from engines.checkpoints.weights import fold_lora
 from engines.pipeline import Pipeline

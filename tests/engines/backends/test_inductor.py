@@ -15,14 +15,14 @@ from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 
 from engines.animatediff.call import motion_call
-from engines.animatediff.unet import MotionUNet
+from engines.animatediff.nets.unet import MotionUNet
 from engines.backends.backend import Eager, Engine
 from engines.backends.cuda_graph import GraphEngine
 from engines.backends.inductor import InductorEngine
 from engines.backends.shapes import Shape
 from engines.backends.unet_call import Dims, UNetCall, unet_call
 from engines.controlnext.call import svd_call
-from engines.controlnext.unet import SVDUNet
+from engines.controlnext.nets.unet import SVDUNet
 from engines.demo.checkpoint import live
 from engines.errors import EngineError
 

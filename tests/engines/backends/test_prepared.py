@@ -27,7 +27,7 @@ from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.denoise import FAMILIES
 from engines.controlnext.denoise import Denoise as ControlNeXtDenoise
-from engines.controlnext.unet import Control, Half
+from engines.controlnext.nets.unet import Control, Half
 from engines.errors import EngineError
 from engines.pipeline import Pipeline
 from engines.registry import build_stage

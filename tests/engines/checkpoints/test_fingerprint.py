@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.arithmetic import exact_arithmetic
+from engines.diffusion.arithmetic import exact_arithmetic
 from engines.checkpoints import fingerprint
 from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
 from engines.checkpoints.source import Source

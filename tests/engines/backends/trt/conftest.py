@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from engines.animatediff.call import motion_call
-from engines.animatediff.unet import MotionUNet
+from engines.animatediff.nets.unet import MotionUNet
 from engines.backends.trt.export import export_onnx
 from engines.backends.unet_call import UNetCall
 from engines.controlnext.call import svd_call
-from engines.controlnext.unet import SVDUNet
+from engines.controlnext.nets.unet import SVDUNet
 from tests.engines.backends.trt.unets import motion_unet, svd_unet
 
 

@@ -4,7 +4,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from engines.animatediff.layers import MotionBlock
+from engines.animatediff.nets.layers import MotionBlock
 from engines.backends.unet_call import UNetCall, unet_call
 from kernels.attention import attention
 from kernels.temporal_attention import temporal_attention

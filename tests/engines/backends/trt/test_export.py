@@ -11,13 +11,13 @@ from torch import Tensor
 
 from engines.animatediff import published as animatediff_sizes
 from engines.animatediff.call import motion_call, motion_inputs
-from engines.animatediff.unet import MotionUNet, Residuals
+from engines.animatediff.nets.unet import MotionUNet, Residuals
 from engines.backends.shapes import Shape
 from engines.backends.trt.export import OPSET, OUTPUT
 from engines.checkpoints.weights import build
 from engines.controlnext import published as controlnext_sizes
 from engines.controlnext.call import svd_call, svd_inputs
-from engines.controlnext.unet import Control, SVDUNet
+from engines.controlnext.nets.unet import Control, SVDUNet
 from tests.engines.backends.trt.conftest import Exported, randn, same_shapes
 from tests.load.bench_flops import with_known_blend
 

@@ -41,9 +41,9 @@ CHANGED_OPTIONS = {
 }
 TRACED_OF_ANIMATEDIFF = [
     "engines/animatediff/call.py",
-    "engines/animatediff/layers.py",
-    "engines/animatediff/unet.py",
-    "engines/layers.py",
+    "engines/animatediff/nets/layers.py",
+    "engines/animatediff/nets/unet.py",
+    "engines/diffusion/layers.py",
     "engines/backends/shapes.py",
     "engines/backends/unet_call.py",
     "engines/backends/trt/build.py",
@@ -54,7 +54,7 @@ TRACED_OF_ANIMATEDIFF = [
     "kernels/attention.py",
     "kernels/triton/temporal_attention.py",
 ]
-NOT_TRACED = ["engines/pipeline.py", "engines/errors.py", "engines/animatediff/decode.py", "engines/controlnext/unet.py"]
+NOT_TRACED = ["engines/pipeline.py", "engines/errors.py", "engines/animatediff/decode.py", "engines/controlnext/nets/unet.py"]
 
 
 def key_of(call: UNetCall, options: BuildOptions = PLAIN) -> PlanKey:

@@ -7,8 +7,8 @@ import torch
 from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import nn
 
-from engines.animatediff.unet import MotionUNet
-from engines.controlnext.unet import SVDUNet
+from engines.animatediff.nets.unet import MotionUNet
+from engines.controlnext.nets.unet import SVDUNet
 from engines.demo.checkpoint import SEED, live
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import GenerationFailed
-from engines.frame_decoder import FrameDecoder
+from engines.diffusion.frame_decoder import FrameDecoder
 
 
 class FakeVAE(nn.Module):

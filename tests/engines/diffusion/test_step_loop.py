@@ -7,7 +7,7 @@ from torch import Tensor
 from engines.errors import GenerationFailed
 from engines.sampling import seeded_generator
 from engines.spec import Checkpoint, Progress
-from engines.step_loop import run_steps
+from engines.diffusion.step_loop import run_steps
 
 START = Checkpoint(0, 3, torch.zeros(1), seeded_generator(5).get_state())
 

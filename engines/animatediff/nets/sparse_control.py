@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import Layer, TextContext, layers, text_context, time_embedding
-from engines.animatediff.unet import Residuals
-from engines.layers import DownBlock, MidBlock, Slots
+from engines.animatediff.nets.layers import Layer, TextContext, layers, text_context, time_embedding
+from engines.animatediff.nets.unet import Residuals
+from engines.diffusion.layers import DownBlock, MidBlock, Slots
 
 
 class SparseControl(nn.Module):

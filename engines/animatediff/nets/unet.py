@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.animatediff.layers import TextContext, layers, text_context, time_embedding
-from engines.layers import DownBlock, GroupNorm, MidBlock, Slots, UpBlock
+from engines.animatediff.nets.layers import TextContext, layers, text_context, time_embedding
+from engines.diffusion.layers import DownBlock, GroupNorm, MidBlock, Slots, UpBlock
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.controlnext.control_net import frame_statistics
-from engines.controlnext.layers import Biases, BlockSlots, SelfAttention, SpatialConvs, TemporalConvs, layers
-from engines.layers import DownBlock, GroupNorm, MidBlock, UpBlock
+from engines.controlnext.nets.control_net import frame_statistics
+from engines.controlnext.nets.layers import Biases, BlockSlots, SelfAttention, SpatialConvs, TemporalConvs, layers
+from engines.diffusion.layers import DownBlock, GroupNorm, MidBlock, UpBlock
 
 INJECTION = 0.2
 """Strength of the control, set by hand in the published code."""

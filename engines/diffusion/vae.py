@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import GroupNorm, conv_added
+from engines.diffusion.layers import GroupNorm, conv_added
 
 
 class ImageResnet(nn.Module):

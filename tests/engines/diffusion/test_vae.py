@@ -7,7 +7,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from engines.bench.nets import TINY_ANIMATEDIFF
 from engines.demo.checkpoint import live
-from engines.vae import fuse
+from engines.diffusion.vae import fuse
 from kernels.choice import forced
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from engines.layers import (
+from engines.diffusion.layers import (
     FeedForward,
     GroupNorm,
     LayerNorm,
