@@ -17,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.nets.sparse_control import SparseControl
-from engines.animatediff.spec import ControlType
 from engines.animatediff.nets.unet import MotionUNet
+from engines.animatediff.spec import ControlType
 from engines.checkpoints.source import Source
 from engines.checkpoints.weights import (
     Tensors,

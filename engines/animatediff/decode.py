@@ -8,10 +8,10 @@ from engines.animatediff.checkpoint import load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
 from engines.checkpoints.weights import torch_dtype
 from engines.diffusion.frame_decoder import FrameDecoder
+from engines.diffusion.vae import fuse
 from engines.media.video import Frames, encode_h264
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 from engines.stopping import stoppable
-from engines.diffusion.vae import fuse
 
 
 class Decode:

@@ -18,15 +18,15 @@ from engines.animatediff.checkpoint import (
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.nets.layers import TextContext
 from engines.animatediff.nets.sparse_control import ResidualCache, SparseControl
-from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
 from engines.animatediff.nets.unet import MotionUNet, Residuals
+from engines.animatediff.spec import AnimateDiffConditioning, ControlType, SparseControlInput
 from engines.backends.prepared import PreparedEngines
 from engines.backends.shapes import Shape, ShapeFamily
 from engines.backends.unet_call import UNetCall
 from engines.checkpoints.weights import torch_dtype
+from engines.diffusion.step_loop import run_steps
 from engines.sampling import NoiseSchedule, guide, lcm_step, lcm_timesteps, restored_generator
 from engines.spec import CallEngines, Checkpoint, Latents, OnProgress, OnStep, ShouldStop
-from engines.diffusion.step_loop import run_steps
 from engines.stopping import check
 
 

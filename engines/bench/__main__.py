@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from engines.diffusion.arithmetic import exact_arithmetic
 from engines.bench import nets as sizes
 from engines.bench.job_cases import job_cases
 from engines.bench.measure import Case, Row, measure
@@ -29,6 +28,7 @@ from engines.bench.nets import AnimateDiffNets, ControlNeXtNets, animatediff_net
 from engines.bench.options import Options
 from engines.bench.record import RESULTS, Record, table
 from engines.bench.unet_cases import animatediff_cases, controlnext_cases
+from engines.diffusion.arithmetic import exact_arithmetic
 from kernels.bench import all_sites, measure_sites
 from kernels.choice import records_in
 

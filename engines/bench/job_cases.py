@@ -32,10 +32,10 @@ from engines.controlnext.call import svd_call
 from engines.controlnext.checkpoint import NoiseRange
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.decode import call_vae as call_video_vae
-from engines.controlnext.spec import ControlNeXtConditioning
 from engines.controlnext.nets.unet import Control
-from engines.errors import EngineError
+from engines.controlnext.spec import ControlNeXtConditioning
 from engines.diffusion.frame_decoder import FrameDecoder
+from engines.errors import EngineError
 from engines.media.pixels import to_levels
 from engines.sampling import euler_step, guide, karras_sigmas, linear_schedule, seeded_generator
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engines.controlnext.config import ControlNeXtWeights
-from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.demo_pose import write_demo_pose
+from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.demo.checkpoint import live, write_json, write_once
 
 _WIDTH = 32  # of the image embedding

@@ -19,12 +19,12 @@ from engines.controlnext.checkpoint import NoiseRange, latent_scale, load_contro
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.nets.control_net import ControlNet, Prefix
 from engines.controlnext.nets.layers import Biases
-from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.nets.unet import Control, Half, SVDUNet
+from engines.controlnext.spec import ControlNeXtConditioning, ControlNeXtLatents
 from engines.controlnext.windows import Window, times_counted, windows
+from engines.diffusion.step_loop import run_steps
 from engines.sampling import euler_step, guide, karras_sigmas, restored_generator
 from engines.spec import CallEngines, Checkpoint, OnProgress, OnStep, Progress, ShouldStop
-from engines.diffusion.step_loop import run_steps
 from engines.stopping import check
 
 FAMILIES = (ShapeFamily.fixed(24, 128, 72), ShapeFamily(Shape(2, 128, 72), Shape(14, 128, 72), Shape(25, 128, 72)))

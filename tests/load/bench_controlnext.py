@@ -23,9 +23,9 @@ from rich.table import Table
 
 from engines.controlnext.checkpoint import load_diffusers_unet, load_unet
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
-from engines.controlnext.nets.control_net import ControlNetSize
 from engines.controlnext.demo_weights import TINY, DemoSize, write_demo_weights
 from engines.controlnext.denoise import Denoise
+from engines.controlnext.nets.control_net import ControlNetSize
 from tests.engines.controlnext import reference
 from tests.engines.controlnext.conftest import conditioning, first_noise, reference_nets
 from tests.load.report import Report, ms, table

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.diffusion.arithmetic import exact_arithmetic
 from engines.checkpoints import fingerprint
 from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
 from engines.checkpoints.source import Source
+from engines.diffusion.arithmetic import exact_arithmetic
 from kernels.choice import forced
 from tests.engines.controlnext.conftest import conditioning
 

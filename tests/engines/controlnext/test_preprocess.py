@@ -11,9 +11,9 @@ from PIL import Image
 
 from engines.checkpoints.source import DType
 from engines.controlnext.checkpoint import load_vae
-from engines.controlnext.nets.clip_image import clip_pixels
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.demo_pose import DRIVER, puppet_frame, puppet_image, write_puppet_clip
+from engines.controlnext.nets.clip_image import clip_pixels
 from engines.controlnext.pose import detector
 from engines.controlnext.pose.align import Alignment, fit
 from engines.controlnext.pose.skeleton import Pose

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from engines.controlnext.config import ControlNeXtWeights
-from engines.controlnext.nets.control_net import ControlNet
 from engines.controlnext.denoise import ControlMaps, Denoise
+from engines.controlnext.nets.control_net import ControlNet
 from engines.controlnext.nets.layers import BlockSlots, Resnet, SpatialBlock, TemporalBlock, Transformer
 from engines.controlnext.nets.unet import Control, inject
 from engines.sampling import euler_step

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.errors import GenerationFailed
 from engines.diffusion.frame_decoder import FrameDecoder
+from engines.errors import GenerationFailed
 
 
 class FakeVAE(nn.Module):

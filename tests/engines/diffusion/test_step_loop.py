@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.diffusion.step_loop import run_steps
 from engines.errors import GenerationFailed
 from engines.sampling import seeded_generator
 from engines.spec import Checkpoint, Progress
-from engines.diffusion.step_loop import run_steps
 
 START = Checkpoint(0, 3, torch.zeros(1), seeded_generator(5).get_state())
 
