@@ -33,7 +33,8 @@ serve: install ## keep the service running on http://127.0.0.1:8000
 
 .PHONY: test
 test: install ## run the tests
-	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder --ignore tests/wire/test_conformance.py
+	$(BIN)/pytest tests/wire/test_conformance.py # alone: fal's clients give up after 5 s, which a busy machine takes for some answers
 
 .PHONY: test-fast
 test-fast: install ## run the tests that need neither Ray nor a compiler

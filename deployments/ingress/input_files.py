@@ -17,7 +17,7 @@ from deployments.files.download import Refused, TooLarge, decoded_data_uri, told
 from deployments.files.file_store import is_served
 from deployments.ingress.access import Caller
 from deployments.ingress.body import INLINE_BYTES, SplitBody, unescaped
-from deployments.ingress.request_context import files_of, settings_of, store_of
+from deployments.ingress.request_context import bodies_of, files_of, settings_of, store_of
 from deployments.ingress.routes.file_routes import readable
 from deployments.ingress.target_routing import CDN_HOST
 from deployments.jobs.job import NewJob
@@ -54,7 +54,8 @@ async def with_input(
     uris = {field: body.uris[url] for field, url in media.items() if url in body.uris}
     names = {field: files.new_input() for field in uris}
     for field, name in names.items():
-        data = await asyncio.to_thread(_decoded, uris[field], field, limits)
+        async with bodies_of(connection).turn:
+            data = await asyncio.to_thread(_decoded, uris[field], field, limits)
         await store.retention.add_file(name, UNCLAIMED_S, new.owner, len(data))
         await files.put_input(name, data)
     referring = job_input.model_copy(update={field: KEPT + name for field, name in (own | names).items()})

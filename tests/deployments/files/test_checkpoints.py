@@ -142,10 +142,12 @@ async def test_steps_are_kept_no_more_often_than_asked_for(
     await listen(replica(Stage(slowly), checkpoint_s=60), FIRST)
     assert written == ["latents"], "a short job's steps are not written"
     written.clear()
-    clock = [1000.0]
+    clock, loop = [1000.0], asyncio.get_running_loop()
 
-    def advance(_: int) -> None:
-        time.sleep(0.05)  # time for the write in progress
+    def advance(done: int) -> None:
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the last step has been offered
+        while done and done % 2 == 0 and done not in written:
+            time.sleep(0.005)
         clock[0] += 1
 
     monkeypatch.setattr("deployments.files.checkpoints.monotonic", lambda: clock[0])
