@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from engines.animatediff.checkpoint import KNOWN_WORDS, OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
+from engines.demo.animatediff.tokenizer import TOKENS, write_tokenizer
 from engines.demo.checkpoint import live, write_json, write_once
-from engines.demo.tokenizer import TOKENS, write_tokenizer
 
 _WIDTH = 32  # of the text embedding
 _HEADS = 4

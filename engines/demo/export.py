@@ -14,10 +14,10 @@ from engines.animatediff.demo_weights import DemoParts
 from engines.animatediff.demo_weights import write_parts as write_animatediff_parts
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.demo_weights import write_parts as write_controlnext_parts
+from engines.demo.animatediff.grammar import words
+from engines.demo.animatediff.nets import ClipNets, new_motion_adapter, new_unet
 from engines.demo.checkpoint import write_once
-from engines.demo.grammar import words
-from engines.demo.motion_nets import ClipNets, new_motion_adapter, new_unet
-from engines.demo.puppet_nets import CONTROL, PuppetNets
+from engines.demo.controlnext.nets import CONTROL, PuppetNets
 
 _MOTION = ".motion_modules."
 

@@ -14,17 +14,17 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor
 from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
 
-from engines.demo.autoencoder import VaeTask
+from engines.demo.animatediff.autoencoder import VaeTask
+from engines.demo.animatediff.frame_table import FrameTable, encode_table, normalise
+from engines.demo.animatediff.grammar import words
+from engines.demo.animatediff.nets import load_tokenizer
+from engines.demo.animatediff.tasks import ClipTask, ImageTask, decoder
+from engines.demo.animatediff.tokenizer import write_tokenizer
+from engines.demo.controlnext.autoencoder import TemporalVaeTask, scale_latents
+from engines.demo.controlnext.bank import embed, fill_bank
+from engines.demo.controlnext.nets import LATENT_SCALING, new_image_encoder
+from engines.demo.controlnext.tasks import PuppetTask
 from engines.demo.export import write_animatediff, write_controlnext
-from engines.demo.frame_table import FrameTable, encode_table, normalise
-from engines.demo.grammar import words
-from engines.demo.motion_nets import load_tokenizer
-from engines.demo.motion_tasks import ClipTask, ImageTask, decoder
-from engines.demo.puppet_bank import embed, fill_bank
-from engines.demo.puppet_nets import LATENT_SCALING, new_image_encoder
-from engines.demo.puppet_tasks import PuppetTask
-from engines.demo.temporal_autoencoder import TemporalVaeTask, scale_latents
-from engines.demo.tokenizer import write_tokenizer
 from engines.demo.training import Report, Run, Task, averaged
 
 PUPPETS = 640

@@ -34,10 +34,10 @@ from engines.controlnext.demo_pose import (
 from engines.controlnext.pose.align import fit
 from engines.controlnext.pose.dwpose import DWPose
 from engines.controlnext.windows import windows
-from engines.demo.draw import images, scribbles
-from engines.demo.grammar import Scene, held_out
-from engines.demo.judge import judge, overlap, shape_mask, true_mask
-from engines.demo.puppet_judge import PuppetJudge
+from engines.demo.animatediff.draw import images, scribbles
+from engines.demo.animatediff.grammar import Scene, held_out
+from engines.demo.animatediff.judge import judge, overlap, shape_mask, true_mask
+from engines.demo.controlnext.judge import PuppetJudge
 from engines.demo.shipped import shipped
 from engines.media.video_reader import open_video
 from tests.e2e.service import Service

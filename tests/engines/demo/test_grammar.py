@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from engines.demo.draw import clip, images, scribbles
-from engines.demo.frame_table import SCALING, FrameTable, normalise
-from engines.demo.grammar import ACROSS, ALONG, PLAIN, Scene, all_scenes, held_out, loose, read, training_scenes, words
-from engines.demo.judge import as_frames, judge, overlap, shape_mask, true_mask
-from engines.demo.tokenizer import write_tokenizer
+from engines.demo.animatediff.draw import clip, images, scribbles
+from engines.demo.animatediff.frame_table import SCALING, FrameTable, normalise
+from engines.demo.animatediff.grammar import (
+    ACROSS,
+    ALONG,
+    PLAIN,
+    Scene,
+    all_scenes,
+    held_out,
+    loose,
+    read,
+    training_scenes,
+    words,
+)
+from engines.demo.animatediff.judge import as_frames, judge, overlap, shape_mask, true_mask
+from engines.demo.animatediff.tokenizer import write_tokenizer
 from engines.media.video import encode_h264
 from engines.media.video_reader import open_video
 
@@ -90,7 +101,7 @@ def test_a_mask_covers_its_shape_and_its_scribble_surrounds_it(shape: str):
 
 
 def test_the_latents_scale_is_folded_into_the_vae_exactly():
-    from engines.demo.autoencoder import new_vae
+    from engines.demo.animatediff.autoencoder import new_vae
 
     torch.manual_seed(0)
     vae = new_vae().eval().requires_grad_(False)

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from engines.controlnext.demo_pose import DRIVER, dance, joints_of
-from engines.demo.judge import as_frames
-from engines.demo.puppet_judge import PuppetJudge
-from engines.demo.puppet_nets import LATENT_SCALING
-from engines.demo.puppet_tasks import SIGMA_RANGE, draw_sigmas, noised, unseen
-from engines.demo.puppets import SIDE, pictures, pose_picture, random_moves, random_puppet, stances
-from engines.demo.temporal_autoencoder import CHANNELS, new_vae, scale_latents
+from engines.demo.animatediff.judge import as_frames
+from engines.demo.controlnext.autoencoder import CHANNELS, new_vae, scale_latents
+from engines.demo.controlnext.judge import PuppetJudge
+from engines.demo.controlnext.nets import LATENT_SCALING
+from engines.demo.controlnext.puppets import SIDE, pictures, pose_picture, random_moves, random_puppet, stances
+from engines.demo.controlnext.tasks import SIGMA_RANGE, draw_sigmas, noised, unseen
 from engines.sampling import euler_step
 
 

@@ -19,19 +19,19 @@ from engines.controlnext import denoise as controlnext
 from engines.controlnext.checkpoint import load_vae
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.spec import ControlNeXtConditioning
-from engines.demo.autoencoder import new_vae
+from engines.demo.animatediff.autoencoder import new_vae
+from engines.demo.animatediff.draw import images, scribbles
+from engines.demo.animatediff.frame_table import FrameTable
+from engines.demo.animatediff.grammar import Scene, words
+from engines.demo.animatediff.nets import ClipNets, load_tokenizer
+from engines.demo.animatediff.tasks import ClipTask, scribble_condition
+from engines.demo.animatediff.tokenizer import write_tokenizer
 from engines.demo.checkpoint import live
-from engines.demo.draw import images, scribbles
+from engines.demo.controlnext.autoencoder import CHANNELS
+from engines.demo.controlnext.autoencoder import new_vae as new_temporal_vae
+from engines.demo.controlnext.nets import PuppetNets, new_image_encoder
+from engines.demo.controlnext.tasks import PuppetTask
 from engines.demo.export import write_animatediff, write_controlnext
-from engines.demo.frame_table import FrameTable
-from engines.demo.grammar import Scene, words
-from engines.demo.motion_nets import ClipNets, load_tokenizer
-from engines.demo.motion_tasks import ClipTask, scribble_condition
-from engines.demo.puppet_nets import PuppetNets, new_image_encoder
-from engines.demo.puppet_tasks import PuppetTask
-from engines.demo.temporal_autoencoder import CHANNELS
-from engines.demo.temporal_autoencoder import new_vae as new_temporal_vae
-from engines.demo.tokenizer import write_tokenizer
 
 SCENE = Scene("square", "cyan", "left", "grey", across=12)
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from engines.demo.draw import images
-from engines.demo.grammar import ACROSS, ALONG, BACKGROUNDS, CENTRE, COLOURS, FRAMES, MOTIONS, SHAPES, Scene
+from engines.demo.animatediff.draw import images
+from engines.demo.animatediff.grammar import ACROSS, ALONG, BACKGROUNDS, CENTRE, COLOURS, FRAMES, MOTIONS, SHAPES, Scene
 
 SCALING = 0.18215
 _BATCH = 64

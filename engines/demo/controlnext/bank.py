@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from engines.controlnext.nets.clip_image import clip_pixels
-from engines.demo.puppets import build_of, pictures, random_moves, random_puppet, stances
+from engines.demo.controlnext.puppets import build_of, pictures, random_moves, random_puppet, stances
 from engines.demo.training import Report
 
 FRAMES = 8

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.demo.draw import images
-from engines.demo.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
+from engines.demo.animatediff.draw import images
+from engines.demo.animatediff.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
 
 Frames = NDArray[np.uint8]
 

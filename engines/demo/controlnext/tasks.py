@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from engines.controlnext.demo_pose import Puppet
-from engines.demo.judge import as_frames
-from engines.demo.puppet_bank import FRAMES, PuppetBank
-from engines.demo.puppet_judge import PuppetJudge
-from engines.demo.puppet_nets import LATENT_SCALING, PuppetNets
-from engines.demo.puppets import build_of, pictures, pose_pictures, random_moves, random_puppet, stances
+from engines.demo.animatediff.judge import as_frames
+from engines.demo.controlnext.autoencoder import CHANNELS
+from engines.demo.controlnext.bank import FRAMES, PuppetBank
+from engines.demo.controlnext.judge import PuppetJudge
+from engines.demo.controlnext.nets import LATENT_SCALING, PuppetNets
+from engines.demo.controlnext.puppets import build_of, pictures, pose_pictures, random_moves, random_puppet, stances
 from engines.demo.sheet import write_sheet
-from engines.demo.temporal_autoencoder import CHANNELS
 from engines.demo.training import Schedule, device_of
 from engines.sampling import euler_step, karras_sigmas
 

@@ -15,8 +15,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
-from engines.demo.draw import images
-from engines.demo.grammar import SIDE, all_scenes
+from engines.demo.animatediff.draw import images
+from engines.demo.animatediff.grammar import SIDE, all_scenes
 from engines.demo.sheet import write_sheet
 from engines.demo.training import Schedule, device_of
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engines.demo.grammar import BACKGROUNDS, COLOURS, FRAMES, RADIUS, SHAPES, SIDE, Scene
+from engines.demo.animatediff.grammar import BACKGROUNDS, COLOURS, FRAMES, RADIUS, SHAPES, SIDE, Scene
 
 Point = tuple[float, float]
 

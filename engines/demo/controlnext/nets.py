@@ -7,9 +7,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.nets.unet import Control, inject
+from engines.demo.controlnext.autoencoder import CHANNELS, SCALE
+from engines.demo.controlnext.puppets import SIDE
 from engines.demo.cpu_speed import use_flat_temporal_convs, use_plain_attention
-from engines.demo.puppets import SIDE
-from engines.demo.temporal_autoencoder import CHANNELS, SCALE
 
 WIDTHS = (64, 96)
 """Multiples of 32, as SVD fixes 32 norm groups, and at least 64, so that a norm does not erase plain colours."""

@@ -10,8 +10,8 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from engines.demo.animatediff.grammar import SIDE
 from engines.demo.cpu_speed import use_plain_attention
-from engines.demo.grammar import SIDE
 
 WIDTH = 64
 """Of the text embedding."""
@@ -159,5 +159,5 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer that `engines.demo.tokenizer` wrote."""
+    """The tokenizer that `engines.demo.animatediff.tokenizer` wrote."""
     return CLIPTokenizer.from_pretrained(folder)

@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 from torch import Tensor
 
-from engines.demo.autoencoder import psnr, start_well
+from engines.demo.animatediff.autoencoder import psnr, start_well
+from engines.demo.controlnext.puppets import SIDE, pictures, random_moves, random_puppet, stances
 from engines.demo.cpu_speed import use_channels_last, use_flat_temporal_convs
-from engines.demo.puppets import SIDE, pictures, random_moves, random_puppet, stances
 from engines.demo.sheet import write_sheet
 from engines.demo.training import Schedule, device_of
 

@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from engines.demo.draw import scribbles
-from engines.demo.frame_table import SCALING, FrameTable
-from engines.demo.grammar import ACROSS, ALONG, FRAMES, SIDE, Scene, held_out, loose, training_scenes
-from engines.demo.judge import as_frames, judge, overlap, shape_mask, true_mask
-from engines.demo.motion_nets import ClipNets, ImageNets, token_ids
+from engines.demo.animatediff.draw import scribbles
+from engines.demo.animatediff.frame_table import SCALING, FrameTable
+from engines.demo.animatediff.grammar import ACROSS, ALONG, FRAMES, SIDE, Scene, held_out, loose, training_scenes
+from engines.demo.animatediff.judge import as_frames, judge, overlap, shape_mask, true_mask
+from engines.demo.animatediff.nets import ClipNets, ImageNets, token_ids
 from engines.demo.sheet import write_sheet
 from engines.demo.training import Schedule, device_of
 from engines.sampling import LCM_GRID, lcm_step, lcm_timesteps, linear_schedule
