@@ -33,19 +33,18 @@ serve: install ## keep the service running on http://127.0.0.1:8000
 
 .PHONY: test
 test: install ## run the tests
-	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder --ignore tests/wire/test_conformance.py
-	$(BIN)/pytest tests/wire/test_conformance.py # alone: fal's clients give up after 5 s, which a busy machine takes for some answers
+	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: test-fast
 test-fast: install ## run the tests that need neither Ray nor a compiler
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 .PHONY: check
-check: install ## lint, types, import directions; changes no file
+check: install ## lint, types, import directions, what the READMEs name; changes no file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layers.py
+	$(BIN)/pytest tests/test_layers.py tests/test_readmes.py
 
 .PHONY: fix
 fix: install ## format and mend what ruff can

@@ -31,6 +31,7 @@ from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from engines.quick_start import without_collections
 from engines.spec import Conditioning, Latents
 
 
@@ -79,9 +80,10 @@ class PreprocessReplica:
     """Hosts `Preprocess` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
-        from deployments.stages.preprocess import Preprocess
+        with without_collections():
+            from deployments.stages.preprocess import Preprocess
 
-        self.wrapper = Preprocess(*args)
+            self.wrapper = Preprocess(*args)
 
     async def run(self, job_input: dict[str, Any], alone: bool) -> AsyncIterator[Any]:
         """See `Preprocess` and `crossing`."""
@@ -106,9 +108,10 @@ class DenoiseReplica:
 
     def __init__(self, *args: Any):
         configure_logging()  # before the engines are made ready, which can take minutes
-        from deployments.stages.denoise import Denoise
+        with without_collections():
+            from deployments.stages.denoise import Denoise
 
-        self.wrapper = Denoise(*args)
+            self.wrapper = Denoise(*args)
         self.calls: set[asyncio.Task[Any]] = set()
 
     async def run(self, conditioning: Conditioning, checkpoint: CheckpointRef) -> AsyncIterator[Any]:
@@ -131,9 +134,10 @@ class DecodeReplica:
     """Hosts `Decode` in Serve; args: its own."""
 
     def __init__(self, *args: Any):
-        from deployments.stages.decode import Decode
+        with without_collections():
+            from deployments.stages.decode import Decode
 
-        self.wrapper = Decode(*args)
+            self.wrapper = Decode(*args)
 
     async def run(self, latents: Latents) -> AsyncIterator[Any]:
         """See `Decode` and `crossing`."""

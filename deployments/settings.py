@@ -120,7 +120,8 @@ class UploadSettings(_Strict):
     is deleted.
     direct: lets callers of `storage/upload/initiate` send a file to the bucket itself, by a URL that it has signed, where `files`
     is an S3-compatible one. The bucket must be within their reach, and allow web pages of other origins if those are to upload.
-    A file that turns out larger than its upload reserved (100 MB, or the `file_size` asked for) is deleted.
+    Such a URL is good for an hour at most. What arrives is taken in at the first read or within a minute, and does not change
+    from then on; what is larger than its upload reserved (100 MB, or the `file_size` asked for) is deleted.
     """
 
     max_bytes: int = Field(5_000_000_000, gt=0)

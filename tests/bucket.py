@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import boto3
 import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 BUCKET = "reelray"
@@ -16,6 +15,8 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Its URL."""
+    from moto.server import ThreadedMotoServer  # slow to import, and every worker imports this file
+
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:

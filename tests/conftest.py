@@ -4,10 +4,12 @@ Tests of the store also run on a second server, see `tests/deployments/jobs/conf
 """
 
 import asyncio
+import fcntl
+import gc
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import urlsplit
@@ -17,6 +19,7 @@ import asyncpg
 import pytest
 
 from deployments.hosting.embedded_postgres import database_url, postgres_folder, stop_embedded
+from deployments.hosting.tls import TlsFiles, write_certificate
 from deployments.jobs.database import migrate
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
@@ -37,21 +40,18 @@ SELECT md5(string_agg(line, ',' ORDER BY line)) FROM (
 ) AS lines (line)
 """
 """One value for everything in a database that is no row of ours."""
-TEMPLATE_SCHEMAS: dict[str, str] = {}
-"""A server's URL -> the value for its template."""
 EMPTY = """
-DO $$
-DECLARE name text;
-BEGIN
-    SET LOCAL session_replication_role = replica;  -- no triggers, no foreign keys
-    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations' LOOP
-        EXECUTE format('DELETE FROM %I', name);  -- the few rows of a test: TRUNCATE makes new files for every table and index
-    END LOOP;
-    FOR name IN SELECT sequencename FROM pg_sequences WHERE schemaname = 'public' AND last_value IS NOT NULL LOOP
-        EXECUTE format('ALTER SEQUENCE %I RESTART', name);
-    END LOOP;
-END $$
+SELECT 'SET session_replication_role = replica;'  -- no triggers, no foreign keys
+    || (SELECT string_agg(format('DELETE FROM %I', tablename), ';') FROM pg_tables
+        WHERE schemaname = 'public' AND tablename <> 'schema_migrations') || ';'
+    || (SELECT string_agg(format('SELECT setval(%L, 1, false)', sequencename), ';') FROM pg_sequences WHERE schemaname = 'public')
 """
+"""The statements that empty a database. DELETE for the few rows of a test: TRUNCATE makes new files for every table and index."""
+END_OTHERS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+TEMPLATES: dict[str, tuple[str, str]] = {}
+"""A server's URL -> what `SCHEMA` and `EMPTY` give for its template."""
 
 os.environ["COLUMNS"] = "160"  # a worker of pytest-xdist has no terminal whose width tables could take
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
@@ -61,6 +61,17 @@ os.environ.setdefault(
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch, beside busy workers
 # not in the home of the first test that builds a stage, which is deleted after it
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"reelray-inductor-{os.getuid()}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays to the end: the garbage collector need never go through these millions of objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -84,6 +95,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     from tests.scheduling import GroupScheduling  # late: where pytest-xdist is not installed, nobody asks
 
     return GroupScheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFiles]:
+    """A certificate of ours. Every client trusts its CA alone: reading all of certifi's took 25 ms a client."""
+    files = write_certificate(tmp_path_factory.mktemp("tls"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSL_CERT_FILE", str(files.ca))
+        environment.setenv("NODE_EXTRA_CA_CERTS", str(files.ca))
+        yield files
 
 
 @pytest.fixture(scope="session")
@@ -144,10 +165,22 @@ def home(initialised: Path) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def demo_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings whose demo weights are random ones, which are written and run faster than the trained."""
+def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of random demo weights, which run faster than the trained, in a home that all workers of a run share."""
+    place = tmp_path_factory.getbasetemp()
+    settings = Settings(home=(place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "shared")
+    settings.home.mkdir(exist_ok=True)
+    with (settings.home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_random_weights(settings.demo_weights)
+    return settings.demo_weights.parent
+
+
+@pytest.fixture(scope="session")
+def demo_settings(tmp_path_factory: pytest.TempPathFactory, demo_weights: Path) -> Settings:
+    """Settings whose demo weights are written."""
     settings = Settings(home=tmp_path_factory.mktemp("home"))
-    write_random_weights(settings.demo_weights)
+    (settings.home / "weights").symlink_to(demo_weights)
     return settings
 
 
@@ -201,52 +234,41 @@ async def emptied(server: str, name: str) -> bool:
 
     False if the schema is no longer the template's, or unknown because the test deleted the database.
     """
-    await end_connections(server, name)
+    if server not in TEMPLATES:
+        async with connected(of_database(server, TEMPLATE)) as template:
+            TEMPLATES[server] = await template.fetchval(SCHEMA), await template.fetchval(EMPTY)
+    schema, empty = TEMPLATES[server]
     try:
-        connection = await asyncpg.connect(of_database(server, name))
+        async with connected(of_database(server, name)) as connection:
+            while await connection.fetchval(END_OTHERS):  # noqa: ASYNC110  (the server gives no notification)
+                await asyncio.sleep(0.002)
+            if await connection.fetchval(SCHEMA) != schema:
+                return False
+            await connection.execute(empty)
+            return True
     except asyncpg.PostgresError:
         return False
-    try:
-        if await connection.fetchval(SCHEMA) != await template_schema(server):
-            return False
-        await connection.execute(EMPTY)
-        return True
-    except asyncpg.PostgresError:
-        return False
-    finally:
-        await connection.close()
-
-
-async def template_schema(server: str) -> str:
-    """What `SCHEMA` gives for the template of a server."""
-    if server not in TEMPLATE_SCHEMAS:
-        connection = await asyncpg.connect(of_database(server, TEMPLATE))
-        TEMPLATE_SCHEMAS[server] = await connection.fetchval(SCHEMA)
-        await connection.close()
-    return TEMPLATE_SCHEMAS[server]
 
 
 async def drop(server: str, name: str) -> None:
     """Drops a database. PostgreSQL's FORCE alone sleeps 100 ms where a connection is still ending."""
-    await end_connections(server, name)
-    await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
-
-
-async def end_connections(server: str, name: str) -> None:
-    """Returns when all connections to a database have ended."""
     end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1"
-    connection = await asyncpg.connect(server)
-    try:
-        while await connection.fetchval(end, name):  # noqa: ASYNC110  (the server gives no notification)
+    async with connected(server) as connection:
+        while await connection.fetchval(end, name):  # noqa: ASYNC110
             await asyncio.sleep(0.002)
-    finally:
-        await connection.close()
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 async def execute(url: str, statement: str) -> None:
     """Runs one statement on a connection of its own."""
+    async with connected(url) as connection:
+        await connection.execute(statement)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute(statement)
+        yield connection
     finally:
         await connection.close()

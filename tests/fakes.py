@@ -12,7 +12,7 @@ from deployments.stages.denoise import Denoise
 from deployments.stages.preprocess import Preprocess
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stream
 from engines.errors import Cancelled
-from engines.spec import Clip, OnProgress, Progress, ShouldStop
+from engines.spec import Checkpoint, Clip, OnProgress, OnStep, Progress, ShouldStop
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 T = TypeVar("T")
@@ -79,6 +79,21 @@ class ScriptedStages:
 
     async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
         return Done(CLIP, 0.125)
+
+
+def held_after(replica: Any, step: int) -> None:
+    """The replica's denoising then works up to this step, and goes on only once it is to stop."""
+    sample = replica.stage.sample
+
+    def held(*args: Any, on_step: OnStep, should_stop: ShouldStop, **options: Any) -> Any:
+        def offer(checkpoint: Checkpoint) -> None:
+            on_step(checkpoint)
+            while checkpoint.step >= step and not should_stop():
+                time.sleep(0.01)
+
+        return sample(*args, on_step=offer, should_stop=should_stop, **options)
+
+    replica.stage.sample = held
 
 
 class EndlessStage:

@@ -11,14 +11,17 @@ pauses and goes on.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from deployments.dispatch.job_log import JobLog
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
+from deployments.files.uploads import take_in
 from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
@@ -153,7 +156,8 @@ class Dispatcher:
                 await asyncio.sleep(database.OUTAGE_PAUSE_S)
 
     async def _sweep_forever(self) -> None:
-        """After an outage the workers come first: they live, and only could not renew their leases."""
+        """After an outage, and after this process has stood still, the workers come first: they live, and only could not renew
+        their leases."""
         while True:
             pause_s = SWEEP_INTERVAL_S
             try:
@@ -162,13 +166,16 @@ class Dispatcher:
             except Exception:
                 logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
                 pause_s = max(pause_s, self.queue.lease_s)
+            due = time.monotonic() + pause_s
             await asyncio.sleep(pause_s)
+            if time.monotonic() - due > self.queue.lease_s / 10:
+                await asyncio.sleep(self.queue.lease_s)
 
     async def _expire_forever(self) -> None:
         """Deletes expired files, jobs and secrets in batches, with a pause after each for other work."""
         while True:
             try:
-                await self.store.uploads.settle_overdue(self.files.size)
+                await self.store.uploads.settle_direct(partial(take_in, self.files))
                 files = await self.store.retention.expire_files(self.files.delete)
                 jobs = await self.store.retention.expire_jobs(self.retention.jobs_s)
                 await self.store.keys.expire_secrets()

@@ -184,6 +184,10 @@ class FileStore:
         """The name of a part of an upload. name: of the file that it becomes."""
         return f"parts/{name.split('/')[1]}/{number}"
 
+    def arriving(self, name: str) -> str:
+        """Where a file is sent to the bucket itself, before it is taken in under its name."""
+        return self.part_name(name, 0)
+
     async def put_input(self, name: str, data: bytes | bytearray) -> None:
         """Stores a file that an input refers to."""
         assert _INPUT.fullmatch(name)

@@ -70,13 +70,25 @@ async def assemble(files: FileStore, name: str, parts: Sequence[str], sizes: Seq
 
 
 async def direct_url(files: FileStore, name: str, content_type: str, size: int | None, open_s: float) -> str:
-    """A URL of the bucket's own to PUT a file to, for this name and type and, if it is given, size. Raises `StorageFailed`."""
+    """A URL of the bucket's own to PUT a file to, for this name and type and, if it is given, size. Raises `StorageFailed`.
+
+    name: where it arrives. As long as the URL is good, whoever has it may send any number of bytes there, again and again.
+    """
     bound: dict[str, Any] = {"ContentType": content_type} | ({} if size is None else {"ContentLength": size})
     with translated():
         url: str = await asyncio.to_thread(
             files.fs.url, files.path(name), expires=int(open_s), client_method="put_object", **bound
         )
     return url
+
+
+async def take_in(files: FileStore, name: str, most: int) -> int | None:
+    """Makes the file `name` of what has arrived for it in the bucket, within the bucket, and returns its size in bytes.
+
+    None: nothing has arrived. What has more than `most` bytes is deleted instead. Raises `StorageFailed`.
+    """
+    with translated():
+        return await asyncio.to_thread(_take_in, files.fs, files.path(name), files.path(files.arriving(name)), most)
 
 
 async def _read(body: AsyncIterator[bytes], size: int, most_s: float, write: Callable[[bytearray], None]) -> bytes:
@@ -149,6 +161,28 @@ def _bucket_file(fs: Any, path: str) -> Iterator[BinaryIO]:
         file.discard()
         file.closed = True  # or it would be stored when it is closed by the garbage collector
         raise
+
+
+def _take_in(fs: Any, path: str, arriving: str, most: int) -> int | None:
+    if (size := _size(fs, path)) is not None:  # taken in before; what has arrived since is another file
+        return size
+    try:
+        there = fs.info(arriving)
+        if there["size"] <= most:
+            fs.cp_file(arriving, path, CopySourceIfMatch=there["ETag"])
+        fs.rm_file(arriving)
+    except Exception:  # nothing has arrived, or another process is faster
+        if (size := _size(fs, path)) is not None or _size(fs, arriving) is None:
+            return size
+        raise
+    return int(there["size"])
+
+
+def _size(fs: Any, path: str) -> int | None:
+    try:
+        return int(fs.info(path)["size"])
+    except FileNotFoundError:
+        return None
 
 
 def _merge(files: FileStore, path: str, parts: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ SUPERVISION_INTERVAL_S = 2.0
 RECYCLED_AFTER_S = 3.0
 """How long the server may refuse to start because another one is just starting or stopping. After it, the pid file is checked."""
 GUARDED = "REELRAY_GUARDED"
-"""Set in the processes of a service whose server is stopped when it ends, see `guardian.py`."""
+"""The name of the service that a process belongs to, if its server is stopped when it ends, see `guardian.py`."""
 NO_PID = 2**31 - 1
 """Above every system's pid_max."""
 
@@ -176,21 +176,22 @@ def _ensure_running(folder: Path) -> None:
 
 
 def owner_file(folder: Path) -> Path:
-    """Locked by the service that the server belongs to, if it has one."""
+    """Locked by the service that the server belongs to, if it has one, with the service's name in it."""
     return folder / "owner"
 
 
-def _orphaned(folder: Path) -> bool:
-    """Whether this is a process of a service that was killed. Some of Ray's live on for seconds, and would start the server again
-    that the guardian has stopped."""
-    if GUARDED not in os.environ:
+def is_owner(folder: Path, name: str) -> bool:
+    """Whether the server belongs to the service of this name, also if that was killed and its guardian has yet to notice."""
+    try:
+        return owner_file(folder).read_text() == name
+    except FileNotFoundError:  # somebody has removed the folder
         return False
-    with owner_file(folder).open("a") as owner:
-        try:
-            fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+
+
+def _orphaned(folder: Path) -> bool:
+    """Whether this is a process of a service that has ended. Some of Ray's live on for seconds, and would start the server again
+    that was stopped."""
+    return GUARDED in os.environ and not is_owner(folder, os.environ[GUARDED])
 
 
 def _readiness(folder: Path) -> int:

@@ -20,6 +20,9 @@ from deployments.settings import CONFIG_VARIABLE, configured_settings, load_sett
 
 COLLECT_S = 600.0
 """How often a worker looks for garbage that refers to itself, in seconds."""
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than callers and proxies keep theirs (httpx 5 s, nginx 60 s). If the server
+were the first, a request could meet the end of its connection and be lost."""
 GRACE_S = 5
 """How long open status streams may hold a worker that was told to stop."""
 
@@ -41,6 +44,7 @@ def run(config: Path, host: str, port: int, workers: int, tls: Path | None = Non
         port=port,
         workers=workers,
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
         ssl_certfile=certificate.chain if certificate else None,
         ssl_keyfile=certificate.key if certificate else None,

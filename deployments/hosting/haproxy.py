@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,10 +64,10 @@ def fronted(certificate: bytes = b"") -> Iterator[bool]:
     # Not in TMPDIR, whose path may be long: Serve adds a folder of 56 characters, and a socket's path may have only 97. Nor in
     # Serve's default folder: it belongs to the machine's first user of Serve, and its admin socket takes anybody's commands.
     delete_left_folders("/tmp")
-    with temporary_folder("/tmp") as folder:
+    with temporary_folder("/tmp") as folder, ExitStack() as claims:
         wanted = {SWITCH: "1", **LIMITS}
         wanted |= {name: str(folder / file) for name, file in FILES.items()}
-        wanted |= {name: str(_free(port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free())}
+        wanted |= {name: str(_free(claims, port)) for name, port in PORTS.items()} | {FALLBACK_PORT: str(_free(claims))}
         if certificate:  # replicas believe their HAProxy that a caller speaks TLS, whichever loopback address it comes from
             wanted["FORWARDED_ALLOW_IPS"] = "127.0.0.1,::1"
         has_launcher = BINARY not in os.environ
@@ -96,11 +96,16 @@ def _launcher(folder: Path, certificate: bytes) -> str:
     return str(program)
 
 
-def _free(*preferred: int) -> int:
-    """A free port: a preferred one, or one below the range that the system assigns from and Ray will take dozens of."""
+def _free(claims: ExitStack, *preferred: int) -> int:
+    """A free port: a preferred one, or one below the range that the system assigns from and Ray will take dozens of.
+
+    HAProxy binds it some seconds later. Until `claims` ends, a name of the machine's keeps it from services that start meanwhile.
+    """
     for port in (*preferred, *random.sample(range(20_000, 30_000), 100)):
-        with socket.socket() as listener, suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("", port))
+        with suppress(OSError):
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", port))
+            claims.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0reelray-port-{port}")
             return port
     raise OSError("a hundred ports were taken")

@@ -9,6 +9,11 @@ No variable of Serve's sets these:
 - Replicas listen on the service's host only. If that is an address of its own, such as ::1, HAProxy must look for them there.
   Serve has it look at 127.0.0.1 for all replicas of its node.
 - With a certificate, callers speak TLS with HAProxy, and the replicas are told so. Serve knows TLS for its own proxy only.
+- It is TLS 1.2 at most, because of fal's Python client: a thread of its WebSocket reads while another sends the handshake, which
+  `ssl` of Python does not stand. The session tickets of TLS 1.3 come at that very moment: on a machine under load 2 to 11
+  handshakes in a thousand were never answered, and with TLS 1.2 none of 3,171.
+- A caller whose WebSocket is refused is hung up on, as by uvicorn. The replica says so, but HAProxy would keep the connection,
+  and that client waits for its end.
 
 Lines that another version of Serve writes differently stay as they are. Standard library only: this runs at every reload.
 
@@ -24,6 +29,9 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 
+HANG_UP = """\
+http-request set-var(txn.upgrade) bool(true) if { hdr(Upgrade) -m found }
+http-after-response set-header Connection close if { var(txn.upgrade) -m bool } !{ status 101 }"""
 NOT_YET = 'http-request return status 503 content-type text/plain hdr retry-after 1 string "503, not up yet (this is no nginx)"'
 
 
@@ -39,8 +47,11 @@ def mended(config: str, certificate: str = "") -> str:
             lines[i] = f"{indent}bind 127.0.0.1:{words[1].rpartition(':')[2]}"
         if section == "frontend http_frontend" and words[:1] == ["bind"]:
             host = words[1].rpartition(":")[0]
+            added = HANG_UP
             if certificate:
-                lines[i] = f"{line} ssl crt {certificate} alpn http/1.1\n{indent}http-request set-header X-Forwarded-Proto https"
+                line += f" ssl crt {certificate} alpn http/1.1 ssl-max-ver TLSv1.2"
+                added += "\nhttp-request set-header X-Forwarded-Proto https"
+            lines[i] = line + "".join(f"\n{indent}{each}" for each in added.splitlines())
         if words[:1] == ["server"] and words[2].startswith("127.0.0.1:") and host not in ("*", "127.0.0.1", "localhost"):
             words[2] = f"{f'[{host}]' if ':' in host else host}:{words[2].rpartition(':')[2]}"
             lines[i] = indent + " ".join(words)

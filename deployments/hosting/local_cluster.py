@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import ray
@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, HTTPOptionsSchema, ServeDeploySchema
 
 from deployments.hosting import haproxy
-from deployments.hosting.embedded_postgres import database_url, stop_embedded
+from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.guardian import guarded
 from deployments.settings import load_settings
 from engines.errors import ReelrayError
@@ -58,7 +58,6 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
     _exit_on_signals()
     with ExitStack() as stack:  # at the end every step is taken back, whichever of them fails
         stack.enter_context(guarded(settings))
-        stack.callback(stop_embedded, settings)
         database_url(settings)
         if stack.enter_context(haproxy.fronted(_certificate(schema.http_options))):
             schema.http_options.ssl_certfile = schema.http_options.ssl_keyfile = None  # HAProxy has them
@@ -75,7 +74,7 @@ def running(config: Path, *, host: str | None = None, port: int | None = None, d
         # What `serve run` does; Ray has no public call that deploys a YAML without a dashboard
         client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
         client.deploy_apps(schema, _blocking=False)
-        _wait_until_ready(names, url)
+        _wait_until_ready(client, names, url)
         yield url
 
 
@@ -108,16 +107,15 @@ def _check_free(host: str, port: int) -> None:
         time.sleep(0.2)
 
 
-def _wait_until_ready(names: list[str], url: str) -> None:
+def _wait_until_ready(client: Any, names: list[str], url: str) -> None:
+    """client: of Serve. `serve.status()` would pickle every deployment's whole configuration, five times a second."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        applications = serve.status().applications
-        for name in names:
-            application = applications.get(name)
-            if application and application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        applications = {name: client.get_serve_status(name).app_status for name in names}
+        for name, application in applications.items():
+            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise ServiceFailed(f"{name}: {application.message}")
-        up = [name in applications and applications[name].status == ApplicationStatus.RUNNING for name in names]
-        if all(up) and _answers(url):
+        if all(application.status == ApplicationStatus.RUNNING for application in applications.values()) and _answers(url):
             return
         time.sleep(0.2)
     raise ServiceFailed(f"not ready after {READY_TIMEOUT_S:.0f} s")

@@ -20,8 +20,18 @@ def configure_logging() -> None:
     """Sends our log records to stderr, which Ray writes to a file for each replica. Call it once per process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FieldFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    hide_queries()
     for name in ("deployments", "engines"):
         ours = logging.getLogger(name)
         ours.handlers = [handler]
         ours.setLevel(logging.INFO)
         ours.propagate = False
+
+
+def hide_queries() -> None:
+    """Has uvicorn log no WebSocket that opens: its line shows the query, in which fal's clients send their tokens."""
+    logging.getLogger("uvicorn.error").addFilter(_is_no_handshake)
+
+
+def _is_no_handshake(record: logging.LogRecord) -> bool:
+    return '"WebSocket %s"' not in str(record.msg)

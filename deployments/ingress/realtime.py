@@ -13,7 +13,8 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, closing
 from typing import Any
 
 import msgpack
@@ -21,18 +22,17 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from pydantic_core import from_json, to_json
 
 from deployments.ingress.access import Caller, caller_of, is_still_valid
-from deployments.ingress.body import MAX_FIELDS_BYTES, split
+from deployments.ingress.body import Bodies, SplitBody, split, take_out
 from deployments.ingress.middleware import failure_response
-from deployments.ingress.new_jobs import accept
-from deployments.ingress.request_context import quotas_of, store_of
-from deployments.ingress.routes.run_routes import end_of, give_up, output_of
+from deployments.ingress.request_context import bodies_of, quotas_of, store_of
+from deployments.ingress.routes.run_routes import accept_or_give_up, end_of, give_up, output_of
 from deployments.jobs.database import StoreAway
 from deployments.jobs.keys import Scope
 from deployments.schemas import responses
 from deployments.schemas.endpoint import ENDPOINTS, Endpoint
 from deployments.schemas.failures import Failure, error_failure, request_failure
 from deployments.schemas.submission import SubmissionOptions
-from engines.errors import BadRequest, RequestError, Unauthorized
+from engines.errors import BadRequest, RequestError, TooManyRequests, Unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ MAX_BUFFERING = 60
 MAX_WAITING_BYTES = 1 << 24
 """Of all the requests that wait on one connection. uvicorn refuses a larger message."""
 MAX_ITEMS = 1000
-"""Of one map or list in msgpack: inputs have some twenty fields."""
+"""Of a request in msgpack, with what is nested in it: inputs have some twenty fields."""
 UNAUTHORIZED = {"status": "error", "error": "Unauthorized"}
 """On this the JavaScript client drops its token and gets a new one."""
 NORMAL, POLICY_VIOLATION, INTERNAL_ERROR = 1000, 1008, 1011
@@ -63,18 +63,20 @@ def _add(app: FastAPI, endpoint: Endpoint) -> None:
 
 
 async def _answer(websocket: WebSocket, endpoint: Endpoint) -> None:
-    try:
-        caller = await caller_of(websocket, endpoint.id)
-        caller.require(Scope.SUBMIT)
-        waiting = _Waiting(_max_buffering(websocket.query_params.get("max_buffering", "1")))
-        quotas_of(websocket).check_stream(caller.owner)
-    except (RequestError, StoreAway) as exc:
-        await _refuse(websocket, exc)
-        return
-    await websocket.accept()
-    with quotas_of(websocket).stream(caller.owner):
-        reading = asyncio.create_task(_read(websocket, waiting))
-        working = asyncio.create_task(_Session(websocket, endpoint, caller).work(waiting))
+    with ExitStack() as stack:
+        try:
+            caller = await caller_of(websocket, endpoint.id)
+            caller.require(Scope.SUBMIT)
+            most = _max_buffering(websocket.query_params.get("max_buffering", "1"))
+            stack.enter_context(quotas_of(websocket).stream(caller.owner))
+        except (RequestError, StoreAway) as exc:
+            await _refuse(websocket, exc)
+            return
+        waiting = stack.enter_context(closing(_Waiting(most, bodies_of(websocket))))
+        await websocket.accept()
+        session = _Session(websocket, endpoint, caller)
+        reading = asyncio.create_task(session.read(waiting))
+        working = asyncio.create_task(session.work(waiting))
         try:
             await asyncio.wait([reading, working], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -106,32 +108,44 @@ def _failure_of(exc: RequestError | StoreAway) -> Failure:
 
 
 class _Waiting:
-    """The newest requests that wait. most: how many."""
+    """The newest requests that wait, `most` at most, and the one in hand. They have room among the bodies of this process."""
 
-    def __init__(self, most: int):
-        self._frames: deque[bytes | str] = deque(maxlen=most)
+    def __init__(self, most: int, bodies: Bodies):
+        self._most, self._bodies = most, bodies
+        self._frames = deque[tuple[bytes | str, Callable[[], None]]]()
         self._arrived = asyncio.Event()
+        self._done: Callable[[], None] = lambda: None
 
     def add(self, frame: bytes | str) -> None:
-        self._frames.append(frame)
-        while sum(map(len, self._frames)) > MAX_WAITING_BYTES and len(self._frames) > 1:
-            self._frames.popleft()
+        """Raises `TooManyRequests`."""
+        while self._frames and (len(self._frames) == self._most or self._size + len(frame) > MAX_WAITING_BYTES):
+            self._frames.popleft()[1]()
+        self._frames.append((frame, self._bodies.hold(len(frame))))
         self._arrived.set()
 
     async def next(self) -> bytes | str:
-        """Raises `TimeoutError` if none comes."""
+        """The oldest, once the one before it is done. Raises `TimeoutError` if none comes."""
+        self._finish()
         async with asyncio.timeout(IDLE_S):
             while not self._frames:
                 self._arrived.clear()
                 await self._arrived.wait()
-        return self._frames.popleft()
+        frame, self._done = self._frames.popleft()
+        return frame
 
+    def close(self) -> None:
+        """Gives all room back."""
+        self._finish()
+        while self._frames:
+            self._frames.popleft()[1]()
 
-async def _read(websocket: WebSocket, waiting: _Waiting) -> None:
-    """Until the caller hangs up."""
-    while (message := await websocket.receive())["type"] != "websocket.disconnect":
-        text: str | None = message.get("text")
-        waiting.add(message.get("bytes") or b"" if text is None else text)
+    def _finish(self) -> None:
+        self._done()
+        self._done = lambda: None
+
+    @property
+    def _size(self) -> int:
+        return sum(len(frame) for frame, _ in self._frames)
 
 
 class _Session:
@@ -139,6 +153,15 @@ class _Session:
 
     def __init__(self, websocket: WebSocket, endpoint: Endpoint, caller: Caller):
         self._websocket, self._endpoint, self._caller = websocket, endpoint, caller
+
+    async def read(self, waiting: _Waiting) -> None:
+        """Takes requests until the caller hangs up."""
+        while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+            text: str | None = message.get("text")
+            try:
+                waiting.add(message.get("bytes") or b"" if text is None else text)
+            except TooManyRequests as exc:
+                await self._send_failure(_failure_of(exc), {})
 
     async def work(self, waiting: _Waiting) -> None:
         """Answers requests until none comes any more."""
@@ -169,15 +192,14 @@ class _Session:
         began = time.monotonic()
         echo: dict[str, Any] = {}
         try:
-            given = _decoded(frame)
+            given, uris = await _decoded(frame)
             if isinstance(request_id := given.pop("request_id", None), str | int):
                 echo["request_id"] = request_id
-            answer = await self._render(given)
+            answer = await self._render(_body(given, uris))
         except (RequestError, StoreAway) as exc:
             answer = _failure_of(exc)
         if isinstance(answer, Failure):
-            detail = {"status": answer.status, "detail": answer.body["detail"], **echo}
-            await self._send_control("x-fal-error", error=answer.error_type, reason=answer.error, **detail)
+            await self._send_failure(answer, echo)
             return
         output = answer | echo
         if isinstance(frame, str):
@@ -186,15 +208,10 @@ class _Session:
             await self._websocket.send_bytes(msgpack.packb(output))
         await self._send_control("x-fal-message", action="timings", timing=round(time.monotonic() - began, 6))
 
-    async def _render(self, given: dict[str, Any]) -> dict[str, Any] | Failure:
+    async def _render(self, body: SplitBody) -> dict[str, Any] | Failure:
         """A request's output, as a job of the queue."""
-        try:
-            body = bytearray(to_json(given))
-        except (ValueError, RecursionError):  # bytes that are no text, extension types
-            raise BadRequest("The message must be a map of text, numbers, booleans and null.") from None
-        accepted = await accept(
-            self._websocket, self._endpoint, self._caller, SubmissionOptions(no_retry=True), await split(body)
-        )
+        options = SubmissionOptions(no_retry=True)
+        accepted = await accept_or_give_up(self._websocket, self._endpoint, self._caller, options, body)
         if isinstance(accepted, Failure):
             return accepted
         store = store_of(self._websocket)
@@ -205,25 +222,47 @@ class _Session:
             raise
         return responses.failure_of(job) or output_of(self._websocket, job)
 
+    async def _send_failure(self, failure: Failure, echo: dict[str, Any]) -> None:
+        detail = {"status": failure.status, "detail": failure.body["detail"], **echo}
+        await self._send_control("x-fal-error", error=failure.error_type, reason=failure.error, **detail)
+
     async def _send_control(self, kind: str, **fields: Any) -> None:
         await self._websocket.send_text(json.dumps({"type": kind, **fields}))
 
 
-def _decoded(frame: bytes | str) -> dict[str, Any]:
-    """The fields of a request. Raises `BadRequest`."""
+async def _decoded(frame: bytes | str) -> tuple[dict[str, Any], dict[str, memoryview]]:
+    """The fields of a request, with a name in place of each large data URI, and these. Raises `BadRequest`, `BodyTooLarge`."""
     given: object = None
+    uris = dict[str, memoryview]()
     try:
         if isinstance(frame, str):
-            given = from_json(frame) if _is_cheap(frame) else None
+            body = await split(bytearray(frame.encode()))
+            given, uris = from_json(body.fields), body.uris
         else:
-            given = msgpack.unpackb(frame, strict_map_key=True, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
+            given = _unpacked(frame)
     except (ValueError, RecursionError, msgpack.UnpackException):
         pass
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise BadRequest("The message must be a map in msgpack, or an object in JSON text.")
-    return given
+    return given, take_out(given, len(frame)) if isinstance(frame, bytes) else uris
 
 
-def _is_cheap(text: str) -> bool:
-    """Whether parsing stops the event loop for milliseconds at most: a long text must be long strings, such as data URIs."""
-    return len(text) <= MAX_FIELDS_BYTES or text.count('"') + text.count(",") + text.count("[") + text.count("{") < MAX_ITEMS
+def _body(given: dict[str, Any], uris: dict[str, memoryview]) -> SplitBody:
+    try:
+        return SplitBody(to_json(given), uris)
+    except (ValueError, RecursionError):  # bytes that are no text, extension types
+        raise BadRequest("The message must be a map of text, numbers, booleans and null.") from None
+
+
+def _unpacked(frame: bytes) -> object:
+    """Raises `ValueError` for more than `MAX_ITEMS` items in all: 16 MB of nested lists would stop the event loop for 0.8 s."""
+    left = MAX_ITEMS
+
+    def counted(items: Any) -> Any:
+        nonlocal left
+        if (left := left - len(items)) < 0:
+            raise ValueError("too many items")
+        return items
+
+    options = {"max_array_len": MAX_ITEMS, "max_map_len": MAX_ITEMS, "list_hook": counted, "object_hook": counted}
+    return msgpack.unpackb(frame, strict_map_key=True, **options)

@@ -5,7 +5,7 @@ over, and so are its parts. Bytes are reserved before they are received: uploads
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -68,15 +68,15 @@ class Uploads:
         access: dict[str, Any] | None,
         quota: int | None,
         size: int = 0,
-        direct: bool = False,
+        arriving: str | None = None,
     ) -> None:
         """Lists an upload. It must be complete in `open_s` seconds, and is then kept for `keep_s`; None: for ever.
 
-        quota: the most bytes that its owner may have; None: any number. size: bytes to reserve already. direct: see `ListedFile`.
-        Raises `TooManyRequests`.
+        quota: the most bytes that its owner may have; None: any number. size: bytes to reserve already. arriving: the name under
+        which it is sent to the bucket itself; what is there is deleted in the end. Raises `TooManyRequests`.
         """
 
-        args = (name, open_s, owner, content_type, access, keep_s, size, direct, quota)
+        args = (name, open_s, owner, content_type, access, keep_s, size, quota, arriving)
         if not (await self._fetch("begin_upload", *args))[0]["is_allowed"]:
             raise _over_quota(quota)
 
@@ -109,9 +109,31 @@ class Uploads:
         """A part has been stored. False: its upload's time is over."""
         return bool(await self._fetch("finish_part", part, digest, size))
 
-    async def parts(self, name: str) -> dict[str, tuple[bytes, int]]:
-        """The parts that have been stored of an upload: name -> digest, size in bytes."""
-        return {row["name"]: (row["digest"], row["size_bytes"]) for row in await self._fetch("parts", name)}
+    async def finish_parts(
+        self, name: str, digest: bytes, parts: Sequence[str], digests: Sequence[bytes], exact: int | None
+    ) -> int | None:
+        """An upload is complete, with these parts in this order; none is taken any more. They stay until `drop_parts`.
+
+        digest: of the list. exact: the size in bytes that it must have. Returns None, also when it was completed with this list
+        before, or the index of the first part that has not been stored with its digest. Raises `UploadIsOver`,
+        `UploadIsComplete` if it was completed with another list, `Forbidden` for another size.
+        """
+        refusal = (await self._fetch("finish_parts", name, digest, exact, parts, digests))[0]["refusal"]
+        if refusal == "over":
+            raise UploadIsOver
+        if refusal == "complete":
+            raise UploadIsComplete
+        if refusal == "size":
+            raise Forbidden(f"This upload is of {exact} bytes.")
+        return None if refusal is None else int(refusal) - 1
+
+    async def part_sizes(self, name: str) -> dict[str, int]:
+        """The parts that have been stored of an upload: name -> size in bytes."""
+        return {row["name"]: row["size_bytes"] for row in await self._fetch("parts", name)}
+
+    async def drop_parts(self, name: str) -> None:
+        """The file is there, so its parts are not needed."""
+        await self._fetch("drop_parts", name)
 
     async def finish(self, name: str, digest: bytes, size: int) -> bool:
         """An upload is complete. False: its time was over, or it was complete with other bytes."""
@@ -122,27 +144,31 @@ class Uploads:
         rows = await self._fetch("find_file", name)
         return ListedFile(**rows[0]) if rows else None
 
-    async def settle(self, name: str, size: int | None, reserved: int) -> bool:
-        """Ends an upload to the bucket: it is complete with `size` bytes, or given up if it is not there or too large."""
-        if size is not None and size <= reserved:
-            await self._fetch("settle_direct", name, size)
-            return True
-        await self._fetch("give_up_direct", name)
-        return False
+    async def settle(self, name: str, size: int, reserved: int) -> bool:
+        """Ends an upload to the bucket: it is complete with `size` bytes, or given up if those are too many."""
+        if size > reserved:
+            await self._fetch("give_up_direct", name)
+            return False
+        await self._fetch("settle_direct", name, size)
+        return True
 
-    async def settle_overdue(self, size_of: Callable[[str], Awaitable[int | None]]) -> None:
-        """Ends those that nobody has read and whose time is over.
+    async def settle_direct(self, take_in: Callable[[str, int], Awaitable[int | None]]) -> None:
+        """Ends those that have arrived, and those whose time is over; `SETTLE_BATCH` at most.
 
-        size_of: of a file; None: it is not there. If it raises, the file is looked up again later.
+        take_in: makes a file of what has arrived for this name, if it has at most so many bytes, and returns its size; None:
+        nothing has. If it raises, the upload is looked up again later.
         """
-        for row in await self._fetch("overdue_direct", SETTLE_BATCH):
+        for row in await self._fetch("open_direct", SETTLE_BATCH):
+            name, reserved = row["name"], row["size_bytes"]
             try:
-                size = await size_of(row["name"])
+                size = await take_in(name, reserved)
             except Exception:
-                fields = {"action": "expiry", "file": row["name"]}
-                logger.warning("an upload could not be looked up", exc_info=True, extra=fields)
-            else:
-                await self.settle(row["name"], size, row["size_bytes"])
+                logger.warning("an upload could not be looked up", exc_info=True, extra={"action": "expiry", "file": name})
+                continue
+            if size is not None:
+                await self.settle(name, size, reserved)
+            elif row["is_over"]:
+                await self._fetch("give_up_direct", name)
 
     async def _fetch(self, query: str, *args: object) -> list[Any]:
         return await self._database.fetch(QUERIES[query], *args)

@@ -13,12 +13,14 @@ from typing import Any
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from engines.errors import ModelError
 from engines.media import picture
 from engines.media.confinement import confine
 from engines.media.messages import Closed, fill, receive, send
+from engines.media.shared_frames import KEPT_BYTES, SLOTS, Memory
 from engines.media.video_reader import reading
 
 MAX_PIXELS = 1000
@@ -69,8 +71,7 @@ def _answer(connection: socket.socket) -> bool:
     request, size = receive(connection)
     try:
         if request.pop("do") == "video":
-            _, (descriptor, *_), _, _ = socket.recv_fds(connection, 1, 1)
-            with os.fdopen(descriptor, "rb", buffering=0) as file:
+            with os.fdopen(_descriptor(connection), "rb", buffering=0) as file:
                 _video(connection, file, request["max_pixels"], request["max_duration_s"])
         else:
             data = bytearray(size)
@@ -98,9 +99,51 @@ def _video(connection: socket.socket, file: Any, max_pixels: int, max_duration_s
     with reading(file, max_pixels, max_duration_s) as video:
         send(connection, {"height": video.height, "width": video.width, "declared": video.declared_frames})
         asked, _ = receive(connection)
-        for frame in video.frames(asked["stride"], asked["count"]):
-            send(connection, {}, frame.data.cast("B"))
+        slots = _Slots(connection, asked.get("memory"), video.height, video.width)
+        try:
+            for _ in video.frames(asked["stride"], asked["count"], slots.free):
+                send(connection, {})
+        finally:
+            slots.wait_for_all()
         send(connection, {"notes": video.notes})
+
+
+class _Slots:
+    """Where frames are put for the replica, which says of each when it is done with it."""
+
+    kept: Memory | None = None
+
+    def __init__(self, connection: socket.socket, size: int | None, height: int, width: int):
+        """size: of new memory, which comes with the request, in bytes. None: the memory that was kept is used."""
+        memory = self.kept
+        if size is not None:
+            descriptor = _descriptor(connection)
+            memory = Memory(descriptor, size, writable=True)
+            os.close(descriptor)
+            if size == KEPT_BYTES:
+                _Slots.kept = memory
+        assert memory is not None
+        self._connection, self._slots = connection, memory.slots(height, width)
+        self._given = self._returned = 0
+
+    def free(self) -> NDArray[np.uint8]:
+        """(height, width, 3): for the next frame."""
+        if self._given - self._returned == SLOTS:
+            self._wait(1)
+        self._given += 1
+        return self._slots[(self._given - 1) % SLOTS]
+
+    def wait_for_all(self) -> None:
+        self._wait(self._given - self._returned)
+
+    def _wait(self, frames: int) -> None:
+        fill(self._connection, memoryview(bytearray(frames)))
+        self._returned += frames
+
+
+def _descriptor(connection: socket.socket) -> int:
+    _, (descriptor, *_), _, _ = socket.recv_fds(connection, 1, 1)
+    return descriptor
 
 
 if __name__ == "__main__":

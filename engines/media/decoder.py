@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from engines import errors
 from engines.errors import ImageLoadError, ModelError, RunnerDisconnected, VideoLoadError
 from engines.media.messages import Closed, fill, receive, send
+from engines.media.shared_frames import KEPT_BYTES, SLOTS, Memory, sealed, size_for
 from engines.spec import ShouldStop
 from engines.stopping import check
 
@@ -65,6 +66,7 @@ class Child:
     def __init__(self, limits: Limits):
         self.limits, self.busy, self.files = limits, False, 0
         self._ready = False
+        self._memory: Memory | None = None
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(POLL_S)
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -136,6 +138,30 @@ class Child:
         except Closed as exc:
             raise self._death() from exc
         return pixels
+
+    def ask_for_frames(self, stride: int, count: int, height: int, width: int) -> NDArray[np.uint8]:
+        """Asks for the frames of its video, which have this size in pixels. Returns (SLOTS, height, width, 3), read-only: where
+        they will be, in turn. Each stays until `release_frame`. Raises `Died`.
+        """
+        request = {"stride": stride, "count": count}
+        needed = size_for(height, width)
+        memory = self._memory
+        if memory is None or needed > memory.size:
+            size = max(needed, KEPT_BYTES)
+            with sealed(size) as descriptor:
+                memory = Memory(descriptor, size, writable=False)
+                self.ask(request | {"memory": size}, file=descriptor)
+            self._memory = memory if size == KEPT_BYTES else self._memory
+        else:
+            self.ask(request)
+        return memory.slots(height, width)
+
+    def release_frame(self) -> None:
+        """Lets it use the slot of the oldest frame that it has given. Raises `Died`."""
+        try:
+            self._socket.sendall(b"f")
+        except OSError as exc:
+            raise self._death() from exc
 
     @property
     def alive(self) -> bool:
@@ -269,7 +295,7 @@ class DecodedVideo:
     def __init__(self, child: Child, fields: dict[str, Any], max_pixels: int, should_stop: ShouldStop | None):
         self._child, self._should_stop = child, should_stop
         self._notes: tuple[str, ...] = ()
-        self._left = 0
+        self._left = self._given = 0
         self.closed = False
         try:
             self.height, self.width = int(fields["height"]), int(fields["width"])
@@ -280,12 +306,15 @@ class DecodedVideo:
             raise Died("its decoder failed")
 
     def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
-        """See `VideoReader.frames`. The child decodes the next frames while one is worked on, as many as its socket holds."""
+        """See `VideoReader.frames`. The child decodes the next frame while one is looked at.
+
+        A frame is read-only, and is there until the next one is asked for: its memory is used again.
+        """
         with _blamed(VideoLoadError, "video"):
-            self._child.ask({"stride": stride, "count": count})
+            slots = self._child.ask_for_frames(stride, count, self.height, self.width)
         self._left = count
-        while (frame := self._next()) is not None:
-            yield frame
+        while self._next():
+            yield slots[(self._given - 1) % SLOTS]
 
     def at_most(self, stride: int, count: int) -> int:
         """How many frames `frames` will give according to the file's header, or count if it does not say. For progress only."""
@@ -298,19 +327,23 @@ class DecodedVideo:
             self._next()
         return self._notes
 
-    def _next(self) -> NDArray[np.uint8] | None:
+    def _next(self) -> bool:
+        """Waits for the next frame. False after the last one."""
         if self.closed:
             raise ValueError("The video is closed.")
         with _blamed(VideoLoadError, "video"):
-            fields, size = self._child.answer(self._should_stop)
+            if self._given:
+                self._child.release_frame()
+            fields, _ = self._child.answer(self._should_stop)
             if "notes" in fields:
                 self._notes = tuple(map(str, fields["notes"]))
                 self._child.busy = False
-                return None
+                return False
             if not self._left:
                 raise Died("its decoder failed")
             self._left -= 1
-            return self._child.pixels(size, (self.height, self.width, 3), self._should_stop)
+            self._given += 1
+            return True
 
 
 @contextmanager

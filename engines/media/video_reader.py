@@ -5,7 +5,7 @@ A file may be refused for what its headers say, but is never accepted for it. Wh
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -74,13 +74,14 @@ class VideoReader:
         self.width, self.height = reversed(self._size) if _lies_down(self._matrix) else self._size
         self._frames = chain((first,), self._decoding)
 
-    def frames(self, stride: int, count: int) -> Iterator[NDArray[np.uint8]]:
+    def frames(self, stride: int, count: int, room: Callable[[], NDArray[np.uint8]] | None = None) -> Iterator[NDArray[np.uint8]]:
         """Frames 0, stride, 2 stride, … in the order of display, at most count of them, each (height, width, 3), RGB.
 
         If the frames are unevenly spaced in time, these are the frames shown at those multiples of their mean interval, some of
         them perhaps more than once. A frame that is lost is replaced by the one before it.
 
-        Call it once. stride, count: at least 1. Stops after the last requested frame: what follows is not decoded, and not read
+        Call it once. stride, count: at least 1. room: gives the array into which the next frame is written; each has one of its
+        own without it. Stops after the last requested frame: what follows is not decoded, and not read
         except for the decoder's reordering and FFmpeg's buffer. The frames between are decoded, because others
         depend on them, but not converted. A shorter file gives fewer frames. A frame of another size than the first, as in
         browsers' recordings, is scaled to it. Errors that the decoder conceals remain in the frames, as in every player.
@@ -93,17 +94,17 @@ class VideoReader:
         for frame in self._frames:
             at = self._times.position(None if frame.pts is None else frame.pts * clock, self._lost > 0)
             while done < count and shown is not None and done * stride < at:
-                yield self._rgb(shown)
+                yield self._rgb(shown, room)
                 done += 1
             shown = frame
             if done < count and done * stride == at:
-                yield self._rgb(frame)
+                yield self._rgb(frame, room)
                 done += 1
             if done == count:
                 break
         else:
             while done < count and shown is not None and done * stride < at + 1:  # the last frame is shown as long as others
-                yield self._rgb(shown)
+                yield self._rgb(shown, room)
                 done += 1
         if self._closed:
             raise ValueError("The video is closed.")
@@ -247,10 +248,15 @@ class VideoReader:
         if time is not None and (packet.stream_index == self._stream.index or not self._declares_streams):
             self._reached_s = max(self._reached_s, (time + (packet.duration or 0)) * packet.time_base)
 
-    def _rgb(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+    def _rgb(self, frame: av.VideoFrame, room: Callable[[], NDArray[np.uint8]] | None) -> NDArray[np.uint8]:
         with translated():
             pixels = self._to_rgb.reformat(frame, *self._size, "rgb24", threads=1).to_ndarray()
-        return _upright(pixels.astype(np.uint8, copy=False), self._matrix)
+        pixels = _upright(pixels.astype(np.uint8, copy=False), self._matrix)
+        if room is None:
+            return np.ascontiguousarray(pixels)
+        written = room()
+        written[:] = pixels
+        return written
 
     def _displayed(self, frame: av.VideoFrame) -> tuple[int, int]:
         """Width and height of a frame in display proportions, before it is turned. Its smaller side grows, so nothing is lost."""
@@ -314,8 +320,9 @@ def _lies_down(matrix: Matrix) -> bool:
 
 
 def _upright(pixels: NDArray[np.uint8], matrix: Matrix) -> NDArray[np.uint8]:
+    """A view."""
     across, down = matrix[0], matrix[3]
     if _lies_down(matrix):
         pixels = pixels.transpose(1, 0, 2)  # (W, H, 3)
         across, down = matrix[2], matrix[1]
-    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]

@@ -31,6 +31,7 @@ from deployments.settings import QueueSettings, RetentionSettings
 from tests.chaos.units import UNITS, Unit, UnitStages
 from tests.conftest import embedded
 from tests.load.report import Report, percentile, table
+from tests.patience import PATIENCE_S
 from tests.wire.hosting import hosted
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
@@ -39,7 +40,6 @@ CALLERS = 30
 """More than `ROOM`, so that some jobs are cancelled while they wait."""
 
 UNIT_S = (0.02, 0.08)
-END_S = 60.0
 MOMENTS = ("in the queue", "at random", *(f"in {stage}" for stage in UNITS), "at the end", "twice", "after the end", "never")
 
 
@@ -71,7 +71,7 @@ class Cancels:
         """Runs every job from its submission to its end."""
         seeds = iter(range(jobs))
         limits = httpx.Limits(max_connections=2 * CALLERS)
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=PATIENCE_S, limits=limits) as http:
 
             async def call() -> None:
                 for seed in seeds:
@@ -91,7 +91,7 @@ class Cancels:
         elif moment in ("never", "after the end"):
             await self._end(job_id)
         elif moment != "in the queue":
-            async with asyncio.timeout(END_S):
+            async with asyncio.timeout(PATIENCE_S):
                 await reached.wait()
             await asyncio.sleep(self.random.uniform(0, 1.5 * UNIT_S[1]) if moment == "at the end" else 0)
         answers = []
@@ -120,7 +120,7 @@ class Cancels:
         return status
 
     async def _end(self, job_id: UUID) -> Job:
-        async with asyncio.timeout(END_S), self.store.watch(job_id) as changes:
+        async with asyncio.timeout(PATIENCE_S), self.store.watch(job_id) as changes:
             while (job := await self.store.get(job_id)) is None or not job.state.ended:
                 await changes.changed(5)
         return job
@@ -138,6 +138,16 @@ class Cancels:
         if job.state is JobState.CANCELLED and "CANCELLATION_REQUESTED" not in answers:
             self.faults.append(f"job {seed} was cancelled, and its cancel was answered {answers}")
 
+    def left_behind(self, store: JobStore) -> list[str]:
+        """What should be gone when no job is left. store: the dispatcher's."""
+        listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
+        kinds = {
+            "threads at work": self.stages.working,
+            "replicas taken": self.stages.turns_taken,
+            "subscriptions": listening,
+        }
+        return [f"left behind: {what}: {left}" for what, left in kinds.items() if left]
+
     async def fill_the_room(self) -> int:
         """How many jobs run at once when more wait: `ROOM`, unless a cancelled job still holds a place. All must succeed."""
         running = set[int]()
@@ -147,13 +157,13 @@ class Cancels:
             running.add(seed)
             if len(running) >= ROOM:
                 self._loop.call_soon_threadsafe(full.set)
-            released.wait(END_S)
+            released.wait(PATIENCE_S)
 
         self.stages.on_unit = hold
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30) as http:
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=PATIENCE_S) as http:
             ids = [await self._submit(http, 1_000_000 + i) for i in range(2 * ROOM)]
         with suppress(TimeoutError):
-            async with asyncio.timeout(END_S / 2):
+            async with asyncio.timeout(PATIENCE_S):
                 await full.wait()
         most = len(running)
         released.set()
@@ -177,15 +187,11 @@ async def unleash(database: str, files: FileStore, jobs: int, seed: int) -> tupl
         await cancels.run(jobs)
         took_s = time.monotonic() - began
         faults = cancels.faults
-        await asyncio.sleep(1)  # what was closed needs a moment to be cleaned up
-        listening = {subject for subject in store.database._listener._subscribers if subject != "work"}
-        for left, what in (
-            (cancels.stages.working, "threads at work"),
-            (cancels.stages.turns_taken, "replicas taken"),
-            (listening, "subscriptions"),
-        ):
-            if left:
-                faults.append(f"left behind: {what}: {left}")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):  # what was closed needs a moment to be cleaned up
+                while cancels.left_behind(store):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        faults += cancels.left_behind(store)
         room = await cancels.fill_the_room()
         if room != ROOM:
             faults.append(f"of {ROOM} places {room} are left")

@@ -126,7 +126,7 @@ def _check_paths(findings: Findings, jobs: Sequence[Mapping[str, Any]], events: 
 
 def _check_files(findings: Findings, system: System, jobs: Sequence[Mapping[str, Any]], noted: set[str]) -> None:
     folder = Path(system.settings.files_url)
-    named = {}
+    named: dict[str, str] = {}
     for job in jobs:
         if job["state"] == "succeeded":
             video = json.loads(job["result"])["video"]
@@ -177,8 +177,8 @@ def _check_webhooks(
 def _time_restarts(findings: Findings, system: System, events: Mapping[str, list[Event]]) -> None:
     """Measures the time from an attempt's death to the next `running`, by cause of death."""
     depends: defaultdict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
-    for path in system.traces.glob("*.jsonl"):
-        for line in path.read_text().splitlines():
+    for trace in system.traces.glob("*.jsonl"):
+        for line in trace.read_text().splitlines():
             noted = json.loads(line)
             depends[noted["job"], noted["attempt"]].append((noted["at"], noted["pid"]))
     blows: defaultdict[int, list[Blow]] = defaultdict(list)

@@ -15,8 +15,10 @@ from tests.chaos import callers
 from tests.chaos.findings import Findings, examine, webhooks_pending
 from tests.chaos.system import Plan, System, running
 from tests.load.report import percentile, table
+from tests.load.standstill import watched
+from tests.patience import PATIENCE_S
 
-READY_S = 60.0
+STANDSTILL = "seconds that this process stood still at most"
 
 
 async def unleash(
@@ -30,7 +32,7 @@ async def unleash(
 
     rage_at: what happens to the system while callers wait for their jobs; to_its_end: and if they need not wait, until it ends.
     """
-    async with callers.receivers(plan) as receivers, running(settings, plan) as system:
+    async with callers.receivers(plan) as receivers, running(settings, plan) as system, watched() as longest:
         async with httpx.AsyncClient(trust_env=False) as http:
             await asyncio.gather(*(_ready(http, port) for port in system.ports))
             began = time.monotonic()
@@ -57,12 +59,13 @@ async def unleash(
         received = [request for receiver in receivers for request in receiver.received]
         findings = await examine(url, system, outcome, received, jwks)
         findings.figures |= {"repeated requests of callers": outcome.retries.total()}
+        findings.figures |= {STANDSTILL: round(longest[0], 1)}
         findings.figures |= {"seconds of blows": round(chaos_s), "seconds in all": round(time.monotonic() - began)}
         return findings, [promises(findings, plan), _blows(system), _restarts(findings)]
 
 
 async def _ready(http: httpx.AsyncClient, port: int) -> None:
-    async with asyncio.timeout(READY_S):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 if (await http.get(f"http://127.0.0.1:{port}/health", timeout=2)).is_success:

@@ -23,6 +23,7 @@ import yaml
 
 from deployments.settings import Settings
 from tests.e2e.service import REELRAY, free_port
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 NO_DATABASE = 75
@@ -108,7 +109,7 @@ class Member:
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, SIGKILL)
-            self.process.wait(10)
+            self.process.wait(PATIENCE_S)
 
 
 @dataclass

@@ -13,10 +13,16 @@ from tests.wire.conftest import page_client
 __all__ = ["page_client"]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Any test may be the one that starts the service, which takes minutes on a machine with other work."""
+    item.add_marker(pytest.mark.timeout(400))
+
+
 @pytest.fixture(scope="package")
-def service() -> Iterator[Service]:
+def service(demo_weights: Path) -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
+        Path(home, "weights").symlink_to(demo_weights)
         running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
         try:
             running.start()

@@ -27,7 +27,7 @@ class EndlessReplica(app.DecodeReplica):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.wrapper.stage = EndlessFor(self.wrapper.stage)
+        self.wrapper.stage = EndlessFor(self.wrapper.stage)  # type: ignore[assignment]  # `decode` is all that is called
 
 
 app.DecodeReplica = EndlessReplica  # type: ignore[misc]  # in whichever process imports this file

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -12,7 +13,7 @@ def serving(folder: Path) -> Iterator[str]:
     """The URL under which the files of `folder` can be had."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object, **options: object):
+        def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, directory=str(folder), **options)
 
         def log_message(self, *args: object) -> None:

@@ -8,6 +8,7 @@ import httpx
 from deployments.cli.client import QueueClient
 from tests.e2e.service import Service
 from tests.e2e.third.added import ENDPOINT
+from tests.patience import PATIENCE_S
 
 
 def test_a_third_endpoint_is_served_like_the_others(service: Service):
@@ -23,9 +24,10 @@ def test_a_third_endpoint_is_served_like_the_others(service: Service):
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 5, "as the block in the YAML says"
     assert all(abs(float(frame.mean()) - 200) < 3 for frame in frames)
-    refused = httpx.post(f"{service.url}/queue/{ENDPOINT}", json={"grey": 256})
+    refused = httpx.post(f"{service.url}/queue/{ENDPOINT}", json={"grey": 256}, timeout=PATIENCE_S)
     assert refused.json()["detail"][0]["loc"] == ["body", "grey"]
-    described = httpx.get(f"{service.url}/api/openapi/queue/openapi.json", params={"endpoint_id": ENDPOINT}).json()
+    document = f"{service.url}/api/openapi/queue/openapi.json?endpoint_id={ENDPOINT}"
+    described = httpx.get(document, timeout=PATIENCE_S).json()
     assert described["components"]["schemas"]["SolidInput"]["properties"]["grey"]["maximum"] == 255
-    listed = httpx.get(f"{service.url}/v1/models").json()["models"]
+    listed = httpx.get(f"{service.url}/v1/models", timeout=PATIENCE_S).json()["models"]
     assert ENDPOINT in {model["endpoint_id"] for model in listed}

@@ -1,13 +1,17 @@
 """Every file of the collected cases (`tests/engines/media/cases`) through the running service, to the endpoint it belongs to.
 
-A picture must give the video that a plain PNG of what it shows gives, byte for byte.
+A picture must give the video that a plain PNG of what it shows gives, byte for byte. Then some of the hostile files, of which
+`tests/deployments/stages/test_hostile.py` has the others: each is refused, and the service renders on.
 """
 
 import io
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import av
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,9 +19,11 @@ from PIL import Image
 from deployments.cli.client import QueueClient
 from engines.controlnext.demo_pose import puppet_image
 from engines.media.picture import BACKGROUND
+from tests.deployments.stages.hostile import OTHERS, chunk, png, videos
 from tests.e2e.files import serving
 from tests.e2e.service import Service
 from tests.engines.media.test_cases import CASES
+from tests.patience import PATIENCE_S
 
 PICTURES = "fal-ai/animatediff-sparsectrl-lcm"
 VIDEOS = "fal-ai/controlnext"
@@ -58,6 +64,14 @@ DRIVEN = {  # file: its frames, what the log warns of
     "anamorphic-sar-64-45.mp4": (12, []),
 }
 STRIDE = 8
+SMALL = {"height": 256, "width": 256, "num_inference_steps": 1, "guidance_scale": 1, "sample_stride": STRIDE, "seed": 1}
+HOSTILE_PICTURES = {
+    "ten-gigapixels": lambda: png(100_000, 100_000, chunk(b"IDAT", b"")),
+    "a-bomb-beside-the-pixels": lambda: png(64, 64, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(60_000_000)))),
+    "an-svg": lambda: OTHERS["an SVG that includes a file"],
+    "a-pickle": lambda: OTHERS["a pickle"],
+}
+HOSTILE_VIDEOS = ("a frame of gigapixels, h264", "samples in another file", "an index of 64 million samples", "boxes in boxes")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +99,7 @@ def outcome(client: QueueClient, endpoint: str, request_id: str) -> tuple[bytes,
 def test_every_case_is_rendered_as_what_it_shows_and_said_what_is_wrong(service: Service, media: str):
     assert {case.name for case in CASES.iterdir()} == SHOWN.keys() | DRIVEN.keys()
     asked: dict[str, Any] = {"prompt": "a", "seed": 1, "num_inference_steps": 1, "keyframe_0_index": 0}
-    small = {"height": 256, "width": 256, "num_inference_steps": 1, "guidance_scale": 1, "sample_stride": STRIDE}
-    pose = small | {"seed": 1, "image_url": f"{media}/person.png", "video_is_pose": True}
+    pose = SMALL | {"image_url": f"{media}/person.png", "video_is_pose": True}
     with QueueClient(service.url) as client:
         pictures = {
             name: [
@@ -111,4 +124,33 @@ def test_every_case_is_rendered_as_what_it_shows_and_said_what_is_wrong(service:
                 assert len(list(container.decode(video=0))) == 1 + -(-frames // STRIDE), name
         *_, last = client.follow(VIDEOS, nobody)
         assert last["error_type"] == "pose_detection_error", "the demo's nets know no such figure"
+        outcome(client, PICTURES, good)
+
+
+def test_hostile_files_are_refused_and_the_service_renders_on(service: Service, tmp_path: Path):
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    made = {name: make() for name, make in HOSTILE_PICTURES.items()}
+    made |= {name.replace(" ", "-"): data for name, data in videos(tmp_path) if name in HOSTILE_VIDEOS}
+    assert len(made) == len(HOSTILE_PICTURES) + len(HOSTILE_VIDEOS)
+    for name, data in made.items():
+        (hostile / name).write_bytes(data)
+    (hostile / "person").write_bytes(puppet_image(256, 256))
+    with serving(hostile) as url, QueueClient(service.url) as client:
+        jobs = {}
+        for name in made:
+            if name in HOSTILE_PICTURES:
+                endpoint, field = PICTURES, "keyframe_0_image_url"
+                asked: dict[str, Any] = {"prompt": "a", "num_inference_steps": 1, "keyframe_0_index": 0}
+            else:
+                endpoint, field = VIDEOS, "video_url"
+                asked = SMALL | {"image_url": f"{url}/person", "video_is_pose": True}
+            jobs[name] = (endpoint, field, client.submit(endpoint, asked | {field: f"{url}/{name}"}))
+        for name, (endpoint, field, request_id) in jobs.items():
+            for _ in client.follow(endpoint, request_id):
+                pass
+            answer = httpx.get(f"{service.url}/queue/{endpoint}/requests/{request_id}", timeout=PATIENCE_S)
+            assert answer.status_code == 422, (name, answer.text)
+            assert answer.json()["detail"][0]["loc"] == ["body", field], (name, answer.text)
+        good = client.submit(PICTURES, {"prompt": "a", "num_inference_steps": 1, "seed": 1})
         outcome(client, PICTURES, good)

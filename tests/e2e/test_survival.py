@@ -77,7 +77,6 @@ def steps_told(lines: list[dict[str, Any]]) -> list[int]:
     return [line["progress"]["step"]["done"] for line in lines if "step" in line.get("progress", {})]
 
 
-@pytest.mark.timeout(400)  # the service starts twice
 def test_after_sigkill_of_everything_each_job_completes_once_and_a_gateway_takes_more_meanwhile(service: Service):
     with QueueClient(service.url) as client:
         done = client.submit(ENDPOINT, {"prompt": "a", "num_inference_steps": 1})
@@ -107,7 +106,6 @@ def test_after_sigkill_of_everything_each_job_completes_once_and_a_gateway_takes
         assert told == once or (told == again and state == "IN_PROGRESS")
 
 
-@pytest.mark.timeout(400)
 def test_a_cancelled_decode_makes_room_for_the_next(short_leases: Service):
     with QueueClient(short_leases.url) as client:
         for _ in range(2):
@@ -117,7 +115,6 @@ def test_a_cancelled_decode_makes_room_for_the_next(short_leases: Service):
             assert finished(client, request_id)["error_type"] == "client_cancelled"
 
 
-@pytest.mark.timeout(400)
 def test_a_killed_replica_costs_its_job_an_attempt_and_no_step_before_its_checkpoint(short_leases: Service, undisturbed: bytes):
     with QueueClient(short_leases.url) as client:
         request_id = client.submit(ENDPOINT, LONG)
@@ -131,7 +128,6 @@ def test_a_killed_replica_costs_its_job_an_attempt_and_no_step_before_its_checkp
     assert told == [("running", 1), ("running", 2), ("succeeded", 2)]
 
 
-@pytest.mark.timeout(400)
 async def test_a_job_is_released_at_sigterm_and_resumed_at_its_last_step_with_the_same_bits_by_any_dispatcher(
     short_leases: Service, undisturbed: bytes
 ):

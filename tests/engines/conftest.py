@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
-from engines.animatediff.demo_weights import write_demo_weights
+from engines.animatediff.demo_weights import DemoSize, write_demo_weights
 from engines.pipeline import Pipeline
 
 torch.set_num_threads(1)
@@ -12,6 +12,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> AnimateDiffWeights:
     return write_demo_weights(tmp_path_factory.mktemp("weights") / "demo")
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> AnimateDiffWeights:
+    """For 32x32 pixels, a quarter of the demo's, where their number shows nothing."""
+    return write_demo_weights(tmp_path_factory.mktemp("weights") / "small", DemoSize(latent=4))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.kernels.offline import SHARED_BYTES, needs
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+HALVES = (torch.float16, torch.bfloat16)
 MOST_REGISTERS = 96
 """With 128 threads each, five blocks fit a multiprocessor. So 25 kB can be in flight at once, which hides the latency of HBM3."""
 

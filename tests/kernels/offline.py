@@ -10,11 +10,13 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
+from triton.runtime.cache import get_cache_manager
 
 from kernels.triton.ahead import Compiled, compiled
 
@@ -26,6 +28,9 @@ REPORT = "REELRAY_COMPILE_REPORT"
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What one block may have (CUDA C++ Programming Guide, table of technical specifications). For 80 it is what 89 has, less than
 an A100's 163 KiB."""
+
+
+_DESCRIPTION = "cuobjdump.txt"
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,23 @@ def needs(
 
 
 def needs_of(kernel: Compiled) -> Needs:
-    """Of a kernel that is compiled."""
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.cubin)
-        file.flush()
-        usage, sass = (_cuobjdump(what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Needs(int(registers[1]), kernel.shared, spills, sass)
+    """Of a kernel that is compiled. NVIDIA's description of it is kept in Triton's cache, beside the kernel."""
+    cache = get_cache_manager(sha256(triton.__version__.encode() + kernel.cubin).hexdigest())
+    kept = cache.get_file(_DESCRIPTION)
+    said = Path(kept).read_text() if kept else _described(kernel.cubin)
+    if not kept:
+        cache.put(said, _DESCRIPTION, binary=False)
+    registers = re.search(r"REG:(\d+)", said)
+    assert registers is not None, said
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", said))
+    return Needs(int(registers[1]), kernel.shared, spills, said)
 
 
-def _cuobjdump(what: str, path: str) -> str:
+def _described(cubin: bytes) -> str:
+    """What a kernel uses, and its instructions."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([program, what, path], capture_output=True, text=True, check=True).stdout
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

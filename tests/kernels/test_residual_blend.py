@@ -9,7 +9,7 @@ from kernels.choice import forced
 from kernels.residual_blend import residual_add, residual_blend
 from kernels.triton import residual_blend as residual_blend_triton
 from kernels.triton.tile import Tile
-from tests.kernels.fusions import TOLERANCES, assert_streams, error, values
+from tests.kernels.fusions import HALVES, TOLERANCES, assert_streams, error, values
 from tests.kernels.offline import TARGETS
 
 SHAPES = [(1, 1, 1), (1, 35, 320), (5, 7, 90), (3, 33, 96)]  # (N, L, C)
@@ -34,10 +34,11 @@ def interpreter_error(shape: tuple[int, int, int], dtype: torch.dtype, bias: str
     return error(ours, reference.residual_blend(*wide))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, torch.float32) for shape in SHAPES), *((SHAPES[2], half) for half in HALVES)]
+)
 @pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_equals_the_reference(
     interpreted: Executor, shape: tuple[int, int, int], bias: str | None, blend: bool, dtype: torch.dtype
 ):

@@ -7,17 +7,13 @@ the first line, of small submissions. Memory is the process's largest resident s
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
-import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -26,15 +22,14 @@ from deployments.hosting import gateway
 from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.store import JobStore
 from deployments.schemas.inputs import KEPT
-from deployments.settings import CONFIG_VARIABLE, Settings
+from deployments.settings import Settings
 from tests.conftest import embedded
-from tests.e2e.service import free_port
+from tests.load.hosting import hosted, with_arguments
 from tests.load.report import Report, ms, table
+from tests.load.standstill import watched
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
-NAP_S = 0.002
-READY_S = 60.0
 PIECE_BYTES = 1 << 18
 
 
@@ -62,31 +57,6 @@ def peak_kb() -> int:
     """Of this process. `getrusage` would count that of the benchmark, which has forked it, too."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1])
-
-
-@contextmanager
-def hosted(settings: Settings) -> Iterator[int]:
-    """A gateway's port. It is given a fresh process, whose peak begins anew."""
-    with TemporaryDirectory(prefix="reelray-") as folder:
-        config, port = Path(folder) / "serve_config.yaml", free_port()
-        arguments = {"home": str(settings.home), "unknown_fields": "refuse"}
-        config.write_text(yaml.safe_dump({"applications": [{"args": arguments}]}))
-        command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.bench_callers:app", "--port", str(port)]
-        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
-        process = subprocess.Popen([*command, "--log-level", "warning", "--no-access-log"], env=environment)
-        try:
-            deadline = time.monotonic() + READY_S
-            while True:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                with suppress(httpx.HTTPError):
-                    if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                        break
-                time.sleep(0.2)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 async def send(port: int, body: bytes, number: int) -> int:
@@ -118,25 +88,6 @@ def bodies() -> Iterator[tuple[str, bytes, int]]:
     yield "60 MB without a quote", b'{"prompt": "' + b"x" * 60_000_000 + b'"}', 1
     yield "60 MB of beginnings of data URIs", b'"data:' * 10_000_000, 1
     yield "60 MB of a data URI, from 64 at once", uri % (b"A" * 60_000_000), 64
-
-
-@asynccontextmanager
-async def watched() -> AsyncIterator[list[float]]:
-    """How long this process's loop stood still within the block, at most, in seconds; one number."""
-    longest = [0.0]
-
-    async def nap_for_ever() -> None:
-        while True:
-            began = time.perf_counter()
-            await asyncio.sleep(NAP_S)
-            longest[0] = max(longest[0], time.perf_counter() - began - NAP_S)
-
-    napping = asyncio.create_task(nap_for_ever())
-    await asyncio.sleep(10 * NAP_S)
-    longest[0] = 0.0
-    yield longest
-    await asyncio.sleep(2 * NAP_S)
-    napping.cancel()
 
 
 async def workers_side(settings: Settings) -> list[tuple[str, float]]:
@@ -176,8 +127,9 @@ def main() -> None:
     with embedded() as settings:
         settings.home.mkdir(parents=True, exist_ok=True)
         database_url(settings)
+        config = with_arguments(home=str(settings.home), unknown_fields="refuse")
         for name, body, times in bodies():
-            with hosted(settings) as port, report.console.status(name):
+            with hosted("tests.load.bench_callers:app", config) as (port, _), report.console.status(name):
                 figures, seconds, statuses = asyncio.run(measure(port, body, times))
             answers = ", ".join(f"{count} x {status}" for status, count in statuses.items())
             shown.add_row(name, answers, ms(figures["blocked_s"]), f"{figures['peak_kb'] / 1024:.0f}", f"{seconds:.1f}")

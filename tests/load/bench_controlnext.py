@@ -8,6 +8,7 @@ sides take turns, so that a busy machine slows both; a ratio is the median of th
 separate process, the median of three.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -31,9 +31,10 @@ from tests.engines.controlnext.conftest import conditioning, first_noise, refere
 from tests.load.report import Report, ms, table
 
 TARGET = 0.85
+ROUNDS = 15
 TIME, IDS = 0.7, (6.0, 127.0, 0.02)
 SIZES = (
-    ("tiny", TINY, (8, 8), 8, 15),
+    ("tiny", TINY, (8, 8), 8, ROUNDS),
     ("wider", DemoSize((64, 128), (4, 8), ControlNetSize(out=64)), (16, 16), 14, 10),
     ("widest", DemoSize((128, 256), (2, 4), ControlNetSize(out=128)), (32, 24), 14, 5),
 )
@@ -82,18 +83,17 @@ def unet_row(shown: Table, folder: Path, name: str, size: DemoSize, latent: tupl
         add_row(shown, words, side_by_side(partial(theirs, which), partial(ours, which), rounds), difference)
 
 
-def loop_row(shown: Table, weights: ControlNeXtWeights, guidance: float) -> None:
+def loop_row(shown: Table, weights: ControlNeXtWeights, guidance: float, rounds: int) -> None:
     """Adds a row for 16 frames in windows of 6 with an overlap of 2, three steps."""
     stage, nets = Denoise(ControlNeXtConfig(weights=weights)), reference_nets(weights)
     asked = conditioning(16, guidance_scale=guidance)
 
     def theirs() -> torch.Tensor:
-        given: tuple[Any, ...] = (asked.poses, asked.image_latent, asked.image_embedding, first_noise(16))
-        options = {"steps": 3, "guidance": guidance, "batch_frames": 6, "overlap": 2, "ids": asked.added_ids}
-        return reference.sample(*nets, *given, **options)
+        given = (asked.poses, asked.image_latent, asked.image_embedding, first_noise(16))
+        return reference.sample(*nets, *given, steps=3, guidance=guidance, batch_frames=6, overlap=2, ids=asked.added_ids)
 
     difference = (theirs().transpose(1, 2) - stage.sample(asked).values).abs().max().item()
-    add_row(shown, f"guidance {guidance:g}", side_by_side(theirs, lambda: stage.sample(asked), 5), difference)
+    add_row(shown, f"guidance {guidance:g}", side_by_side(theirs, lambda: stage.sample(asked), rounds), difference)
 
 
 def memory_row(shown: Table, folder: Path) -> None:
@@ -107,6 +107,9 @@ def memory_row(shown: Table, folder: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at most; fewer than usual are not saved")
+    wanted = parser.parse_args().rounds
     report = Report("controlnext", "ControlNeXt SVD against diffusers' UNet and against its algorithm without savings", __doc__)
     report.add(f"Target of a UNet call: a ratio of at most {TARGET}. Times in ms are medians.")
     with TemporaryDirectory(prefix="reelray-") as name:
@@ -115,16 +118,17 @@ def main() -> None:
         shown = table("one window through the UNet", "case", *columns)
         for label, size, latent, frames, rounds in SIZES:
             with report.console.status(label):
-                unet_row(shown, folder / label, label, size, latent, frames, rounds)
+                unet_row(shown, folder / label, label, size, latent, frames, min(rounds, wanted))
         report.add(shown)
         shown = table("a whole denoising loop, tiny", "case", "direct ms", *columns[1:])
         for guidance in (1.0, 3.0):
-            loop_row(shown, write_demo_weights(folder / "tiny"), guidance)
+            loop_row(shown, write_demo_weights(folder / "tiny"), guidance, min(5, wanted))
         report.add(shown)
         shown = table("peak memory", "case", "240 frames, MB", "2,000 frames, MB", "ratio")
         memory_row(shown, folder / "tiny")
         report.add(shown)
-    report.save()
+    if wanted >= ROUNDS:
+        report.save()
 
 
 if __name__ == "__main__":

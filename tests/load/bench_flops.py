@@ -29,6 +29,7 @@ from engines.animatediff.nets.unet import MotionUNet, Residuals
 from engines.checkpoints.weights import build
 from engines.controlnext import published as controlnext_sizes
 from engines.controlnext.nets.control_net import ControlNet
+from engines.controlnext.nets.layers import Transformer
 from engines.controlnext.nets.unet import Control, SVDUNet
 from engines.controlnext.windows import windows
 from engines.sampling import lcm_timesteps
@@ -141,20 +142,19 @@ def controlnext(cache_bytes: int = CACHE_BYTES, shape: ControlNeXtShape = Contro
     unet = SVDUNet(stock)
     image, embedding = meta(4, height, width), meta(1, 1024)
     half, (time,) = unet.guidance_half(image, embedding), unet.time_biases([0.7], (6.0, 127.0, 0.02))
-    unet(meta(frames, 4, height, width), half, time)  # computes the frame positions, which the UNet keeps
+    for module in unet.modules():
+        if isinstance(module, Transformer):
+            module.positions(frames)  # which it keeps
     control = Control(meta(frames, 320, height // 2, width // 2), 1.0)
     ours = flops(
         lambda: (unet(meta(frames, 4, height, width), half, time, control), unet(meta(frames, 4, height, width), half, time))
     )
+    position_mlps: list[Any] = [module.position_mlp for module in unet.modules() if hasattr(module, "position_mlp")]
     once = flops(
         lambda: (
             *(unet.guidance_half(image, embedding) for _ in range(2)),
             unet.time_biases([0.7] * shape.steps, (6.0, 127.0, 0.02)),
-            [
-                m.position_mlp(meta(frames, m.position_mlp.linear_1.in_features))
-                for m in unet.modules()
-                if hasattr(m, "position_mlp")
-            ],
+            [mlp(meta(frames, mlp.linear_1.in_features)) for mlp in position_mlps],
         )
     )
     call = Count("one window in both halves", theirs, ours)
@@ -205,11 +205,15 @@ def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: 
     stock_control: Any = build(lambda: SparseControlNetModel(**animatediff_sizes.SPARSE_CONTROL))
     shown = meta(1, 3, num_frames, size, size), meta(1, 1, num_frames, size, size)
 
-    def control_call() -> Any:
-        return stock_control(latents, meta(), repeated, controlnet_cond=shown[0], conditioning_mask=shown[1], return_dict=False)
+    residuals: list[Any] = []
 
-    skips, mid = control_call()
-    skips = tuple(skips)
+    def control_call() -> None:
+        residuals.extend(
+            stock_control(latents, meta(), repeated, controlnet_cond=shown[0], conditioning_mask=shown[1], return_dict=False)
+        )
+
+    their_control = flops(control_call)
+    skips, mid = tuple(residuals[0]), residuals[1]
     theirs = flops(
         lambda: stock(
             *(latents, meta(), repeated),
@@ -218,7 +222,6 @@ def animatediff(keyframes: int = 3, steps: int = 4, num_frames: int = 16, size: 
             return_dict=False,
         )
     )
-    their_control = flops(control_call)
     unet, net = MotionUNet(stock), SparseControl(stock_control)
     context, time = unet.text_context(text), unet.time_embeddings((999,))
     ours = flops(lambda: unet(latents, time, context, Residuals(skips, mid)))

@@ -29,12 +29,12 @@ from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
 from engines.controlnext.demo_weights import write_demo_weights
 from engines.controlnext.spec import ControlNeXtSpec
 from engines.media import picture
-from engines.media.decoder import Decoder
+from engines.media.decoder import DECODER, Decoder
 from engines.media.video_reader import open_video
 from tests.load.report import Report, table
 
 TARGET_MS = 20
-ROUNDS = 5
+ROUNDS = 12
 STARTS = 5
 MAX_PIXELS = 50_000_000
 
@@ -110,7 +110,7 @@ def preprocessing(folder: Path, data: bytes, path: Path) -> tuple[Callable[[], A
     spec = ControlNeXtSpec(1, 1, 1.0, image, path, max_frame_num=25, height=512, width=320)
 
     def encode(decoder: Any) -> None:
-        kept = preprocess.DECODER
+        kept = DECODER
         try:
             preprocess.DECODER = image_module.DECODER = decoder  # type: ignore[attr-defined]
             stage.encode(spec)

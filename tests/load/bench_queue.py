@@ -4,40 +4,40 @@ Each kind of hosting first answers a constant and then the real requests, to the
 that the ratio of both rates is the cost of the queue. The client, the host and PostgreSQL share the machine. Hosting: `reelray
 gateway`'s uvicorn with one worker, Serve's own proxy, and Serve with HAProxy. Claims are made by eight tasks at once, in the
 store and without HTTP. Times are those of whole requests in ms.
+
+What an index costs that only the history reads: jobs are submitted, claimed and ended, by eight tasks in the store, alternately
+with the index and without it.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import asyncpg
-import httpx
-import yaml
+from rich.table import Table
 
 from deployments.hosting.embedded_postgres import database_url
 from deployments.hosting.haproxy import SWITCH
+from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
-from deployments.settings import CONFIG_VARIABLE, Settings
+from deployments.settings import Settings
 from tests.conftest import embedded
-from tests.e2e.service import REELRAY, free_port
+from tests.load.hosting import hosted
 from tests.load.report import Report, percentile, table
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 BODY = json.dumps({"prompt": "a red ball", "seed": 1}).encode()
 CONNECTIONS = 16
 CLAIMERS = 8
-READY_S = 120.0
+ROUNDS = 7
+HISTORY_ENDPOINT = "fal-ai/controlnext"
+"""No other jobs of it are waiting."""
 HOSTS = ("uvicorn", "Serve", "Serve with HAProxy")
 
 
@@ -118,6 +118,47 @@ async def claims(settings: Settings, seconds: float) -> Rate:
     return rate
 
 
+async def whole_jobs(store: JobStore, seconds: float) -> float:
+    """Jobs a second that are submitted, claimed and ended, all of one key, as its history would list them."""
+    done = 0
+    end = time.perf_counter() + seconds
+
+    async def work() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            await store.submit(NewJob(HISTORY_ENDPOINT, {"prompt": "a red ball", "seed": 1}, owner="studio"))
+            claim = await store.claims.take([HISTORY_ENDPOINT], 600)
+            assert claim is not None
+            await store.claims.succeed(claim, {"video": {"url": "/files/x/video.mp4"}}, {})
+            done += 1
+
+    began = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(CLAIMERS)))
+    return done / (time.perf_counter() - began)
+
+
+async def history_cost(settings: Settings, seconds: float) -> tuple[float, float]:
+    """Whole jobs a second with the index of the history and without it, each the median of `ROUNDS` rounds in turn."""
+    store = await JobStore.open(database_url(settings), max_connections=CLAIMERS)
+    sql = await asyncpg.connect(database_url(settings))
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    try:
+        (index,) = await sql.fetchrow("SELECT pg_get_indexdef('jobs_history'::regclass)")
+        await whole_jobs(store, seconds / ROUNDS)  # warms up
+        for _ in range(ROUNDS):
+            for there in (True, False):
+                await sql.execute("DROP INDEX IF EXISTS jobs_history")
+                if there:
+                    await sql.execute(index)
+                await sql.execute("CHECKPOINT")
+                rates[there].append(await whole_jobs(store, seconds / ROUNDS))
+        await sql.execute(index)
+    finally:
+        await sql.close()
+        await store.close()
+    return statistics.median(rates[True]), statistics.median(rates[False])
+
+
 async def fill(settings: Settings, waiting: int) -> None:
     """Adds jobs until `waiting` are queued. Triggers are off, because event rows are not measured."""
     sql = await asyncpg.connect(database_url(settings))
@@ -148,48 +189,20 @@ async def some_waiting(settings: Settings, count: int = 1000) -> list[UUID]:
 
 
 @contextmanager
-def hosted(host: str, settings: Settings) -> Iterator[int]:
-    """Hosts the app in this way. Gives its port once it answers."""
-    with TemporaryDirectory(prefix="reelray-") as folder:
-        config, port = Path(folder) / "serve_config.yaml", free_port()
-        application = {
-            "name": "reelray",
-            "route_prefix": "/",
-            "import_path": "tests.load.constant:build",
-            "logging_config": {"enable_access_log": False},
-            "args": {"home": str(settings.home)},
-            "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
-        }
-        options = {"host": "127.0.0.1", "port": port}
-        config.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": options, "applications": [application]}))
-        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
-        if host == "uvicorn":
-            command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.constant:app", "--port", str(port)]
-            command += ["--log-level", "warning", "--no-access-log"]
-        else:
-            command = [str(REELRAY), "serve", "--config", str(config), "--port", str(port)]
-        environment[SWITCH] = "1" if host == "Serve with HAProxy" else "0"
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            try:
-                wait_for(port, process, log)
-                yield port
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(60)
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/constant").status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.2)
+def hosted_by(host: str, settings: Settings) -> Iterator[int]:
+    """Hosts the app in this way. Gives its port."""
+    application = {
+        "name": "reelray",
+        "route_prefix": "/",
+        "import_path": "tests.load.constant:build",
+        "logging_config": {"enable_access_log": False},
+        "args": {"home": str(settings.home)},
+        "deployments": [{"name": "ingress", "max_ongoing_requests": 5000, "ray_actor_options": {"num_cpus": 0.1}}],
+    }
+    config = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1"}, "applications": [application]}
+    switch = {SWITCH: "1" if host == "Serve with HAProxy" else "0"}
+    with hosted("tests.load.constant:app" if host == "uvicorn" else "serve", config, **switch) as (port, _):
+        yield port
 
 
 def main() -> None:
@@ -213,15 +226,22 @@ def main() -> None:
             asyncio.run(fill(settings, waiting))
             ids = [str(each) for each in asyncio.run(some_waiting(settings))]
             for host in HOSTS:
-                with hosted(host, settings) as port, report.console.status(f"{waiting:,} waiting, {host}"):
+                with hosted_by(host, settings) as port, report.console.status(f"{waiting:,} waiting, {host}"):
                     measure(shown, reference, f"{waiting:,} waiting, {host}", port, ids, asked.seconds)
             rate = asyncio.run(claims(settings, asked.seconds))
             shown.add_row(f"{waiting:,} waiting, claims (no HTTP)", f"{rate.per_s:.0f}", "", *times(rate))
         report.add(shown)
+        cost = table(
+            f"{ROUNDS} rounds of {asked.seconds / ROUNDS:.1f} s each way, in turn", "index", "whole jobs a second", "ratio"
+        )
+        with_index, without = asyncio.run(history_cost(settings, asked.seconds))
+        cost.add_row("without", f"{without:.0f}", "1.00")
+        cost.add_row("with", f"{with_index:.0f}", f"{with_index / without:.2f}")
+        report.add(cost)
     report.save()
 
 
-def measure(shown, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
+def measure(shown: Table, reference: dict[str, float], label: str, port: int, ids: list[str], seconds: float) -> None:
     turn = iter(range(1 << 62))
     kinds: dict[str, tuple[str, Callable[[], bytes]]] = {
         "constant, GET": ("GET", lambda: get("/constant")),

@@ -3,10 +3,11 @@
 Both take turns on the demo model with the same number of torch threads. Every job has another prompt, so that no cached
 SparseCtrl results are used. A job ends when its status stream says COMPLETED; nothing polls. In this process a job is
 `Pipeline.render`, from the keyframes' bytes to the mp4's. The times of the steps come from the database's timestamps and from
-timers in the dispatcher (`traced.py`). "in queue" ends when the dispatcher has claimed the job. "close" is the rest of its
+timers in the dispatcher (`timed.py`). "in queue" ends when the dispatcher has claimed the job. "close" is the rest of its
 work, the commit, and the delivery of the event by the stream. "result" is the request for the output.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -160,6 +161,9 @@ def report_throughput(report: Report, at_once_s: float, local_s: float) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--jobs", type=int, default=JOBS, help="one at a time; fewer than usual are not saved")
+    count = parser.parse_args().jobs
     report = Report("service", "What the service adds to a job, demo model on CPU", __doc__)
     with (
         TemporaryDirectory(prefix="reelray-") as home,
@@ -169,13 +173,13 @@ def main() -> None:
     ):
         pipeline = Pipeline(ENDPOINT.model, settings.model_configs()[ENDPOINT.model])
         jobs, local = [], []
-        for take in range(WARM_UP + JOBS):
-            shown.update(f"job {take} of {WARM_UP + JOBS}")
+        for take in range(WARM_UP + count):
+            shown.update(f"job {take} of {WARM_UP + count}")
             given = job_input(take)
             jobs.append(serve_job(client, given))
             local.append(render(pipeline, spec_of(given, settings)))
         shown.update(f"{AT_ONCE} jobs at once")
-        inputs = [job_input(WARM_UP + JOBS + take) for take in range(AT_ONCE)]
+        inputs = [job_input(WARM_UP + count + take) for take in range(AT_ONCE)]
         specs = [spec_of(given, settings) for given in inputs]
         started = time.perf_counter()
         for request_id in [submit(client, given) for given in inputs]:
@@ -186,7 +190,8 @@ def main() -> None:
     served = [steps_of(job, row) for job, row in zip(jobs, found, strict=True)]
     report_overhead(report, served[WARM_UP:], local[WARM_UP:])
     report_throughput(report, at_once_s, local_s)
-    report.save()
+    if count >= JOBS:
+        report.save()
 
 
 if __name__ == "__main__":

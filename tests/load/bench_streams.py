@@ -13,24 +13,19 @@ import asyncio
 import json
 import random
 import re
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from uuid import UUID
-
-import httpx
-import psutil
-import yaml
 
 from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.job import Claim
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from tests.conftest import embedded
-from tests.e2e.service import REELRAY, free_port
 from tests.load.bench_queue import ENDPOINT, answer, fill, get, migrated
+from tests.load.hosting import hosted, with_arguments
 from tests.load.report import Report, percentile, table
 
 CHANGES_PER_MINUTE = 50
@@ -71,27 +66,6 @@ class Stream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.begun.done():
             self.begun.set_exception(ConnectionError("a stream ended before its first event"))
-
-
-@contextmanager
-def gateway(settings: Settings) -> Iterator[tuple[int, psutil.Process]]:
-    """`reelray gateway` with one worker: its port and its process."""
-    port = free_port()
-    config = settings.home / "serve_config.yaml"
-    config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(settings.home)}}]}))
-    command = [REELRAY, "gateway", "--config", config, "--port", str(port)]
-    with (settings.home / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                with suppress(httpx.HTTPError):
-                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success:
-                        break
-                assert time.monotonic() < deadline, (settings.home / "log").read_text()
-                time.sleep(0.1)
-            yield port, psutil.Process(process.pid)
-        finally:
-            process.terminate()
 
 
 async def opened(port: int, ids: Sequence[UUID], arrivals: dict[tuple[UUID, str], float]) -> list[Stream]:
@@ -152,7 +126,7 @@ async def measure_streams(settings: Settings, count: int, seconds: float, report
     arrivals, changed = dict[tuple[UUID, str], float](), dict[tuple[UUID, str], float]()
     async with store_of(settings) as store:
         ids = [row["id"] for row in await store.database.fetch("SELECT id FROM jobs ORDER BY turn LIMIT $1", count)]
-        with gateway(settings) as (port, process):
+        with hosted("gateway", with_arguments(home=str(settings.home))) as (port, process):
             await read_statuses(port, ids, 1.0, 0.0)
             empty, began = process.memory_info().rss, time.monotonic()
             streams = await opened(port, ids, arrivals)
@@ -202,7 +176,7 @@ async def measure_polling(settings: Settings, seconds: float, report: Report) ->
     )
     async with store_of(settings) as store:
         ids = [row["id"] for row in await store.database.fetch("SELECT id FROM jobs ORDER BY turn LIMIT 1000")]
-    with gateway(settings) as (port, process):
+    with hosted("gateway", with_arguments(home=str(settings.home))) as (port, process):
         for callers in POLLERS:
             before, began = sum(process.cpu_times()[:2]), time.monotonic()
             took = [

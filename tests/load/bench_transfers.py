@@ -7,12 +7,8 @@ Callers and gateway share the machine, and all files are on one disk.
 
 import argparse
 import asyncio
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,17 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from deployments.hosting import gateway
 from deployments.hosting.embedded_postgres import database_url
-from deployments.settings import CONFIG_VARIABLE, Settings
 from tests.conftest import embedded
-from tests.e2e.service import free_port
+from tests.load.hosting import hosted, with_arguments
 
-READY_S = 60.0
 PIECE = bytes(range(256)) * 1024
 PART_BYTES = 10 << 20
 PARTS_AT_ONCE = 10
@@ -66,31 +59,6 @@ def resident_mb(name: str) -> float:
         if line.startswith(name):
             return int(line.split()[1]) / 1024
     raise AssertionError(name)
-
-
-@contextmanager
-def hosted(settings: Settings) -> Iterator[str]:
-    """A gateway's URL, in a fresh process."""
-    with TemporaryDirectory(prefix="reelray-") as folder:
-        config, port = Path(folder) / "serve_config.yaml", free_port()
-        arguments = {"home": str(settings.home), "files": f"{folder}/files"}
-        config.write_text(yaml.safe_dump({"applications": [{"args": arguments}]}))
-        command = [sys.executable, "-m", "uvicorn", "--factory", "tests.load.bench_transfers:app", "--port", str(port)]
-        environment = os.environ | {CONFIG_VARIABLE: str(config), "PYTHONPATH": os.getcwd()}
-        process = subprocess.Popen([*command, "--log-level", "warning", "--no-access-log"], env=environment)
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_S
-        try:
-            while True:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                with suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health").is_success:
-                        break
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 async def initiated(url: str, form: str = "initiate") -> dict[str, str]:
@@ -191,8 +159,12 @@ def main() -> None:
         for name, transfer in kinds.items():
             for times, limit in LIMITS_MB.items():
                 size = whole // 10 if times > 1 and transfer is upload_in_parts else whole  # parts need the disk twice
-                with hosted(settings) as url, report.console.status(f"{times} {name}"):
-                    done = asyncio.run(measure(url, transfer, size, times))
+                with (
+                    TemporaryDirectory(prefix="reelray-") as folder,
+                    hosted("tests.load.bench_transfers:app", with_arguments(home=str(settings.home), files=folder)) as (port, _),
+                    report.console.status(f"{times} {name}"),
+                ):
+                    done = asyncio.run(measure(f"http://127.0.0.1:{port}", transfer, size, times))
                 rate = times * size / 1e6 / done.seconds
                 shown.add_row(
                     name, str(times), f"{size / 1e6:.0f}", f"{done.memory_mb:.0f}", f"{done.seconds:.1f}", f"{rate:.0f}"

@@ -10,11 +10,10 @@ import argparse
 import io
 import multiprocessing
 import resource
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -52,7 +51,9 @@ def write_constants(path: Path, name: str, shape: tuple[int, ...], outputs: dict
     path.write_bytes(model.SerializeToString())
 
 
-def run_stage(stage: str, config: ControlNeXtConfig, given: Any) -> tuple[Any, float, float]:
+def run_stage(
+    stage: Literal["preprocess", "denoise", "decode"], config: ControlNeXtConfig, given: Any
+) -> tuple[Any, float, float]:
     """The stage's product, its seconds without loading, and the peak memory of its process in bytes."""
     loaded: Any = build_stage("controlnext", stage, config)
 
@@ -91,7 +92,7 @@ def main() -> None:
             if stage == "denoise":
                 console.print(f"latents {tuple(product.values.shape)}, finite: {bool(product.values.isfinite().all())}")
     console.print(shown)
-    with av.open(io.BytesIO(product.mp4)) as container:
+    with av.open(io.BytesIO(product.mp4), "r") as container:
         stream = container.streams.video[0]
         count = sum(1 for _ in container.decode(video=0))
         console.print(f"{stream.width}x{stream.height}, {count} frames at {stream.average_rate}, {len(product.mp4)} bytes")
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

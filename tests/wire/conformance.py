@@ -1,4 +1,8 @@
-"""Runs the rules of `cases/` with both of fal's clients against one service: a process for each recipe, some at the same time."""
+"""Runs the rules of `cases/` with both of fal's clients against one service: a process for each recipe, one after the other.
+
+The app in the tests' process is asked for every rule under every recipe. On the other hostings, which differ in what lies before
+the same app, every rule is checked once, and the recipes take turns.
+"""
 
 import ast
 import asyncio
@@ -8,8 +12,9 @@ import os
 import re
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,12 @@ from deployments.files.file_store import FileStore
 from deployments.hosting.connect_listener import ConnectListener
 from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
+from deployments.jobs.keys import Scope
 from deployments.jobs.store import JobStore
 from deployments.settings import FetchSettings, Settings
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from tests.patience import PATIENCE_S
 from tests.wire.hosting import Hosted
 from tests.wire.page import NODE
 from tests.wire.service import listening, working
@@ -29,22 +36,32 @@ from tests.wire.service import listening, working
 CASES = Path(__file__).with_name("cases")
 JS, PYTHON = ("J1", "J2", "J3"), ("P1", "P2", "P4")
 PROCESS_S = 160.0
-AT_ONCE = 3
-"""Clients' processes: more starve each other where other tests run beside them."""
-END_S = 30.0
 
 Outcomes = dict[str, dict[str, str | None]]
 """Recipe -> rule's name -> null, or why it does not hold."""
 
 
-def declared() -> list[tuple[str, str, bool]]:
-    """(recipe, rule's name, whether it needs keys) of every case, read from the sources."""
+@dataclass(frozen=True)
+class Case:
+    """A rule of one client. recipes: those under which it may be checked."""
+
+    client: str
+    rule: str
+    recipes: tuple[str, ...]
+    needs_keys: bool
+
+    def __str__(self) -> str:
+        return f"{self.client}-{self.rule}"
+
+
+def declared() -> list[Case]:
+    """Every case, read from the sources."""
     found = []
     script = "".join((CASES / file).read_text() for file in ("rules.mjs", "uploads.mjs"))
     constants = {"REALTIME": '{ only: ["J3"] }'}
     for name, options in re.findall(r'^  rule\("([a-z0-9-]+)", .*?^  \}(?:, (.*?))?\);$', script, re.MULTILINE | re.DOTALL):
         only = re.findall(r"J\d", constants.get(options, options))
-        found += [(recipe, name, "withKeys" in options) for recipe in (only or JS)]
+        found.append(Case("javascript", name, tuple(only) or JS, "withKeys" in options))
     module = ast.parse("".join((CASES / file).read_text() for file in ("rules.py", "uploads.py")))
     groups = {"WITH_REST": ("P2", "P4"), "PYTHON": PYTHON}
     for function in module.body:
@@ -52,13 +69,32 @@ def declared() -> list[tuple[str, str, bool]]:
         for decorator in (each for each in decorators if isinstance(each, ast.Call)):
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             options_of = {each.arg: each.value for each in decorator.keywords}
-            only = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
-            only_of = groups[only] if only in groups else ast.literal_eval(only)
-            found += [(recipe, function.name.replace("_", "-"), "with_keys" in options_of) for recipe in only_of]
+            group = ast.unparse(options_of["only"]) if "only" in options_of else "PYTHON"
+            recipes = groups[group] if group in groups else ast.literal_eval(group)
+            found.append(Case("python", function.name.replace("_", "-"), recipes, "with_keys" in options_of))
     return found
 
 
-async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles) -> Outcomes:
+def chosen(hosting: str) -> dict[str, list[str]]:
+    """Recipe -> the names of the rules that are checked under it on this hosting.
+
+    A rule about all answers of a process is checked in every process, and one about keys where the service has keys.
+    """
+    names: dict[str, list[str]] = {recipe: [] for recipe in (*JS, *PYTHON)}
+    first = ("uvicorn", "gateway", "serve").index(hosting)
+    for turn, case in enumerate(declared(), first):
+        if hosting == "uvicorn" or case.rule.startswith("every-"):
+            recipes = case.recipes
+        elif case.needs_keys:
+            recipes = ()
+        else:
+            recipes = (case.recipes[turn % len(case.recipes)],)
+        for recipe in recipes:
+            names[recipe].append(case.rule)
+    return names
+
+
+async def outcomes(host: Hosted | None, hosting: str, database: str, home: Path, tls: TlsFiles) -> Outcomes:
     """host: the service; None: one with keys in this process."""
     settings = Settings(home=home, auth="keys", fetch=FetchSettings(allow_private=True)) if host is None else host.settings
     async with AsyncExitStack() as stack:
@@ -70,7 +106,7 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
             base = await stack.enter_async_context(listening(app))
             tls_base = await stack.enter_async_context(listening(app, tls))
             keys = {who: await store.keys.create(who) for who in ("own", "other")}
-            keys["reader"] = await store.keys.create("reader", scopes=["read"])
+            keys["reader"] = await store.keys.create("reader", scopes=[Scope.READ])
         else:
             base = tls_base = host.url
         workers = await JobStore.open(database, max_connections=16)
@@ -84,35 +120,33 @@ async def outcomes(host: Hosted | None, database: str, home: Path, tls: TlsFiles
         stack.push_async_callback(_ended, listener)
         stack.callback(proxy.close)
         proxy_url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
-        js = {"base": base, "tlsPort": tls_port, "keys": keys}
-        python = {"base": base, "keys": keys, "hooks": hooks, "heard": heard}
         tls_host = tls_base.removeprefix("https://")
-        by_variables = python_settings(tls_host, tls.ca)  # as `reelray env` prints them
-        by_proxy = {"HTTPS_PROXY": proxy_url, "NO_PROXY": "127.0.0.1,localhost"}
         trust = {"SSL_CERT_FILE": str(tls.ca), "NODE_EXTRA_CA_CERTS": str(tls.ca)}
-        module = (sys.executable, "-m", "tests.wire.cases")
-        runs = {recipe: _run(js, trust, NODE, CASES / "harness.mjs", recipe) for recipe in JS}
-        for recipe in PYTHON:
-            more = {"P1": by_variables, "P2": by_proxy}.get(recipe, {})
-            key = (keys or {}).get("own", "anything")
-            runs[recipe] = _run(python, {"FAL_KEY": key, **trust, **more}, *module, recipe)
-        cores = asyncio.Semaphore(AT_ONCE)
-
-        async def one(run: Coroutine[Any, Any, dict[str, str | None]]) -> dict[str, str | None]:
-            async with cores:
-                return await run
-
-        return dict(zip(runs, await asyncio.gather(*map(one, runs.values())), strict=True))
+        python = {"FAL_KEY": (keys or {}).get("own", "anything"), **trust}
+        environments = {
+            **dict.fromkeys(JS, trust),
+            "P1": python | python_settings(tls_host, tls.ca),  # as `reelray env` prints them
+            "P2": python | {"HTTPS_PROXY": proxy_url, "NO_PROXY": "127.0.0.1,localhost"},
+            "P4": python,
+        }
+        found = {}
+        # One process at a time: the Python client gives a connection up after 5 s, which is little on a machine where many of
+        # them and other tests wait for the same two cores.
+        for recipe, rules in chosen(hosting).items():
+            more = {"tlsPort": tls_port} if recipe in JS else {"hooks": hooks, "heard": heard}
+            found[recipe] = await _run(recipe, {"base": base, "keys": keys, "rules": rules, **more}, environments[recipe])
+        return found
 
 
 async def _ended(listener: ConnectListener) -> None:
     """Returns when the connections of the clients, which have ended, are closed."""
-    async with asyncio.timeout(END_S):
+    async with asyncio.timeout(PATIENCE_S):
         while listener.open:  # noqa: ASYNC110  (nothing tells of it)
             await asyncio.sleep(0.02)
 
 
-async def _run(given: dict[str, Any], environment: dict[str, str], *command: str | Path) -> dict[str, str | None]:
+async def _run(recipe: str, given: dict[str, Any], environment: dict[str, str]) -> dict[str, str | None]:
+    command = (NODE, CASES / "harness.mjs", recipe) if recipe in JS else (sys.executable, "-m", "tests.wire.cases", recipe)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FAL_")}
     process = await asyncio.create_subprocess_exec(
         *command, env=inherited | environment | {"PYTHONPATH": os.getcwd()}, stdin=PIPE, stdout=PIPE, stderr=PIPE

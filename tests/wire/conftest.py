@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from deployments.files.file_store import FileStore
-from deployments.hosting.tls import TlsFiles, write_certificate
+from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
@@ -30,16 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "hosting" in metafunc.fixturenames:
         inside = INSIDE & inspect.signature(metafunc.function).parameters.keys()
         metafunc.parametrize("hosting", HOSTINGS[:1] if inside else HOSTINGS, scope="package")
-
-
-@pytest.fixture(scope="package")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsFiles]:
-    """A certificate of ours, whose CA all clients of this package trust."""
-    files = write_certificate(tmp_path_factory.mktemp("tls"))
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SSL_CERT_FILE", str(files.ca))
-        environment.setenv("NODE_EXTRA_CA_CERTS", str(files.ca))
-        yield files
 
 
 @pytest.fixture(scope="package")

@@ -3,21 +3,18 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
 import yaml
 
 from deployments.hosting.tls import TlsFiles
 from deployments.settings import Settings
-from tests.e2e.service import ENVIRONMENT, REELRAY, free_port
+from tests.e2e.service import ENVIRONMENT, REELRAY, free_port, wait_until_healthy
 
-READY_S = 60.0
 STOP_S = 30.0
 
 
@@ -62,7 +59,7 @@ def hosted(kind: str, database: str, tls: TlsFiles | None = None) -> Iterator[Ho
             )
         try:
             url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-            _wait_until_healthy(url, process, log)
+            wait_until_healthy(url, process, log)
             yield Hosted(url, settings)
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_S)
@@ -70,14 +67,3 @@ def hosted(kind: str, database: str, tls: TlsFiles | None = None) -> Iterator[Ho
             with suppress(ProcessLookupError):  # nothing is left, as it should be
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_S)
-
-
-def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=2, verify=False).is_success:
-                return
-        time.sleep(0.1)

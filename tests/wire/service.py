@@ -9,7 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.dispatch.dispatcher import Dispatcher
 from deployments.files.file_store import FileStore
+from deployments.hosting.gateway import KEEP_ALIVE_S
 from deployments.hosting.tls import TlsFiles
+from deployments.jobs.database import StoreAway
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
@@ -37,7 +39,7 @@ class Wire:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers: dict[str, str] = {key.decode(): value.decode() for key, value in scope["headers"]}
-            request = (scope["method"], headers.get("x-fal-target-url", scope["path"]))
+            request: tuple[str, str] = (scope["method"], headers.get("x-fal-target-url") or scope["path"])
             self.requests.append(request)
             self._changed.set()
 
@@ -78,9 +80,10 @@ async def listening(app: ASGIApp, tls: TlsFiles | None = None) -> AsyncIterator[
         port=0,
         log_level="critical",  # a stream that is cut off on purpose is an error to uvicorn
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,  # as long as our own hostings
         timeout_graceful_shutdown=1,
-        ssl_certfile=tls and tls.chain,
-        ssl_keyfile=tls and tls.key,
+        ssl_certfile=tls.chain if tls else None,
+        ssl_keyfile=tls.key if tls else None,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -119,7 +122,8 @@ async def _work(store: JobStore, files: FileStore, step_s: float) -> None:
 
 async def _sweep(store: JobStore) -> None:
     while True:
-        await store.claims.sweep()
+        with suppress(StoreAway):  # as the dispatcher does
+            await store.claims.sweep()
         await asyncio.sleep(0.2)
 
 

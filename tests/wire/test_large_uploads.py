@@ -16,6 +16,7 @@ import pytest
 
 from deployments.files.file_store import FileStore
 from deployments.jobs.store import JobStore
+from tests.patience import PATIENCE_S
 from tests.wire.page import PageClient
 from tests.wire.service import ENDPOINT, Wire
 
@@ -26,7 +27,7 @@ PARTS = 11
 async def digest_of(url: str) -> tuple[str, str]:
     """The type and the SHA-256 of a file."""
     digest = hashlib.sha256()
-    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", url) as answer:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client, client.stream("GET", url) as answer:
         assert answer.headers["content-length"] == str(SIZE)
         async for piece in answer.aiter_bytes():
             digest.update(piece)

@@ -13,7 +13,8 @@ import pytest
 
 from deployments.jobs.job import Claim, NewJob
 from deployments.jobs.store import JobStore
-from tests.wire.service import ENDPOINT, LEASE_S
+from tests.patience import PATIENCE_S
+from tests.wire.service import ENDPOINT, LEASE_S, Wire
 
 
 @dataclass
@@ -49,9 +50,9 @@ async def streaming(
     headers = {} if last_event_id is None else {"last-event-id": last_event_id}
     path = f"/queue/{ENDPOINT}/requests/{job_id}/status/stream?logs={logs}"
     async with (
-        asyncio.timeout(20),
-        httpx.AsyncClient(base_url=base_url) as http,
-        http.stream("GET", path, headers=headers, timeout=20) as response,
+        asyncio.timeout(PATIENCE_S),
+        httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http,
+        http.stream("GET", path, headers=headers) as response,
     ):
         assert response.status_code == 200
         yield events(response)
@@ -103,7 +104,7 @@ async def test_an_event_id_that_is_not_ours_is_ignored(base_url: str, store: Job
     await store.claims.log(claim, "one")
     await store.claims.succeed(claim, {}, {})
     headers = {"last-event-id": nonsense.encode()}
-    async with httpx.AsyncClient(base_url=base_url) as http:
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
         answer = await http.get(f"/queue/{ENDPOINT}/requests/{claim.job_id}/status/stream?logs=1", headers=headers)
     assert (answer.status_code, answer.text.count('"message": "one"')) == (200, 1)
 
@@ -132,7 +133,7 @@ async def test_the_end_is_told_at_once(base_url: str, store: JobStore, claim: Cl
 
 
 async def test_no_line_is_told_twice_or_left_out_over_retries_and_a_full_log(
-    base_url: str, store: JobStore, claim: Claim
+    wire: Wire, base_url: str, store: JobStore, claim: Claim
 ) -> None:
     said = 0
 

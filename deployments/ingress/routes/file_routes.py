@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import HTTPConnection
 
 from deployments.files.file_store import CONTENT_TYPES, FileStore, expires_at, is_listed
+from deployments.files.uploads import take_in
 from deployments.ingress.access import Caller, reader_of
 from deployments.ingress.request_context import TextRoute, files_of, store_of
 from deployments.schemas.uploads import UNKNOWN_TYPE, AccessRules, served_type
@@ -95,7 +96,7 @@ async def readable(connection: HTTPConnection, name: str, reader: Caller | None 
             return None
         if decision == "forbid":
             raise Forbidden("The owner of this file does not let you read it.")
-    size = await files.size(name)
+    size = await (take_in(files, name, row.size_bytes) if row.unsettled else files.size(name))
     if size is None or (row.unsettled and not await uploads.settle(name, size, row.size_bytes)):
         return None
     until = None if row.expires_at.year == datetime.max.year else row.expires_at.replace(tzinfo=UTC).timestamp()

@@ -21,7 +21,7 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from deployments.ingress.access import Caller, caller_of
-from deployments.ingress.body import split
+from deployments.ingress.body import SplitBody, split
 from deployments.ingress.middleware import failure_response
 from deployments.ingress.new_jobs import Accepted, accept
 from deployments.ingress.request_context import TextRoute, bodies_of, json_answer, quotas_of, settings_of, store_of
@@ -117,13 +117,28 @@ async def _accepted(request: Request, endpoint: Endpoint, caller: Caller, option
     if request.method == "GET":  # the JavaScript client puts the input into the query, all of it as text
         given = {name: value for name, value in request.query_params.items() if name not in OPTIONS_IN_QUERY}
         body = bytearray(to_json(endpoint.input.of_query(given)))
-        accepted = await accept(request, endpoint, caller, options, await split(body))
+        accepted = await accept_or_give_up(request, endpoint, caller, options, await split(body))
     else:
         async with bodies_of(request).read(request, settings_of(request).max_body_bytes) as body:
-            accepted = await accept(request, endpoint, caller, options, await split(body))
+            accepted = await accept_or_give_up(request, endpoint, caller, options, await split(body))
     if isinstance(accepted, Accepted):
         request.state.request_id = str(accepted.job.id)
     return accepted
+
+
+async def accept_or_give_up(
+    connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
+) -> Accepted | Failure:
+    """`accept` for a caller who waits: if this task is cancelled, as the caller has hung up, no job is left that nobody wants."""
+    submitting = asyncio.ensure_future(accept(connection, endpoint, caller, options, body))
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            accepted = await submitting
+            if isinstance(accepted, Accepted) and not _is_left(options):
+                await give_up(store_of(connection), accepted.job.id)
+        raise
 
 
 def _is_left(options: SubmissionOptions) -> bool:

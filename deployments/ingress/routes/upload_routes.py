@@ -9,9 +9,11 @@ A body is never held: it goes to the file store as it arrives. Nothing of it is 
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -35,14 +37,20 @@ from deployments.schemas.uploads import (
     read_lifecycle,
     same_type,
 )
-from engines.errors import BadRequest, BodyTooLarge, Forbidden, LengthRequired, NotFound
+from engines.errors import BadRequest, BodyTooLarge, Forbidden, LengthRequired, NotFound, StorageFailed
 
 MAX_REQUEST_BYTES = 20_000
 MAX_PARTS_BYTES = 1_200_000
 MAX_DIGITS = 15
 DIRECT_BYTES = 100_000_000
 """Reserved for an upload to the bucket of unknown size. fal's client sends what is above 94 MB in parts, and those come here."""
+DIRECT_S = 3600.0
+"""How long such a URL is good at most, in seconds. It may not bind the size, so what arrives is looked up until then."""
 NO_STORE = {"cache-control": "no-store"}
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_assembling = WeakValueDictionary[str, asyncio.Lock]()
+"""For each file that this process puts together, so that a call that is repeated does not copy the parts once more."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -62,8 +70,8 @@ async def initiate(request: Request, storage_type: str = "") -> Response:
     ticket = await _begin(request, caller, asked, direct=direct)
     file_url = _url(request, ticket)
     if direct:
-        open_s = settings_of(request).uploads.open_s
-        upload_url = await direct_url(files_of(request), ticket.name, ticket.content_type, asked.file_size, open_s)
+        files, open_s = files_of(request), _open_s(request, direct=True)
+        upload_url = await direct_url(files, files.arriving(ticket.name), ticket.content_type, asked.file_size, open_s)
     else:
         upload_url = f"{file_url}?upload={_signature(request, secret, ticket)}"
     return JSONResponse({"upload_url": upload_url, "file_url": file_url}, headers=NO_STORE)
@@ -161,15 +169,20 @@ async def _begin(request: Request, caller: Caller, asked: UploadRequest, *, dire
         name,
         owner=caller.owner,
         content_type=asked.content_type,
-        open_s=2 * settings.uploads.open_s,
+        open_s=2 * _open_s(request, direct=direct),
         keep_s=settings.retention.keep_file_s(lifecycle.keep_s),
         access=lifecycle.access.model_dump() if lifecycle.access else None,
         quota=settings.quotas.stored_bytes,
         size=reserved,
-        direct=direct,
+        arriving=files_of(request).arriving(name) if direct else None,
     )
     exact = asked.file_size is not None
     return Ticket(name, asked.content_type, reserved if exact else limit, exact, caller.owner)
+
+
+def _open_s(request: Request, *, direct: bool) -> float:
+    open_s = settings_of(request).uploads.open_s
+    return min(open_s, DIRECT_S) if direct else open_s
 
 
 def _lifecycle(headers: Mapping[str, str]) -> Lifecycle:
@@ -256,31 +269,37 @@ async def _receive(
 
 
 async def _complete(request: Request, ticket: Ticket) -> Response:
-    uploads = store_of(request).uploads
+    """Makes a file of the parts named.
+
+    The list is kept before the file can be read, so of several lists that come at once, one wins. If this process is killed in
+    between, there is no file yet, and the same list makes it.
+    """
+    uploads, files = store_of(request).uploads, files_of(request)
     listed = (await _parsed(request, UploadedParts, MAX_PARTS_BYTES)).in_order()
-    names = [files_of(request).part_name(ticket.name, part.partNumber) for part in listed]
-    etags = [part.etag.strip('"') for part in listed]
-    digest = _digest_of_parts(etags)
-    found = await uploads.find(ticket.name)
-    if found is None:
-        raise UploadIsOver
-    if found.digest is None:
-        stored = await uploads.parts(ticket.name)
-        for name, etag, part in zip(names, etags, listed, strict=True):
-            if name not in stored or stored[name][0].hex() != etag:
-                raise BadRequest(f"Part {part.partNumber} has not been uploaded, or is not the one with this etag.")
-        sizes = [stored[name][1] for name in names]
-        if ticket.exact and sum(sizes) != ticket.max_bytes:
-            raise Forbidden(f"This upload is of {ticket.max_bytes} bytes.")
-        await assemble(files_of(request), ticket.name, names, sizes)
-        try:
-            await _finish(request, ticket, digest, sum(sizes))
-        except UploadIsOver:
-            await files_of(request).delete(ticket.name)
-            raise
-    elif found.digest != digest:
-        raise UploadIsComplete
-    return JSONResponse({"access_url": _url(request, ticket)}, headers={"etag": f'"{digest.hex()}"'})
+    names = [files.part_name(ticket.name, part.partNumber) for part in listed]
+    digests = [_digest(part.etag) for part in listed]
+    whole = hashlib.sha256(b"".join(digests)).digest()
+    exact = ticket.max_bytes if ticket.exact else None
+    missing = await uploads.finish_parts(ticket.name, whole, names, digests, exact)
+    if missing is not None:
+        number = listed[missing].partNumber
+        raise BadRequest(f"Part {number} has not been uploaded, or is not the one with this etag.")
+    async with _assembling.setdefault(ticket.name, asyncio.Lock()):
+        if await files.size(ticket.name) is None:
+            sizes = await uploads.part_sizes(ticket.name)
+            try:
+                await assemble(files, ticket.name, names, [sizes.get(name, 0) for name in names])
+            except StorageFailed:  # or another process has made it, and the parts are gone
+                if await files.size(ticket.name) is None:
+                    raise
+            await uploads.drop_parts(ticket.name)
+    return JSONResponse({"access_url": _url(request, ticket)}, headers={"etag": f'"{whole.hex()}"'})
+
+
+def _digest(etag: str) -> bytes:
+    """The SHA-256 that a part's etag is; empty if it is none."""
+    text = etag.strip('"')
+    return bytes.fromhex(text) if _SHA256.fullmatch(text) else b""
 
 
 async def _finish(request: Request, ticket: Ticket, digest: bytes, size: int) -> None:
@@ -288,10 +307,6 @@ async def _finish(request: Request, ticket: Ticket, digest: bytes, size: int) ->
     uploads = store_of(request).uploads
     if not await uploads.finish(ticket.name, digest, size):
         raise UploadIsOver if await uploads.find(ticket.name) is None else UploadIsComplete
-
-
-def _digest_of_parts(etags: list[str]) -> bytes:
-    return hashlib.sha256("\n".join(etags).encode()).digest()
 
 
 def _declared_size(request: Request, most: int) -> int:

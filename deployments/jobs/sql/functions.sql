@@ -92,7 +92,8 @@ DECLARE
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     SELECT * INTO upload FROM stored_files
-    WHERE name = of_name AND part_of IS NULL AND NOT gone AND expires_at > now();
+    WHERE name = of_name AND part_of IS NULL AND NOT gone AND expires_at > now()
+    FOR UPDATE;  -- so a part is refused, or its upload's end sees that it is on its way
     IF NOT FOUND THEN
         refusal := 'over';
     ELSIF upload.digest IS NOT NULL THEN
@@ -109,6 +110,38 @@ BEGIN
         ON CONFLICT (name) DO UPDATE SET size_bytes = excluded.size_bytes, digest = NULL;
     END IF;
     RETURN NEXT;
+END $$;
+
+-- The end of an upload in parts: from now on it is these parts and no others, in this order. Returns why not, if it is not: it is over, is
+-- complete with other parts, has another size than `exact`, or the number in the list of the first part that is not there.
+CREATE OR REPLACE FUNCTION finish_parts(of_name text, whole bytea, exact bigint, names text[], digests bytea[])
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    upload stored_files;
+    missing bigint;
+    bytes bigint;
+BEGIN
+    SELECT * INTO upload FROM stored_files
+    WHERE name = of_name AND part_of IS NULL AND NOT gone AND expires_at > now() FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'over';
+    ELSIF upload.digest IS NOT NULL THEN
+        RETURN CASE WHEN upload.digest <> whole THEN 'complete' END;
+    END IF;
+    SELECT min(place) FILTER (WHERE part.digest IS DISTINCT FROM listed.digest), sum(part.size_bytes) INTO missing, bytes
+    FROM unnest(names, digests) WITH ORDINALITY AS listed (name, digest, place)
+    LEFT JOIN stored_files AS part ON part.name = listed.name AND NOT part.gone;
+    IF missing IS NOT NULL THEN
+        RETURN missing;
+    ELSIF bytes <> exact THEN
+        RETURN 'size';
+    END IF;
+    UPDATE stored_files SET
+        digest = whole, size_bytes = bytes, expires_at = coalesce(now() + make_interval(secs => keep_s), 'infinity')
+    WHERE name = of_name;
+    -- they are still to be read, for an hour at least, but no longer count for the quota
+    UPDATE stored_files SET owner = NULL, expires_at = greatest(expires_at, now() + interval '1 hour') WHERE part_of = of_name;
+    RETURN NULL;
 END $$;
 
 -- Numbers the lines of a job's log. The writer has locked the job's row, so there is only one at a time; this statement begins after

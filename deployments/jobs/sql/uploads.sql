@@ -1,12 +1,16 @@
 -- Every statement about uploads. A row of `stored_files` with a digest is complete.
 
 -- name: begin_upload
--- False if it exceeds its owner's quota $9.
+-- False if it exceeds its owner's quota $8. $9: where it arrives in the bucket, if it is sent there.
 WITH allowed AS (
-    SELECT is_within_quota($3, $1, $7, $9) AS is_allowed
+    SELECT is_within_quota($3, $1, $7, $8) AS is_allowed
 ), begun AS (
     INSERT INTO stored_files (name, expires_at, owner, content_type, access, keep_s, size_bytes, direct)
-    SELECT $1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $8 FROM allowed WHERE is_allowed
+    SELECT $1, now() + make_interval(secs => $2), $3, $4, $5, $6, $7, $9::text IS NOT NULL FROM allowed WHERE is_allowed
+    ON CONFLICT (name) DO NOTHING
+), arriving AS (
+    INSERT INTO stored_files (name, expires_at, part_of)
+    SELECT $9, now() + make_interval(secs => $2) + interval '1 hour', $1 FROM allowed WHERE is_allowed AND $9 IS NOT NULL
     ON CONFLICT (name) DO NOTHING
 )
 SELECT is_allowed FROM allowed
@@ -28,7 +32,7 @@ UPDATE stored_files SET digest = $2, size_bytes = $3 FROM relaxed WHERE name = $
 RETURNING name
 
 -- name: parts
-SELECT name, digest, size_bytes FROM stored_files WHERE part_of = $1 AND digest IS NOT NULL AND NOT gone
+SELECT name, size_bytes FROM stored_files WHERE part_of = $1 AND digest IS NOT NULL AND NOT gone
 
 -- name: finish_upload
 -- The time for which it is kept begins. Its parts are deleted by the next sweep. Returns a row also when the call is repeated.
@@ -44,14 +48,22 @@ WITH finished AS (
 )
 SELECT name FROM finished UNION ALL SELECT name FROM stored_files WHERE name = $1 AND digest = $2 AND NOT gone
 
+-- name: finish_parts
+SELECT finish_parts($1, $2, $3, $4, $5) AS refusal
+
+-- name: drop_parts
+-- They are in the file: the next sweep deletes them.
+UPDATE stored_files SET expires_at = now() WHERE part_of = $1
+
 -- name: find_file
 -- What is known of a file, whose time is not over.
 SELECT owner, content_type, access, expires_at, size_bytes, direct AND digest IS NULL AS unsettled
 FROM stored_files WHERE name = $1 AND part_of IS NULL AND NOT gone AND expires_at > now()
 
--- name: overdue_direct
--- Uploads to the bucket whose time is over, and which nobody has read yet: they may be complete.
-SELECT name, size_bytes FROM stored_files WHERE direct AND digest IS NULL AND expires_at <= now() ORDER BY expires_at LIMIT $1
+-- name: open_direct
+-- Uploads to the bucket that may have arrived: those whose time is over first, then any.
+SELECT name, size_bytes, expires_at <= now() AS is_over FROM stored_files
+WHERE direct AND digest IS NULL ORDER BY is_over DESC, random() LIMIT $1
 
 -- name: settle_direct
 -- One of them is complete, with $2 bytes.
@@ -62,5 +74,5 @@ UPDATE stored_files SET
 WHERE name = $1 AND direct AND digest IS NULL AND NOT gone
 
 -- name: give_up_direct
--- One of them is not there, or larger than was agreed: the next sweep deletes it.
+-- One of them is not there, or larger than was agreed. What arrives later is deleted when its own time is over.
 UPDATE stored_files SET direct = false, expires_at = now() WHERE name = $1 AND digest IS NULL

@@ -18,12 +18,14 @@ from engines.errors import RunnerDisconnected
 from engines.spec import Latents
 from tests.conftest import execute
 from tests.deployments.dispatch.test_dispatcher import QUICK, dispatching, ended, started
-from tests.fakes import ENDPOINT, LocalStages
+from tests.fakes import ENDPOINT, LocalStages, held_after
+from tests.patience import PATIENCE_S
 
 CONTROLNEXT = "fal-ai/controlnext"
 INPUTS: dict[str, dict[str, Any]] = {
     ENDPOINT: demo_inputs()[ENDPOINT] | {"num_inference_steps": 12, "guidance_scale": 1},
-    CONTROLNEXT: demo_inputs()[CONTROLNEXT] | {"num_inference_steps": 4, "height": 256, "max_frame_num": 6, "batch_frames": 4},
+    CONTROLNEXT: demo_inputs()[CONTROLNEXT]
+    | {"num_inference_steps": 4, "guidance_scale": 1, "height": 256, "max_frame_num": 6, "batch_frames": 4},
 }
 
 
@@ -84,8 +86,10 @@ class Counted:
 async def test_a_released_job_goes_on_at_its_last_step_with_the_bits_of_an_undisturbed_one(
     store: JobStore, files: FileStore, replicas: Callable[..., LocalStages], endpoint: str
 ):
-    async with work(store, files, replicas(endpoint), endpoint):
+    stages = replicas(endpoint)
+    async with work(store, files, stages, endpoint):
         undisturbed = await mp4_of(files, await ended(store, await submit(store, endpoint)))
+        held_after(stages.denoise_replica, step=3)
         job_id = await submit(store, endpoint)
         await started(store, job_id, "step 2/")
     released = await store.get(job_id)
@@ -207,12 +211,12 @@ async def test_ten_minutes_after_its_end_nothing_is_left_of_a_jobs_checkpoint(
         if end == "cancel":
             await store.request_cancel(job_id)
         assert (await ended(store, job_id)).state.value == {"success": "succeeded", "cancel": "cancelled"}.get(end, "failed")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await until(left)  # a cancelled stage still writes its last step
         await asyncio.sleep(0.2)
         assert left(), "kept, as its stage may still be writing"
         await execute(database, "UPDATE stored_files SET expires_at = expires_at - interval '10 minutes'")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await until(lambda: not left())
 
 
@@ -228,7 +232,7 @@ async def _fail(*_: Any) -> NoReturn:
 async def test_a_job_is_released_after_a_pause_in_which_its_stage_can_keep_the_last_step(
     store: JobStore, files: FileStore, replicas: Callable[..., LocalStages], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 60.0)
+    monkeypatch.setattr("deployments.dispatch.dispatcher.RELEASE_S", 3600.0)
     async with work(store, files, replicas()):
         job_id = await submit(store)
         await started(store, job_id)

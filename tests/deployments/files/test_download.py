@@ -23,9 +23,10 @@ from deployments.files import download as download_module
 from deployments.files.download import Refused, decoded_data_uri, download, download_all, download_folder, is_public
 from deployments.settings import FetchSettings
 from engines.errors import FileDownloadError, FileTooLarge, StorageFailed
+from tests.patience import PATIENCE_S
 
-OPEN = FetchSettings(allow_private=True, max_bytes=1000, timeout_s=5)
-CLOSED = FetchSettings(max_bytes=1000, timeout_s=5)
+OPEN = FetchSettings(allow_private=True, max_bytes=1000, timeout_s=60)
+CLOSED = FetchSettings(max_bytes=1000, timeout_s=60)
 
 
 def http(status: str, body: bytes = b"", **headers: str) -> bytes:
@@ -408,7 +409,7 @@ async def test_a_download_goes_to_its_file_as_it_comes(tmp_path: Path) -> None:
 
 
 def wait_for_size(file: Path, size: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while not file.exists() or file.stat().st_size < size:
         assert time.monotonic() < deadline
         time.sleep(0.01)

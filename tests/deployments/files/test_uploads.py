@@ -5,9 +5,10 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import httpx
@@ -15,12 +16,13 @@ import pytest
 
 from deployments.files import file_store, uploads
 from deployments.files.file_store import FileStore
-from deployments.files.uploads import MIN_BLOCK_BYTES, assemble, direct_url, receive
+from deployments.files.uploads import MIN_BLOCK_BYTES, assemble, direct_url, receive, take_in
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import QuotaSettings, Settings, UploadSettings
 from engines.errors import BadRequest, StorageFailed
 from tests.bucket import bucket, s3_server
+from tests.patience import PATIENCE_S
 
 OPEN_S = 60.0
 
@@ -67,7 +69,6 @@ async def test_a_body_is_stored_as_it_came(size: int, files: FileStore) -> None:
 
 
 async def test_a_body_that_fails_leaves_nothing(files: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "IDLE_S", 0.2)
     name, data = files.new_listed_name("a.txt", "text/plain"), b"x" * (3 * MIN_BLOCK_BYTES)
     before = listed(files)
 
@@ -79,13 +80,14 @@ async def test_a_body_that_fails_leaves_nothing(files: FileStore, monkeypatch: p
         yield data
         await asyncio.sleep(60)
 
-    for body, size, error in (
-        (pieces(data), 10**9, BadRequest),
-        (stalls(), 10**9, BadRequest),
-        (breaks(), 10**9, ConnectionResetError),
+    for body, idle_s, error in (
+        (pieces(data), PATIENCE_S, BadRequest),
+        (stalls(), 0.2, BadRequest),
+        (breaks(), PATIENCE_S, ConnectionResetError),
     ):
+        monkeypatch.setattr(uploads, "IDLE_S", idle_s)
         with pytest.raises(error):
-            await receive(files, name, body, size, OPEN_S)
+            await receive(files, name, body, 10**9, OPEN_S)
     assert listed(files) == before
     if not files.is_local:
         assert files.fs.list_multipart_uploads(files._root.partition("/")[0]) == []
@@ -184,7 +186,7 @@ async def test_a_file_goes_straight_to_the_bucket_and_is_served_from_here(
     found = await client.get(urls["file_url"])
     assert (found.content, found.headers["content-type"]) == (b"a picture", "image/png")
     assert "sandbox" in found.headers["content-security-policy"]
-    row = await sql.fetchrow("SELECT size_bytes, expires_at - now() AS kept FROM stored_files")
+    row = await sql.fetchrow("SELECT size_bytes, expires_at - now() AS kept FROM stored_files WHERE part_of IS NULL")
     assert row["size_bytes"] == 9, "no longer what was reserved"
     assert row["kept"] > timedelta(days=6)
 
@@ -201,12 +203,46 @@ async def test_the_other_ways_go_through_the_service(client: httpx.AsyncClient) 
 async def test_a_direct_upload_that_is_larger_than_it_said_is_deleted(
     client: httpx.AsyncClient, settings: Settings, store: JobStore
 ) -> None:
-    urls = await initiated(client)
-    await sent(urls["upload_url"], b"x" * 2_001)
-    assert (await client.get(urls["file_url"])).status_code == 404
+    read, unread = await initiated(client), await initiated(client)
+    for urls in (read, unread):
+        await sent(urls["upload_url"], b"x" * 2_001)
     files = FileStore(settings.files_url)
+    names = [urls["file_url"].partition("/files/")[2] for urls in (read, unread)]
+    assert (await client.get(read["file_url"])).status_code == 404
+    assert not files.fs.exists(files.path(files.arriving(names[0]))), "at once"
+    await store.uploads.settle_direct(partial(take_in, files))
+    assert not files.fs.exists(files.path(files.arriving(names[1]))), "by the next sweep, long before its time is over"
+    assert [await files.size(name) for name in names] == [None, None]
+
+
+async def test_a_direct_upload_does_not_change_once_it_was_taken_in(
+    client: httpx.AsyncClient, settings: Settings, store: JobStore, sql: asyncpg.Connection
+) -> None:
+    files = FileStore(settings.files_url)
+    read, swept = await initiated(client), await initiated(client)
+    for urls in (read, swept):
+        await sent(urls["upload_url"], b"a picture")
+    answers = await asyncio.gather(*(client.get(read["file_url"]) for _ in range(4)))
+    assert {answer.content for answer in answers} == {b"a picture"}
+    await store.uploads.settle_direct(partial(take_in, files))
+    assert await sql.fetchval("SELECT sum(size_bytes) FROM stored_files") == 18, "what is no longer reserved may be used"
+    for urls in (read, swept):
+        await sent(urls["upload_url"], b"x" * 100_000)
+        await store.uploads.settle_direct(partial(take_in, files))
+        assert (await client.get(urls["file_url"])).content == b"a picture"
+    await sql.execute("UPDATE stored_files SET expires_at = now() WHERE part_of IS NOT NULL")  # the URLs are no longer good
     await store.retention.expire_files(files.delete)
-    assert await files.size(urls["file_url"].partition("/files/")[2]) is None
+    names = [urls["file_url"].partition("/files/")[2] for urls in (read, swept)]
+    assert not any(files.fs.exists(files.path(files.arriving(name))) for name in names)
+    assert (await client.get(read["file_url"])).content == b"a picture"
+
+
+async def test_a_direct_upload_whose_taker_was_killed_is_not_lost(client: httpx.AsyncClient, settings: Settings) -> None:
+    files = FileStore(settings.files_url)
+    urls = await initiated(client)
+    await sent(urls["upload_url"], b"a picture")
+    assert await take_in(files, urls["file_url"].partition("/files/")[2], 2_000) == 9
+    assert (await client.get(urls["file_url"])).content == b"a picture"
 
 
 async def test_direct_uploads_count_before_they_come(client: httpx.AsyncClient) -> None:
@@ -222,13 +258,16 @@ async def test_a_direct_upload_that_nobody_reads_is_kept_and_one_that_never_came
 ) -> None:
     files = FileStore(settings.files_url)
     came, never = await initiated(client), await initiated(client)
+    assert int(parse_qs(urlsplit(came["upload_url"]).query)["X-Amz-Expires"][0]) <= 3600
+    await store.uploads.settle_direct(partial(take_in, files))
     await sent(came["upload_url"], b"a picture")
-    await sql.execute("UPDATE stored_files SET expires_at = now() - interval '1 second'")
+    await sql.execute("UPDATE stored_files SET expires_at = expires_at - interval '7201 seconds'")
     await store.retention.expire_files(files.delete)
-    assert await sql.fetchval("SELECT count(*) FROM stored_files") == 2, "it is looked up first"
-    await store.uploads.settle_overdue(files.size)
+    uploads = "SELECT count(*) FROM stored_files WHERE part_of IS NULL"
+    assert await sql.fetchval(uploads) == 2, "they are looked up first"
+    await store.uploads.settle_direct(partial(take_in, files))
     await store.retention.expire_files(files.delete)
-    assert await sql.fetchval("SELECT count(*) FROM stored_files") == 1
+    assert await sql.fetchval(uploads) == 1
     assert (await client.get(came["file_url"])).content == b"a picture"
     assert (await client.get(never["file_url"])).status_code == 404
 

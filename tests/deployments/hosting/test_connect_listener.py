@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from deployments.hosting import connect_listener
+from tests.patience import PATIENCE_S
 
 
 @asynccontextmanager
@@ -26,7 +27,7 @@ async def proxied() -> AsyncIterator[int]:
 async def answer_to(port: int, head: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         line = await reader.readline()
     writer.close()
     return line.strip()
@@ -39,7 +40,7 @@ async def test_fals_hosts_lead_to_the_service_both_ways_to_the_end(host: str) ->
     async with proxied() as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"CONNECT {host}:443 HTTP/1.1\r\nhost: {host}:443\r\n\r\nhello\n".encode())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 200 Connection established\r\n\r\n"
             assert await reader.readline() == b"HELLO\n"
             writer.write(b"again\n")

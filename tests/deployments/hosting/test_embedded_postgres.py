@@ -1,4 +1,5 @@
 import asyncio
+import fcntl
 import os
 import pwd
 import signal
@@ -13,15 +14,29 @@ import psutil
 import pytest
 
 from deployments.hosting import guardian
-from deployments.hosting.embedded_postgres import GUARDED, SERVICE_USER, PostgresFailed, database_url, stop_embedded
+from deployments.hosting.embedded_postgres import (
+    GUARDED,
+    SERVICE_USER,
+    PostgresFailed,
+    database_url,
+    owner_file,
+    stop_embedded,
+)
 from deployments.hosting.guardian import guarded
 from deployments.jobs.database import StoreAway
 from deployments.jobs.job import JobState, LeaseLost, NewJob
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
 from tests.conftest import embedded
+from tests.patience import PATIENCE_S
 
 NEW = NewJob("fal-ai/fake", {"prompt": "a cat"})
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait for the server however long its start takes."""
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", PATIENCE_S)
 
 
 def postmaster(settings: Settings) -> psutil.Process:
@@ -38,7 +53,7 @@ def kill_everything(settings: Settings) -> None:
     processes = [server, *server.children(recursive=True)]
     for process in processes:
         process.kill()
-    psutil.wait_procs(processes, timeout=10)
+    psutil.wait_procs(processes, timeout=PATIENCE_S)
 
 
 async def setting(url: str, name: str) -> str:
@@ -83,7 +98,7 @@ def test_processes_that_start_it_at_once_share_one_server_that_outlives_them(awk
     starters = [
         subprocess.Popen([sys.executable, "-c", code, awkward_home.home], stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
-    urls = {starter.communicate(timeout=60)[0].strip() for starter in starters}
+    urls = {starter.communicate(timeout=PATIENCE_S)[0].strip() for starter in starters}
     assert {starter.returncode for starter in starters} == {-signal.SIGKILL}
     (url,) = urls
     assert asyncio.run(setting(url, "fsync")) == "on"
@@ -98,6 +113,7 @@ def test_owner_stops_it_and_twice_does_no_harm(home: Settings) -> None:
     stop_embedded(home)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store_recovers(home: Settings) -> None:
     store = await JobStore.open(database_url(home))
     kept = [await store.submit(NEW) for _ in range(20)]
@@ -110,15 +126,13 @@ async def test_acknowledged_submit_survives_kill_9_of_the_database_and_the_store
     claim = await store.claims.take([NEW.endpoint], 60)
     assert claim is not None
     async with store.watch_lines(claim.job_id) as changes:
-        for _ in range(50):  # the listener needs a moment to reconnect
-            await store.claims.log(claim, "still here")
-            if await changes.changed(0.2):
-                break
-        else:
-            pytest.fail("the listening connection did not come back")
+        async with asyncio.timeout(PATIENCE_S):
+            while not await changes.changed(0.2):  # the listener needs a moment to reconnect
+                await store.claims.log(claim, "still here")
     await store.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_store_opened_while_the_database_is_away_waits_for_it(home: Settings) -> None:
     url = database_url(home)
     stop_embedded(home)
@@ -137,6 +151,7 @@ async def test_store_is_not_opened_on_a_database_that_stays_away(home: Settings,
         await JobStore.open(url)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_call_made_while_the_database_is_away_waits_for_it(home: Settings) -> None:
     store = await JobStore.open(database_url(home))
     stop_embedded(home)
@@ -158,6 +173,7 @@ async def test_database_that_stays_away_is_said_to_be_away(home: Settings, monke
     await store.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_no_submit_is_lost_or_doubled_when_the_database_is_killed_under_load(home: Settings) -> None:
     url = database_url(home)
     store = await JobStore.open(url)
@@ -239,7 +255,7 @@ def test_a_user_whose_number_has_no_name_starts_it_too() -> None:
     with TemporaryDirectory(prefix="reelray-") as home:
         os.chown(home, 54_321, 54_321)
         command, env = [sys.executable, "-c", code, home], {**os.environ, "HOME": "/"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -248,23 +264,37 @@ def test_a_server_whose_service_is_killed_is_stopped(home: Settings) -> None:
         "import sys, time; from pathlib import Path; from deployments.settings import Settings;"
         "from deployments.hosting.embedded_postgres import database_url; from deployments.hosting.guardian import guarded\n"
         "settings = Settings(home=Path(sys.argv[1]))\n"
-        "with guarded(settings): print(database_url(settings), flush=True); time.sleep(60)"
+        "with guarded(settings): print(database_url(settings), flush=True); time.sleep(3600)"
     )
     with subprocess.Popen([sys.executable, "-c", code, home.home], stdout=subprocess.PIPE) as service:
         assert service.stdout is not None
         assert service.stdout.readline()
         server, [child] = postmaster(home), psutil.Process(service.pid).children()
         service.kill()
-    psutil.wait_procs([child], 60)
+    psutil.wait_procs([child], PATIENCE_S)
     assert has_ended(server)
     assert not (home.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
 def test_a_server_that_a_new_service_has_taken_over_is_not_stopped_for_the_killed_one(home: Settings) -> None:
-    database_url(home)
     with guarded(home):
-        subprocess.run([sys.executable, "-m", guardian.__name__, home.home], stdin=subprocess.DEVNULL, check=True)
+        database_url(home)
+        subprocess.run([sys.executable, "-m", guardian.__name__, home.home, "killed"], stdin=subprocess.DEVNULL, check=True)
         assert postmaster(home).is_running()
+
+
+def test_a_guardian_waits_for_a_killed_service_to_let_go_of_its_lock(home: Settings) -> None:
+    """The kernel closes a killed process's files in no order that one may count on."""
+    database_url(home)
+    command = [sys.executable, "-m", guardian.__name__, home.home, "killed"]
+    with owner_file(home.home / "postgres").open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        print("killed", end="", file=owner, flush=True)
+        waiting = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(2.0)
+    assert waiting.wait(PATIENCE_S) == 0
+    assert not (home.home / "postgres" / "data" / "postmaster.pid").exists()
 
 
 def test_a_process_that_outlives_its_killed_service_does_not_start_the_server_again(
@@ -276,7 +306,7 @@ def test_a_process_that_outlives_its_killed_service_does_not_start_the_server_ag
         stop_embedded(home)
         database_url(home)
         stop_embedded(home)
-    monkeypatch.setenv(GUARDED, "1")
+    monkeypatch.setenv(GUARDED, "ended")
     with pytest.raises(PostgresFailed, match="has ended"):
         database_url(home)
 

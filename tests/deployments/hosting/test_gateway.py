@@ -1,17 +1,20 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-import httpx
 import psutil
+import pytest
 import yaml
 
 from deployments.cli.client import QueueClient
-from deployments.settings import Settings
-from tests.e2e.service import REELRAY, free_port
+from deployments.hosting.gateway import run
+from deployments.settings import CONFIG_VARIABLE, Settings
+from tests.e2e.service import REELRAY, free_port, wait_until_healthy
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 
@@ -36,40 +39,41 @@ def gateways(settings: Settings) -> Iterator[tuple[int, Callable[[], subprocess.
         for gateway in started:
             with suppress(ProcessLookupError):
                 os.killpg(gateway.pid, signal.SIGKILL)
-            gateway.wait(15)
+            gateway.wait(PATIENCE_S)
 
 
 def test_the_gateway_accepts_and_answers_while_nothing_else_runs(home: Settings):
     with gateways(home) as (port, start), QueueClient(f"http://127.0.0.1:{port}") as client:
         gateway = start()
-        wait_until_healthy(port)
+        wait_until_healthy(f"http://127.0.0.1:{port}", gateway)
         ids = [client.submit(ENDPOINT, {"prompt": "a red ball"}) for _ in range(4)]
         assert sorted(client.status(ENDPOINT, request_id)["queue_position"] for request_id in ids) == [0, 1, 2, 3]
         assert client.cancel(ENDPOINT, ids[0]) == "CANCELLATION_REQUESTED"
         assert client.status(ENDPOINT, ids[0])["status"] == "COMPLETED"
         gateway.terminate()
-        assert gateway.wait(15) in (0, -15)
+        assert gateway.wait(PATIENCE_S) in (0, -15)
 
 
 def test_a_gateway_that_was_killed_can_be_started_again(home: Settings):
     with gateways(home) as (port, start):
         killed = start()
-        wait_until_healthy(port)
+        wait_until_healthy(f"http://127.0.0.1:{port}", killed)
         workers = psutil.Process(killed.pid).children()
         killed.kill()
         killed.wait()
-        assert not psutil.wait_procs(workers, timeout=15)[1]
+        assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1]
         again = start()
-        wait_until_healthy(port)
+        wait_until_healthy(f"http://127.0.0.1:{port}", again)
         assert again.poll() is None
 
 
-def wait_until_healthy(port: int) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success:
-                return
-        except httpx.HTTPError:
-            assert time.monotonic() < deadline
-        time.sleep(0.1)
+def test_an_idle_connection_stays_open_longer_than_its_caller_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **given: options.update(given))
+    monkeypatch.setattr("deployments.hosting.gateway.keep_running", lambda settings: None)
+    monkeypatch.setenv(CONFIG_VARIABLE, "")  # put back afterwards
+    config = tmp_path / "serve_config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [{"args": {"home": str(tmp_path)}}]}))
+    run(config, "127.0.0.1", 8000, 1)
+    serve = yaml.safe_load(Path("serve_config.yaml").read_text())["http_options"]["keep_alive_timeout_s"]
+    assert options["timeout_keep_alive"] == serve > 60

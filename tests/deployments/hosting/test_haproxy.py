@@ -12,6 +12,7 @@ from deployments.hosting import haproxy, haproxy_launch
 from deployments.hosting.haproxy import BINARY, FALLBACK_PORT, PORTS, SWITCH, fronted
 from deployments.hosting.haproxy_launch import mended
 from deployments.hosting.tls import write_certificate
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +69,22 @@ def test_two_services_of_a_machine_share_no_port():
     assert 8500 not in ports
 
 
+def test_two_services_that_start_at_once_share_no_port(monkeypatch: pytest.MonkeyPatch):
+    """Neither listens yet when the other one looks."""
+    names = (*PORTS, FALLBACK_PORT)
+    with fronted():
+        first = {os.environ[name] for name in names}
+        for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+            monkeypatch.delenv(name)
+        with fronted():
+            second = {os.environ[name] for name in names}
+    assert len(first | second) == 6
+
+
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
     """The starter is killed; a shell script that sleeps stands for HAProxy."""
     stand_in, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
-    stand_in.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    stand_in.write_text("#!/bin/sh\necho $$\nexec sleep 3600\n")
     stand_in.chmod(0o700)
     config.write_text("defaults\n")
     code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
@@ -80,7 +93,7 @@ def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path):
         assert starter.stdout is not None
         process = psutil.Process(int(starter.stdout.readline()))
         starter.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,7 @@ def test_serves_configuration_is_mended_and_haproxy_takes_it(tmp_path: Path, hos
     lines = [line.strip() for line in config.read_text().splitlines()]
     assert [line for line in lines if line.startswith("bind")] == [
         "bind 127.0.0.1:9101",
-        f"bind {host}:8000 ssl crt {pem} alpn http/1.1",
+        f"bind {host}:8000 ssl crt {pem} alpn http/1.1 ssl-max-ver TLSv1.2",
         "bind 127.0.0.1:8404",
     ]
     assert [line.split()[2] for line in lines if line.startswith("server")] == [

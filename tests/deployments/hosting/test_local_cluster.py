@@ -19,6 +19,7 @@ from deployments.hosting import local_cluster
 from deployments.hosting.local_cluster import ServiceFailed, address_of, running
 from deployments.settings import Exposed, Settings
 from tests.e2e.service import free_port
+from tests.patience import PATIENCE_S
 
 
 def test_an_open_service_is_not_started_on_the_network():
@@ -105,17 +106,17 @@ def test_of_a_service_that_is_ended_while_it_starts_nothing_stays(number: int, h
     with (home.home / "serve.log").open("wb") as log:
         command = [Path(sys.executable).with_name("reelray"), "serve", "--config", config, "--port", str(free_port())]
         service = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | mark, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not postgres.exists():
         assert service.poll() is None, (home.home / "serve.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)  # Ray begins to start
     service.send_signal(number)
-    service.wait(60)
-    deadline = time.monotonic() + 30
+    service.wait(PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
     while remaining := left():
-        assert time.monotonic() < deadline, [each.cmdline() for each in remaining]
+        assert time.monotonic() < deadline, ([each.cmdline() for each in remaining], (home.home / "serve.log").read_text())
         time.sleep(0.2)
     assert not postgres.exists()
 

@@ -14,6 +14,7 @@ from deployments.hosting.nodes import NodeWatch
 from deployments.ingress.app import create_app
 from deployments.jobs.store import JobStore
 from deployments.settings import Settings
+from tests.patience import PATIENCE_S
 
 
 async def test_a_node_that_joins_a_service_with_local_files_makes_it_unhealthy_and_is_logged(
@@ -31,19 +32,27 @@ async def test_a_node_that_joins_a_service_with_local_files_makes_it_unhealthy_a
         assert (await client.get("/health")).status_code == 200
         assert not caplog.records
         cluster.append({"Alive": True})
-        await asyncio.sleep(0.1)
-        unfit = await client.get("/health")
-        assert unfit.status_code == 503
+        unfit = await _answer(client, 503)
+        async with asyncio.timeout(PATIENCE_S):
+            while not caplog.records:  # noqa: ASYNC110  (nothing tells of it)
+                await asyncio.sleep(0.01)
         assert unfit.json()["detail"].startswith("This Ray cluster has 2 nodes, and each would keep its own files in ")
         told = {(record.levelno, record.getMessage()) for record in caplog.records}
         assert told == {(logging.CRITICAL, unfit.json()["detail"])}
         cluster.pop()
-        await asyncio.sleep(0.05)
-        assert (await client.get("/health")).status_code == 200
+        await _answer(client, 200)
     assert not watching.done()
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
+
+
+async def _answer(client: httpx.AsyncClient, code: int) -> httpx.Response:
+    """The first answer with this code."""
+    async with asyncio.timeout(PATIENCE_S):
+        while (answer := await client.get("/health")).status_code != code:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return answer
 
 
 def test_shared_files_let_nodes_join():

@@ -14,16 +14,8 @@ from typing import Any, TypeVar
 
 import httpx
 import requests
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from deployments.files.file_store import FileStore
 from deployments.ingress.app import create_app
@@ -33,14 +25,8 @@ from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.settings import Settings
 from engines.errors import ImageLoadError
+from tests.patience import PATIENCE_S
 
-CHECKS = [
-    not_a_server_error,
-    status_code_conformance,
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-]
 BASE_URL = "http://localhost"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 VIDEO = {"url": "/files/x/video.mp4", "content_type": "video/mp4", "file_name": "video.mp4", "file_size": 10}
@@ -66,7 +52,7 @@ class Fuzzed:
         self.file = file.path.removeprefix("/files/")
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
 
     async def _finish_jobs(self) -> None:
         """Ends every job at once: a direct call waits for its end."""
@@ -92,7 +78,8 @@ class Fuzzed:
     def send(self, case: Any) -> httpx.Response:
         request = requests.Request(**case.as_transport_kwargs(base_url=BASE_URL)).prepare()
         headers = {name: value for name, value in request.headers.items() if isinstance(value, str)}
-        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=request.body))
+        body: Any = request.body
+        return self.run(self.client.request(request.method or "", request.url or "", headers=headers, content=body))
 
 
 async def jobs_in_every_state(store: JobStore, endpoint: str) -> list[str]:
@@ -121,16 +108,37 @@ def fuzzed(database: str, home: Path) -> Iterator[Fuzzed]:
 
 def try_all(target: Fuzzed, document: dict[str, Any], examples: int) -> dict[str, set[int]]:
     """Tries every operation of a document. Returns operation -> the status codes it answered. Raises what Schemathesis finds."""
+    import schemathesis  # slow to import, and every worker imports this file
+    from schemathesis.core.result import Ok
+
     schema = schemathesis.openapi.from_dict(document)
     seen: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
         operation = result.ok()
         codes = seen.setdefault(operation.label, set())
         try_one(target, operation, EXAMPLES or examples, codes)
     return seen
 
 
+def checks() -> list[Any]:
+    """What an answer must keep to."""
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    return [
+        not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_headers_conformance,
+        checks.response_schema_conformance,
+    ]
+
+
 def try_one(target: Fuzzed, operation: Any, examples: int, codes: set[int]) -> None:
+    import schemathesis
+
+    wanted = checks()
     first, *_ = ENDPOINTS
     ids = target.ids[next((endpoint for endpoint in ENDPOINTS if f"/{endpoint}/" in operation.path), first)]
     ids = ids[:3] if operation.path.endswith("/stream") else ids  # a stream ends with its job
@@ -157,6 +165,6 @@ def try_one(target: Fuzzed, operation: Any, examples: int, codes: set[int]) -> N
                 case.path_parameters[name] = value
         response = target.send(case)
         codes.add(response.status_code)
-        case.validate_response(response, checks=CHECKS)
+        case.validate_response(response, checks=wanted)
 
     attempt()

@@ -31,6 +31,7 @@ from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import QueueSettings, Settings
 from engines.errors import InternalError, RunnerFailed
 from tests.conftest import execute
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
@@ -1123,9 +1124,10 @@ async def test_an_app_that_starts_before_its_database_answers_503_until_that_is_
         assert (await client.get("/health")).status_code == 503
         assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 503
         sockets.symlink_to(parse_qs(url.query)["host"][0])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+        monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", PATIENCE_S)
         assert (await client.post(f"/queue/{ENDPOINT}", json={"prompt": "a red ball"})).status_code == 200
 
 
@@ -1145,7 +1147,7 @@ async def test_a_database_that_refuses_the_door_is_told_in_the_log_and_tried_aga
     app = create_app(settings, NOWHERE)
     async with app.router.lifespan_context(app), calling(app) as client:
         assert (await client.get("/health")).status_code == 503
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     told = [record.levelname for record in caplog.records if record.__dict__.get("action") == "store_refused"]

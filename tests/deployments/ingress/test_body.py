@@ -12,6 +12,7 @@ from deployments.files.download import Refused
 from deployments.ingress import body as bodies
 from deployments.ingress.body import INLINE_BYTES, MAX_FIELDS_BYTES, PIECE_BYTES, SMALL_BYTES, Bodies, split, unescaped
 from engines.errors import BodyTooLarge, TooManyRequests
+from tests.patience import PATIENCE_S
 
 URI = "data:image/png;base64," + "A" * 2 * INLINE_BYTES
 
@@ -99,7 +100,9 @@ async def test_bodies_in_hand_are_capped_and_the_next_waits_its_turn():
         for _ in range(2):  # of 750,000 bytes for large ones
             await first.enter_async_context(room.read(request_of(large), 10**9))
         waiting = [asyncio.create_task(next_one(number, size)) for number, size in enumerate([large, 100_000, SMALL_BYTES])]
-        await asyncio.sleep(0.01)
+        async with asyncio.timeout(PATIENCE_S):
+            while not order:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert order == [2]  # small ones have room of their own
     await asyncio.gather(*waiting)
     assert order == [2, 0, 1]

@@ -1,11 +1,14 @@
 """Our OpenAPI documents: what they say, and that the service keeps to it whatever it is sent."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import iter_route_contexts
 
+from deployments.ingress.app import create_app
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import Settings
 from tests.deployments.ingress.fuzz import Fuzzed, fuzzed, try_all
@@ -78,3 +81,21 @@ async def test_an_endpoint_that_is_left_out_is_not_described(tmp_path: Path):
         assert not [path for path in (await client.get("/openapi.json")).json()["paths"] if "controlnext" in path]
         assert (await client.get(DOCUMENT, params={"endpoint_id": "fal-ai/controlnext"})).status_code == 404
         assert (await client.get(DOCUMENT)).status_code == 404
+
+
+def test_the_manual_lists_every_path_and_no_other(tmp_path: Path):
+    app = create_app(Settings(home=tmp_path), "postgresql://nobody@127.0.0.1:1/nowhere")
+    routes = {
+        (method, re.sub(r"{.*?}", "<>", route.path.removeprefix("/cdn")))
+        for route in iter_route_contexts(app.routes)
+        for method in route.methods or ["WebSocket"]
+    }
+    manual = Path("deployments/README.md").read_text().partition("## Every path\n")[2].partition("\n## ")[0]
+    listed = set[tuple[str, str]]()
+    for methods, paths in re.findall(r"^\| ([A-Za-z, ]+) \| (`/.*?`) \|", manual, re.MULTILINE):
+        for path in re.findall(r"`(.*?)`", paths):
+            served = [path.replace("<endpoint>", endpoint) for endpoint in ENDPOINTS] if "<endpoint>" in path else [path]
+            listed |= {(method, re.sub("<.*?>", "<>", each)) for method in methods.split(", ") for each in served}
+    slashes = {(method, f"{path}/") for method, path in listed if path.startswith(("/queue/", "/run/"))}
+    assert listed <= routes
+    assert routes - listed <= slashes

@@ -23,6 +23,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.inputs import KEPT
 from deployments.settings import FetchSettings, QuotaSettings, Settings, UploadSettings
 from engines.errors import StorageFailed
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
@@ -346,18 +347,20 @@ async def test_a_body_that_breaks_off_or_crawls_leaves_nothing(
             assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
     assert stored(settings) == []
     assert (await callers.store.keys.usage(key_id(mine), at_most=1)).stored_bytes == 0, "nothing stays reserved"
+    monkeypatch.setattr(uploads, "IDLE_S", PATIENCE_S)
     assert (await mine.put(urls["upload_url"], content=DATA)).status_code == 200
 
 
 async def test_a_caller_that_goes_away_leaves_nothing(mine: httpx.AsyncClient, settings: Settings) -> None:
-    urls = await initiated(mine)
+    urls, asked_for_more = await initiated(mine), asyncio.Event()
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x" * 2_000
+        asked_for_more.set()
         await asyncio.sleep(60)
 
     sending = asyncio.create_task(mine.put(urls["upload_url"], content=stalls(), headers={"content-length": "10000"}))
-    await asyncio.sleep(0.2)
+    await asked_for_more.wait()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     assert stored(settings) == []
@@ -407,6 +410,54 @@ async def test_a_file_is_made_of_the_parts_that_were_sent(
     assert (found.status_code, found.content) == (200, b"part 1 part 2 ") if status == 200 else found.status_code == 404
 
 
+async def test_of_several_lists_of_parts_that_come_at_once_one_wins(
+    mine: httpx.AsyncClient, callers: Callers, settings: Settings, store: JobStore
+) -> None:
+    other = Callers(settings, store).calling()  # another process, as it were
+    bodies = {n: bytes([n]) * 500 for n in (1, 2, 3)}
+    lists = [(1, 2), (2, 3), (3,), (1, 2, 3), (1, 2)]
+    seen = set[tuple[int, ...]]()
+    for _ in range(25):
+        urls = await initiated(mine, "initiate-multipart")
+        etags = {n: (await mine.put(with_part(urls["upload_url"], n), content=body)).json()["etag"] for n, body in bodies.items()}
+        complete = with_part(urls["upload_url"], "complete")
+        calls = [
+            client.post(complete, json={"parts": [{"partNumber": n, "etag": etags[n]} for n in numbers]})
+            for client, numbers in zip((mine, other, mine, other, other), lists, strict=True)
+        ]
+        replaced = mine.put(with_part(urls["upload_url"], 2), content=b"other bytes")
+        *answers, late = await asyncio.gather(*calls, replaced)
+        won = {numbers for numbers, answer in zip(lists, answers, strict=True) if answer.status_code == 200}
+        assert {answer.status_code for answer in answers} <= {200, 403, 400}
+        if late.status_code == 200:  # it came before them all, so the lists with part 2 name one that is not there
+            assert won == {(3,)}
+        [winner] = won
+        content = (await other.get(urls["file_url"])).content
+        assert content == b"".join(bodies[n] for n in winner)
+        seen.add(winner)
+    await store.retention.expire_files(callers.files.delete)
+    assert not [name for name in stored(settings) if "parts" in name]
+    assert len(seen) > 1, "not always the same one"
+
+
+async def test_a_file_in_parts_whose_process_was_killed_before_it_was_there_can_be_completed_again(
+    mine: httpx.AsyncClient, callers: Callers, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = await initiated(mine, "initiate-multipart")
+    parts = [(await mine.put(with_part(urls["upload_url"], n), content=DATA[n:])).json() for n in (1, 2)]
+    complete = with_part(urls["upload_url"], "complete")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", full)
+        assert (await mine.post(complete, json={"parts": parts})).status_code == StorageFailed.status
+    await callers.store.retention.expire_files(callers.files.delete)
+    assert (await mine.get(urls["file_url"])).status_code == 404
+    assert (await mine.post(complete, json={"parts": parts[:1]})).status_code == 403
+    assert (await mine.put(with_part(urls["upload_url"], 1), content=DATA)).status_code == 403
+    assert (await mine.post(complete, json={"parts": parts})).status_code == 200
+    assert (await mine.get(urls["file_url"])).content == DATA[1:] + DATA[2:]
+    assert (await callers.store.keys.usage(key_id(mine), at_most=1)).stored_bytes == 2 * len(DATA) - 3
+
+
 async def test_upload_urls_and_tokens_end_with_their_key_and_in_time(
     mine: httpx.AsyncClient, callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,15 +502,16 @@ async def test_uploads_that_come_at_once_do_not_exceed_the_quota_together(mine: 
 async def test_a_key_has_so_many_uploads_in_hand(settings: Settings, store: JobStore) -> None:
     callers = Callers(settings.model_copy(update={"quotas": QuotaSettings(open_uploads=1)}), store)
     mine, other = await callers.key(), await callers.key()
-    urls, go_on = [await initiated(each) for each in (mine, mine, other)], asyncio.Event()
+    urls, begun, go_on = [await initiated(each) for each in (mine, mine, other)], asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         yield DATA[:100]
+        begun.set()
         await go_on.wait()
         yield DATA[100:]
 
     sending = asyncio.create_task(mine.put(urls[0]["upload_url"], content=slow(), headers={"content-length": str(len(DATA))}))
-    await asyncio.sleep(0.2)
+    await begun.wait()
     assert (await mine.put(urls[1]["upload_url"], content=DATA)).status_code == 429
     assert (await other.put(urls[2]["upload_url"], content=DATA)).status_code == 200
     go_on.set()

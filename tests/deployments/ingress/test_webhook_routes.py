@@ -24,6 +24,7 @@ from engines.errors import ImageLoadError
 from tests.conftest import execute
 from tests.deployments.webhooks.receiver import Receiver, answering, courier_of, is_signed, receiving
 from tests.fakes import ScriptedStages, for_ever
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
 SUBMIT = f"/queue/{ENDPOINT}"
@@ -87,7 +88,7 @@ async def settled(database: str) -> None:
 
 
 async def delivered(client: httpx.AsyncClient, request_id: str) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             response = await client.get(f"/webhooks/deliveries/{request_id}")
             if response.status_code == 200 and response.json()["status"] == "delivered":

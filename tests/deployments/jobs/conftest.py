@@ -73,10 +73,11 @@ def postgres(request: pytest.FixtureRequest, embedded_server: str) -> Iterator[s
 def oldest_programs() -> Path | None:
     """The program folder of the oldest supported PostgreSQL here; looks in Debian's folders and on the PATH."""
     found = {}
-    for initdb in [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *filter(None, [shutil.which("initdb")])]:
+    on_path = shutil.which("initdb")
+    for initdb in [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *([Path(on_path)] if on_path else [])]:
         said = subprocess.run([initdb, "--version"], capture_output=True, text=True, check=True).stdout
         if version := re.search(r"\) (\d+)", said):
-            found[int(version[1])] = Path(initdb).resolve().parent
+            found[int(version[1])] = initdb.resolve().parent
     return min(((version, place) for version, place in found.items() if version >= OLDEST_SERVER), default=(0, None))[1]
 
 

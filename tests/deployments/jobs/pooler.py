@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from deployments.hosting.embedded_postgres import _service_user
+from tests.patience import PATIENCE_S
 
 ALLOWED = {b"user", b"database", b"client_encoding"}
 """Startup parameters; PgBouncer refuses all others that it does not keep track of."""
@@ -115,7 +116,6 @@ async def pooling(url: str, *, shared: bool) -> AsyncIterator[str]:
 
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-START_S = 10.0
 
 
 @asynccontextmanager
@@ -132,7 +132,7 @@ async def pgbouncer(url: str, *, shared: bool) -> AsyncIterator[str]:
         )
         process = _started(config)
         try:
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(PATIENCE_S):
                 while not (Path(folder) / ".s.PGSQL.5432").exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             yield parts._replace(query=f"host={quote(folder)}&port=5432").geturl()

@@ -13,6 +13,7 @@ from deployments.jobs.database import QUERIES
 from deployments.jobs.job import Claim, Job, NewJob
 from deployments.jobs.store import JobStore, _submission
 from tests.deployments.jobs.conftest import lose_first_answer
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {})
@@ -160,7 +161,7 @@ async def test_concurrent_claimers_never_exceed_a_limit_and_leave_nothing_behind
             done.append(claim.job_id)
             await through.claims.succeed(claim, {}, {})
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*(work(through) for through in (store, other) for _ in range(5)))
     await other.close()
     assert sorted(done) == sorted(jobs)

@@ -15,6 +15,7 @@ from deployments.jobs.job import NewJob
 from deployments.jobs.store import JobStore
 from tests.conftest import drop, execute, of_database
 from tests.deployments.jobs.pooler import PGBOUNCER, pgbouncer, pooling
+from tests.patience import PATIENCE_S
 
 NEW = NewJob("fal-ai/fake", {"prompt": "a cat"})
 CODE = """
@@ -190,9 +191,15 @@ async def test_a_mistake_of_ours_is_raised_at_once(store: JobStore) -> None:
 async def test_a_call_does_not_wait_for_ever_for_a_free_connection(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", 0.05)
     store = await JobStore.open(database, max_connections=1)
-    busy = asyncio.create_task(store.database.fetch("SELECT pg_sleep(30)"))
-    await asyncio.sleep(0.1)
-    async with asyncio.timeout(10):
+    held = asyncio.Event()
+
+    async def hold(_: asyncpg.Connection) -> list[asyncpg.Record]:
+        held.set()
+        return await asyncio.Event().wait() and []
+
+    busy = asyncio.create_task(store.database.run(hold))
+    await held.wait()
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(StoreAway):
             await store.queued("fal-ai/fake")
     busy.cancel()
@@ -200,18 +207,19 @@ async def test_a_call_does_not_wait_for_ever_for_a_free_connection(database: str
     await store.close()
 
 
-async def test_a_failover_only_delays_a_submission(store: JobStore, database: str) -> None:
+async def test_a_failover_only_delays_a_submission(store: JobStore, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server of the old connections stays read-only, as the old primary does; a new connection leads to the new one."""
     name = urlsplit(database).path[1:]
     await execute(database, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     ours = "pid <> pg_backend_pid() AND datname = current_database()"
     await execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
     told = ""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while "read-only" not in told:  # a connection that has just been ended gives another message
             with pytest.raises(StoreAway) as away:
                 await store.check()
             told = str(away.value)
+    monkeypatch.setattr("deployments.jobs.database.RIDE_OUT_S", PATIENCE_S)
     submitting = asyncio.create_task(store.submit(NEW))
     await asyncio.sleep(0.3)
     assert not submitting.done()

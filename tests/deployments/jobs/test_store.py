@@ -10,6 +10,7 @@ from deployments.jobs.job import TRANSITIONS, Claim, Idempotency, Job, JobState,
 from deployments.jobs.store import JobStore
 from deployments.schemas.failures import Failure, error_failure
 from engines.errors import Cancelled, RunnerDisconnected, StartTimeout
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/fake"
 NEW = NewJob(ENDPOINT, {"prompt": "a cat"}, webhook_url="https://example.com/hook")
@@ -436,7 +437,7 @@ async def test_cancel_of_a_running_job_flags_it_and_tells_its_worker(store: JobS
     job, claim = await running(store)
     async with store.watch(job.id) as changes:
         assert await store.request_cancel(job.id) == JobState.RUNNING
-        assert await changes.changed(5)
+        assert await changes.changed(PATIENCE_S)
     flagged = await read(store, job.id)
     assert (flagged.state, flagged.cancel_requested, flagged.failure) == (JobState.RUNNING, True, None)
     assert await store.claims.heartbeat(claim, 60) is True
@@ -578,11 +579,11 @@ async def test_watch_wakes_on_every_change_and_where_asked_to_on_lines(store: Jo
     other = await store.submit(NEW)
     async with store.watch(job.id) as changes, store.watch_lines(job.id) as lines_too:
         await store.claims.log(claim, "line")
-        assert await lines_too.changed(5)
+        assert await lines_too.changed(PATIENCE_S)
         assert not await changes.changed(0.05)
         await store.claims.succeed(claim, {}, {})
-        assert await changes.changed(5)
-        assert await lines_too.changed(5)
+        assert await changes.changed(PATIENCE_S)
+        assert await lines_too.changed(PATIENCE_S)
         await store.request_cancel(other.id)
         assert not await changes.changed(0.05)
         assert not await lines_too.changed(0.05)
@@ -592,22 +593,22 @@ async def test_watch_hears_what_happened_between_two_waits(store: JobStore) -> N
     job, claim = await running(store)
     async with store.watch_lines(job.id) as first, store.watch_lines(job.id) as second:
         await store.claims.log(claim, "one")
-        assert await first.changed(5)
-        assert await second.changed(5)
+        assert await first.changed(PATIENCE_S)
+        assert await second.changed(PATIENCE_S)
 
 
 async def test_work_is_announced_to_everybody_on_submit_and_on_requeue(store: JobStore) -> None:
     async with store.claims.watch_work() as one, store.claims.watch_work() as other:
         await store.submit(NEW)
-        assert await one.changed(5)
-        assert await other.changed(5)
+        assert await one.changed(PATIENCE_S)
+        assert await other.changed(PATIENCE_S)
         claim = await claimed(store)
         await store.claims.requeue(claim, "the runner died", counted=True)
-        assert await one.changed(5)
+        assert await one.changed(PATIENCE_S)
 
 
 async def test_waiting_for_work_ends_by_itself(store: JobStore) -> None:
-    async with asyncio.timeout(5), store.claims.watch_work() as work:
+    async with asyncio.timeout(PATIENCE_S), store.claims.watch_work() as work:
         assert not await work.changed(0.01)
 
 
@@ -617,11 +618,11 @@ async def test_broken_connections_are_replaced(store: JobStore, sql: asyncpg.Con
         others = "datname = current_database() AND pid <> pg_backend_pid()"
         await sql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         await store.claims.log(claim, "said while nobody listened")
-        assert await changes.changed(5)
+        assert await changes.changed(PATIENCE_S)
         while await changes.changed(0.1):
             pass
         await store.claims.log(claim, "said to the new connection")
-        assert await changes.changed(5)
+        assert await changes.changed(PATIENCE_S)
     assert len(await store.logs(job.id)) == 2
 
 

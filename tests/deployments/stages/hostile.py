@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from engines.controlnext.demo_pose import puppet_image
-from tests.engines.media.test_video_reader import KINDS, PLAYLISTS, audio_only, avi_of, huge, jpeg, refer_to, write
+from tests.engines.media.clips import KINDS, PLAYLISTS, audio_only, avi_of, huge, jpeg, refer_to, write
 
 INTERNET = "127.0.0.2"
 """Stands for the public Internet: the tests take this one address for public."""
@@ -117,7 +117,7 @@ def http(status: str, body: bytes = b"", *, length: int | None = None, **headers
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode("latin-1") + body
 
 
-BOMB = gzip.compress(bytes(50_000_000))
+BOMB = gzip.compress(bytes(20_000_000), compresslevel=1)
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 ANSWERS: dict[str, bytes] = {
     "/not-found": http("404 Not Found"),
@@ -278,7 +278,7 @@ def videos(folder: Path) -> Iterator[tuple[str, bytes]]:
         for _ in range(40):
             stream = output.add_stream("mjpeg", rate=25)
             stream.height, stream.width, stream.pix_fmt = 48, 64, "yuvj420p"
-        for stream in output.streams:
+        for stream in output.streams.video:
             output.mux([*stream.encode(av.VideoFrame(64, 48, "yuvj420p")), *stream.encode()])
     yield "forty streams", streams.getvalue()
     yield "a picture", puppet_image(64, 64)

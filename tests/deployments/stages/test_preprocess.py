@@ -20,12 +20,24 @@ from engines.errors import Cancelled, FileDownloadError, ImageLoadError, Storage
 from engines.spec import Progress
 from engines.temporary import PREFIX
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages
+from tests.patience import PATIENCE_S
 
 INPUT = {"prompt": "a", "seed": 1, "keyframe_0_image_url": "data:;base64,aGk=", "keyframe_0_index": 0}
 
 
 class Conditioned:
     notes = ("the prompt was cut",)
+
+
+class Looking:
+    """Notes the keyframes that it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+
+    def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
+        self.seen.extend(keyframe.image for keyframe in spec.keyframes)
+        return Conditioned()
 
 
 @pytest.fixture
@@ -79,13 +91,13 @@ async def test_a_job_that_may_kill_the_replica_works_alone_in_it(replica: Callab
     class Stage:
         def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
             began.append(spec.seed)
-            assert go_on.acquire(timeout=10)
+            assert go_on.acquire(timeout=PATIENCE_S)
             return Conditioned()
 
     one = replica(Stage())
 
     async def until(*seeds: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while set(began) != set(seeds):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
@@ -128,41 +140,29 @@ async def test_the_files_live_until_the_stage_has_ended(replica: Callable[[Any],
 async def test_a_file_that_the_door_has_stored_is_read_from_there(
     replica: Callable[[Any], Preprocess], temporary: Path, tmp_path: Path
 ):
-    seen: list[bytes] = []
-
-    class Stage:
-        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
-            seen.extend(keyframe.image for keyframe in spec.keyframes)
-            return Conditioned()
-
+    stage = Looking()
     store = FileStore(str(tmp_path / "files"))
     name = store.new_input()
     with pytest.raises(StorageFailed):
-        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+        await listen(replica(stage).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
     await store.put_input(name, b"stored")
     both = {"keyframe_0_image_url": KEPT + name, "keyframe_1_image_url": "data:;base64,aGk=", "keyframe_1_index": 8}
-    await listen(replica(Stage()).run(INPUT | both))
-    assert seen == [b"stored", b"hi"]
+    await listen(replica(stage).run(INPUT | both))
+    assert stage.seen == [b"stored", b"hi"]
 
 
 async def test_a_file_of_ours_is_read_from_the_store_and_one_whose_time_is_over_is_the_callers_fault(
     replica: Callable[[Any], Preprocess], tmp_path: Path
 ):
-    seen: list[bytes] = []
-
-    class Stage:
-        def encode(self, spec: Any, *, on_progress: Any, should_stop: Any) -> Conditioned:
-            seen.extend(keyframe.image for keyframe in spec.keyframes)
-            return Conditioned()
-
+    stage = Looking()
     store = FileStore(str(tmp_path / "files"))
     name = store.new_listed_name("a.png", "image/png")
     await store.put("a.png", b"uploaded", "image/png", name)
-    await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
-    assert seen == [b"uploaded"]
+    await listen(replica(stage).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+    assert stage.seen == [b"uploaded"]
     await store.delete(name)
     with pytest.raises(FileDownloadError) as raised:
-        await listen(replica(Stage()).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
+        await listen(replica(stage).run(INPUT | {"keyframe_0_image_url": KEPT + name}))
     assert raised.value.loc == ("body", "keyframe_0_image_url")
 
 

@@ -10,6 +10,7 @@ from deployments.stages.threaded import InThread
 from deployments.stages.throttle import BURST
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import OnProgress, Progress, ShouldStop
+from tests.patience import PATIENCE_S
 
 
 async def notes(work: InThread[object]) -> list[str]:
@@ -30,7 +31,7 @@ async def test_progress_comes_as_notes_and_the_product_after_it() -> None:
 async def test_the_seconds_are_those_of_the_call() -> None:
     async with InThread("preprocess", lambda tell, should_stop: time.sleep(0.05)) as work:
         assert await notes(work) == []
-    assert 0.05 <= work.seconds < 5
+    assert 0.05 <= work.seconds < PATIENCE_S
 
 
 async def test_an_error_is_raised_after_the_last_note() -> None:
@@ -104,7 +105,7 @@ async def test_a_cancelled_call_is_stopped_and_waited_for() -> None:
 
 
 async def test_calls_leave_asyncios_own_threads_to_others() -> None:
-    all_at_work = threading.Barrier(51, timeout=10)
+    all_at_work = threading.Barrier(51, timeout=PATIENCE_S)
     async with asyncio.TaskGroup() as group:
         for _ in range(50):  # asyncio has 32 at most
             group.create_task(listen_to(InThread("preprocess", lambda tell, should_stop: all_at_work.wait())))
@@ -134,7 +135,7 @@ async def test_a_second_cancel_does_not_begin_the_next_turn_before_the_thread_ha
 
     def finish_the_unit(tell: OnProgress, should_stop: ShouldStop) -> None:
         loop.call_soon_threadsafe(working.set)
-        released.wait(10)
+        released.wait(PATIENCE_S)
         raise Cancelled
 
     async def call() -> None:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from deployments.settings import Settings
 from deployments.webhooks.courier import Courier
 from deployments.webhooks.outbox import Outbox
+from tests.patience import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Receiver:
 
     async def arrival(self, count: int = 1) -> None:
         """Returns once `count` requests have arrived."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while len(self.received) < count:
                 self._arrived.clear()
                 await self._arrived.wait()
 
     async def idle(self) -> None:
         """Returns once no connection is open."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while self.open:
                 self._idle.clear()
                 await self._idle.wait()

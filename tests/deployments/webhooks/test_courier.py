@@ -1,5 +1,6 @@
 import asyncio
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -23,9 +24,10 @@ from deployments.webhooks.signing import jwks
 from engines.errors import ImageLoadError, StartTimeout
 from tests.conftest import execute
 from tests.deployments.webhooks.receiver import Received, answering, courier_of, is_signed, receiving
+from tests.patience import PATIENCE_S
 
 ENDPOINT = "fal-ai/animatediff-sparsectrl-lcm"
-LIMITS = WebhookSettings(timeout_s=5, max_per_receiver=4)
+LIMITS = WebhookSettings(timeout_s=30, max_per_receiver=4)
 OPEN = Settings(fetch=FetchSettings(allow_private=True), webhooks=LIMITS)
 RESULT = {"video": {"url": "/files/v.mp4", "content_type": "video/mp4"}, "seed": 7}
 
@@ -61,7 +63,7 @@ async def read(outbox: Outbox, job_id: UUID) -> Webhook:
 
 
 async def until(outbox: Outbox, job_id: UUID, met: Callable[[Webhook], bool]) -> Webhook:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             if met(webhook := await read(outbox, job_id)):
                 return webhook
@@ -215,7 +217,7 @@ async def test_after_the_last_retry_nothing_more_is_sent_until_somebody_asks(
 async def wait_unleased(database: str) -> None:
     connection = await asyncpg.connect(database)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 if not await connection.fetchval("SELECT count(*) FROM webhook_outbox WHERE lease_until IS NOT NULL"):
                     return
@@ -412,7 +414,7 @@ async def test_an_endless_answer_is_not_read(store: JobStore, outbox: Outbox) ->
     async with receiving(endless) as receiver, couriers(outbox):
         webhook = await delivered(outbox, await ended(store, receiver.url()))
         assert webhook.last_status == 200
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await receiver.idle()
     assert written < 10_000_000  # what fits into the sockets' buffers
 
@@ -438,7 +440,7 @@ async def test_a_receiver_that_says_nothing_is_given_up_in_time(store: JobStore,
         webhook = await refusal(store, outbox, receiver.url(), quick)
         [attempt] = await outbox.attempts(webhook.job_id)
     assert webhook.last_error == "No answer within 0.3 s."
-    assert 0.3 <= attempt.duration_s < 3
+    assert 0.3 <= attempt.duration_s < PATIENCE_S
 
 
 async def test_a_dead_receiver_delays_no_other_and_holds_no_more_than_its_share(store: JobStore, outbox: Outbox) -> None:
@@ -446,12 +448,10 @@ async def test_a_dead_receiver_delays_no_other_and_holds_no_more_than_its_share(
         for _ in range(20):
             await ended(store, dead.url())
         waiting = [await ended(store, alive.url()) for _ in range(6)]
-        quick = WebhookSettings(timeout_s=15, max_in_flight=6, max_per_receiver=4)
-        began = time.monotonic()
-        async with couriers(outbox, settings=OPEN.model_copy(update={"webhooks": quick})):
+        patient = WebhookSettings(timeout_s=30, max_in_flight=6, max_per_receiver=4)
+        async with couriers(outbox, settings=OPEN.model_copy(update={"webhooks": patient})):
             for job_id in waiting:
-                await delivered(outbox, job_id)
-            assert time.monotonic() - began < 10, "none of them waited for a timeout"
+                await delivered(outbox, job_id)  # none of them waits for one of the five timeouts in a row
             await dead.arrival(4)
             await asyncio.sleep(0.1)
             assert len(dead.received) == dead.peak == 4
@@ -461,21 +461,22 @@ async def test_a_dead_receiver_delays_no_other_and_holds_no_more_than_its_share(
 
 
 async def test_names_that_resolve_slowly_delay_no_other(store: JobStore, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    look_up = socket.getaddrinfo
+    look_up, go_on = socket.getaddrinfo, threading.Event()
 
     def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> Any:
         if host.endswith("slow.example"):
-            time.sleep(1.5)
+            assert go_on.wait(PATIENCE_S)
         return look_up(host if not host.endswith("slow.example") else "127.0.0.1", *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     async with receiving(answering(200)) as receiver:
         for n in range(40):
             await ended(store, receiver.url(host=f"{n}.slow.example"))
-        began = time.monotonic()
         async with couriers(outbox):
-            await delivered(outbox, await ended(store, receiver.url()))
-            assert time.monotonic() - began < 1.4
+            try:
+                await delivered(outbox, await ended(store, receiver.url()))
+            finally:
+                go_on.set()
             await receiver.arrival(41)
 
 
@@ -493,12 +494,13 @@ async def test_two_couriers_deliver_each_webhook_once(store: JobStore, outbox: O
     assert sorted(request.request_id for request in receiver.received) == sorted(map(str, jobs))
 
 
-async def test_the_webhook_of_a_courier_that_died_is_sent_by_another(store: JobStore, outbox: Outbox) -> None:
+async def test_the_webhook_of_a_courier_that_died_is_sent_by_another(store: JobStore, outbox: Outbox, database: str) -> None:
     async with receiving(answering(200)) as receiver:
         job_id = await ended(store, receiver.url())
-        [lost] = await outbox.claim(10, 4, 10, 0.2)
+        [lost] = await outbox.claim(10, 4, 10, 600)
         assert await outbox.keep_body(lost, b'{"first":"word"}') is not None
         assert not await outbox.claim(10, 4, 10, 60), "it is held"
+        await execute(database, "UPDATE webhook_outbox SET lease_until = now(), next_attempt_at = now()")
         async with couriers(outbox):
             await delivered(outbox, job_id)
         assert await outbox.keep_body(lost, b"{}") is None, "a late write changes nothing"

@@ -16,7 +16,7 @@ def scribble(k: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:
 
 def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -34,7 +34,12 @@ def diffusers_pipeline(config: AnimateDiffConfig, kind: ControlType, prediction_
 
 
 def diffusers_latents(
-    pipe: AnimateDiffSparseControlNetPipeline, images: list[Image.Image], indices: list[int], *, seed: int, **call: object
+    pipe: AnimateDiffSparseControlNetPipeline,
+    images: list[Image.Image],
+    indices: list[int],
+    *,
+    seed: int,
+    **call: object,
 ) -> Tensor:
     """Final latents with random numbers in our order: rgb posterior, latents, each step's noise, all from one generator."""
     generator = torch.Generator().manual_seed(seed)

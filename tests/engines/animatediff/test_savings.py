@@ -18,8 +18,8 @@ from kernels.choice import forced
 from tests.engines.animatediff.media import keyframes
 from tests.engines.rounding import assert_rounding, randn
 
-FRAMES = 16
-TIMESTEPS = (999, 759, 499, 259)
+FRAMES = 8
+TIMESTEPS = (999, 499, 259)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def control_values(kind: ControlType) -> Tensor:
 @pytest.mark.parametrize("kind", ["scribble", "rgb"])
 def test_5k_sparsectrl_does_not_depend_on_the_latents(config: AnimateDiffConfig, kind: ControlType):
     net = load_diffusers_sparse_control(config, kind)
-    args = (control_values(kind), (0, 8), 759, randn(1, 77, 32))
+    args = (control_values(kind), (0, 4), 759, randn(1, 77, 32))
     one = reference_residuals(net, *args, randn(1, 4, FRAMES, 8, 8, seed=1))
     other = reference_residuals(net, *args, randn(1, 4, FRAMES, 8, 8, seed=2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -65,9 +65,9 @@ def test_5k_sparsectrl_does_not_depend_on_the_latents(config: AnimateDiffConfig,
 def test_5k_all_steps_in_one_batch_equal_one_by_one(config: AnimateDiffConfig, kind: ControlType):
     net = load_sparse_control(config, kind)
     columns, context = net.columns(control_values(kind)), net.text_context(randn(2, 77, 32))
-    batched = net(columns, (3, 12), FRAMES, TIMESTEPS, context)
+    batched = net(columns, (3, 6), FRAMES, TIMESTEPS, context)
     for t, together in zip(TIMESTEPS, batched, strict=True):
-        (alone,) = net(columns, (3, 12), FRAMES, (t,), context)
+        (alone,) = net(columns, (3, 6), FRAMES, (t,), context)
         for a, b in zip((*together.skips, together.mid), (*alone.skips, alone.mid), strict=True):
             assert_rounding(a, b)
 
@@ -75,8 +75,8 @@ def test_5k_all_steps_in_one_batch_equal_one_by_one(config: AnimateDiffConfig, k
 def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
     pipeline: Pipeline, demo_weights: AnimateDiffWeights
 ):
-    spec = AnimateDiffSpec(1, 4, 2.0, "a red ball", keyframes=keyframes(0, 8))
-    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=4)
+    spec = AnimateDiffSpec(1, 2, 2.0, "a red ball", keyframes=keyframes(0, 8))
+    config = AnimateDiffConfig(weights=demo_weights, threads=1, control_steps=2)
     fresh = Pipeline("animatediff-sparsectrl-lcm", config)
     calls: list[int] = []
     fresh.denoise.controls["scribble"].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -92,7 +92,7 @@ def test_5k_a_second_seed_reuses_the_residuals_and_gets_the_bits_of_a_lone_run(
 
 @pytest.mark.parametrize("kind", ["scribble", "rgb"])
 def test_5l_keyframes_and_one_empty_frame_stand_for_all_frames(config: AnimateDiffConfig, kind: ControlType):
-    net, values, frames = load_sparse_control(config, kind), control_values(kind), (3, 12)
+    net, values, frames = load_sparse_control(config, kind), control_values(kind), (3, 6)
     condition, mask = full_condition(values, frames)
     every_frame = torch.cat([condition, mask], dim=1)[0].transpose(0, 1)
     embedded = net.condition_embedding(every_frame) + net.conv_in(torch.zeros(FRAMES, 4, 8, 8, dtype=torch.float64))
@@ -101,8 +101,7 @@ def test_5l_keyframes_and_one_empty_frame_stand_for_all_frames(config: AnimateDi
         assert_rounding(embedded[f], columns[frames.index(f) if f in frames else len(frames)])
 
 
-@pytest.mark.parametrize("kind", ["scribble", "rgb"])
-@pytest.mark.parametrize("frames", [(0,), (3, 12), (15, 0)])
+@pytest.mark.parametrize(("kind", "frames"), [("scribble", (3, 6)), ("scribble", (7, 0)), ("rgb", (0,)), ("rgb", (7, 0))])
 def test_5m_few_columns_before_the_first_motion_module_equal_all_frames(
     config: AnimateDiffConfig, kind: ControlType, frames: tuple[int, ...]
 ):

@@ -5,7 +5,7 @@ import torch
 
 from engines.backends.cuda_graph import GraphEngine
 from engines.backends.shapes import Shape
-from tests.engines.backends.test_inductor import motion, random_inputs, svd
+from tests.engines.backends.calls import motion, random_inputs, svd
 
 pytestmark = [
     pytest.mark.gpu,

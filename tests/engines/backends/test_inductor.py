@@ -1,4 +1,4 @@
-"""The compiled engine on a CPU: a toy for what the engine decides, a small UNet of each family for what it must not change.
+"""The compiled engine on a CPU: a toy for what the engine decides, a tiny UNet of each family for what it must not change.
 
 The default configuration's cache on disk is used, so that the second run on a machine takes seconds.
 """
@@ -11,20 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import UNetMotionModel, UNetSpatioTemporalConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from engines.animatediff.call import motion_call
-from engines.animatediff.nets.unet import MotionUNet
 from engines.backends.backend import Eager, Engine
 from engines.backends.cuda_graph import GraphEngine
 from engines.backends.inductor import InductorEngine
 from engines.backends.shapes import Shape
-from engines.backends.unet_call import Dims, UNetCall, unet_call
-from engines.controlnext.call import svd_call
-from engines.controlnext.nets.unet import SVDUNet
-from engines.demo.checkpoint import live
 from engines.errors import EngineError
+from tests.engines.backends.calls import OTHER, SHAPE, Toy, motion, random_inputs, svd, toy
 
 pytestmark = [
     pytest.mark.skipif(
@@ -32,66 +26,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # torch's own, of its own
 ]
-
-SHAPE, OTHER = Shape(3, 4, 8), Shape(2, 8, 4)
-
-
-class Toy(nn.Module):
-    """latents + bias, and what the frames are numbered, kept like SVD's positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[int, Tensor] = {}
-
-    def forward(self, latents: Tensor, bias: Tensor) -> Tensor:
-        frames = latents.shape[0]
-        if frames not in self.kept:
-            self.kept[frames] = torch.arange(frames, device=latents.device)[:, None, None, None].float()
-        return latents * 2 + self.kept[frames] + bias[:, None, None]
-
-
-def toy(module: nn.Module | None = None, device: str = "cpu") -> UNetCall:
-    dims: dict[str, Dims] = {"latents": ("frames", 4, "height", "width"), "bias": (4,)}
-    return unet_call("toy", module or Toy(), dims, torch.zeros(1, device=device), 2)
-
-
-def motion(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetCall:
-    torch.manual_seed(0)
-    source = UNetMotionModel(
-        down_block_types=("CrossAttnDownBlockMotion",),
-        up_block_types=("UpBlockMotion",),
-        block_out_channels=(32,),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        num_attention_heads=4,
-        motion_num_attention_heads=4,
-        norm_num_groups=8,
-    )
-    return motion_call(MotionUNet(ready(source, device, dtype)), halves=2)
-
-
-def svd(device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNetCall:
-    torch.manual_seed(0)
-    source = UNetSpatioTemporalConditionModel(
-        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
-        up_block_types=("UpBlockSpatioTemporal",),
-        block_out_channels=(32,),
-        num_attention_heads=(2,),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=96,
-    )
-    return svd_call(SVDUNet(ready(source, device, dtype)))
-
-
-def ready(source: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    return nn.Module.to(live(source), device, dtype).eval().requires_grad_(False)
-
-
-def random_inputs(call: UNetCall, shape: Shape, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(size, generator=generator) for name, size in call.shapes(shape).items()}
 
 
 @pytest.fixture(autouse=True)

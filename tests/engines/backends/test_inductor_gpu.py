@@ -5,7 +5,7 @@ import torch
 
 from engines.backends.inductor import InductorEngine
 from engines.backends.shapes import Shape
-from tests.engines.backends.test_inductor import motion, random_inputs, svd, toy
+from tests.engines.backends.calls import motion, random_inputs, svd, toy
 
 pytestmark = [
     pytest.mark.gpu,

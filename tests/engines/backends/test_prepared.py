@@ -71,8 +71,8 @@ def spec(guidance: float, controlled: bool) -> AnimateDiffSpec:
 
 
 @pytest.fixture(scope="module")
-def eager(demo_weights: AnimateDiffWeights) -> Pipeline:
-    return Pipeline(MODEL, AnimateDiffConfig(weights=demo_weights, threads=1))
+def eager(small_weights: AnimateDiffWeights) -> Pipeline:
+    return Pipeline(MODEL, AnimateDiffConfig(weights=small_weights, threads=1))
 
 
 @pytest.mark.parametrize("controlled", [False, True])
@@ -186,7 +186,7 @@ def test_a_shape_that_was_not_prepared_is_told_once(fakes: list[FakeEngine], eag
         fake.holds = lambda shape: False  # type: ignore[method-assign]
     assert {pipeline.latents(spec(1.0, False)).engine for _ in range(2)} == {"eager"}
     warnings = [vars(record) for record in caplog.records if record.levelno == logging.WARNING and hasattr(record, "shape")]
-    assert [(record["call"], record["shape"]) for record in warnings] == [("motion-1-controlled", str(Shape(16, 8, 8)))]
+    assert [(record["call"], record["shape"]) for record in warnings] == [("motion-1-controlled", str(Shape(16, 4, 4)))]
 
 
 def test_engines_are_part_of_what_the_bits_depend_on(fakes: list[FakeEngine], eager: Pipeline):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from time import perf_counter
 
 import pytest
 
@@ -27,18 +26,16 @@ def test_a_part_that_fails_costs_no_other():
     assert results(list(run([failing, sleeping("after", 0)], 30))) == ["failed", "done"]
 
 
-def test_a_part_is_stopped_with_its_workers_at_its_own_limit_and_at_the_whole_limit():
+def test_a_part_is_stopped_with_its_workers_at_its_own_limit():
     worker = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(77.25)'])"
     with_worker = Part("with a worker", 0, 1, (sys.executable, "-c", worker))
-    started = perf_counter()
-    assert results(list(run([with_worker, sleeping("late", 60), sleeping("none", 0, least_s=1)], 2))) == [
-        "stopped",
-        "stopped",
-        "left out",
-    ]
-    assert perf_counter() - started < 10
+    assert results(list(run([with_worker], 1000))) == ["stopped"]
     processes = subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout
     assert "time.sleep(77.25)" not in processes
+
+
+def test_a_part_is_stopped_at_the_whole_limit():
+    assert results(list(run([sleeping("late", 600), sleeping("none", 0, least_s=1)], 1))) == ["stopped", "left out"]
 
 
 def test_the_summary_names_every_part(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

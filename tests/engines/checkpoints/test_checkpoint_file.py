@@ -86,13 +86,13 @@ def test_no_foreign_file_is_read(metadata: dict[str, str] | None):
         unpack(safetensors.torch.save({"values": VALUES}, metadata), Latents, PRINT)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
-def test_animatediff_goes_on_in_another_process_life_with_the_bits_of_an_undisturbed_run(pipeline: Pipeline, step: int):
-    asked = pipeline.preprocess.encode(AnimateDiffSpec(3, 4, 2.0, "a red ball", "blur", "rgb", keyframes(0, 8)))
+def test_animatediff_goes_on_in_another_process_life_with_the_bits_of_an_undisturbed_run(pipeline: Pipeline):
+    asked = pipeline.preprocess.encode(AnimateDiffSpec(3, 3, 2.0, "a red ball", "blur", "rgb", keyframes(0, 8)))
     files: list[bytes] = []
     whole = pipeline.denoise.sample(asked, on_step=lambda checkpoint: files.append(pack(checkpoint, PRINT)))
-    resume = unpack(files[step - 1], Checkpoint, PRINT)
-    latents = AnimateDiffDenoise(pipeline.denoise.config).sample(asked, resume=resume)  # type: ignore[attr-defined]
-    assert torch.equal(latents.values, whole.values)
+    another = AnimateDiffDenoise(pipeline.denoise.config)  # type: ignore[attr-defined]
+    for step, file in enumerate(files, start=1):
+        latents = another.sample(asked, resume=unpack(file, Checkpoint, PRINT))
+        assert torch.equal(latents.values, whole.values), f"resumed at step {step}"
     finished = unpack(pack(latents, PRINT), Latents, PRINT)
     assert pipeline.decode.decode(finished).mp4 == pipeline.decode.decode(whole).mp4

@@ -203,7 +203,7 @@ def _with_bodies(canvas: Array, bodies: Array, scores: Array) -> Array:
                 (x1, y1), (x2, y2) = body[a], body[b]
                 length = ((y1 - y2) ** 2 + (x1 - x2) ** 2) ** 0.5
                 middle, axes = (int((x1 + x2) / 2), int((y1 + y2) / 2)), (int(length / 2), 4)
-                outline = cv2.ellipse2Poly(middle, axes, int(math.degrees(math.atan2(y1 - y2, x1 - x2))), 0, 360, 1)
+                outline: Any = cv2.ellipse2Poly(middle, axes, int(math.degrees(math.atan2(y1 - y2, x1 - x2))), 0, 360, 1)
                 cv2.fillConvexPoly(canvas, outline, [int(c * (score[a] * score[b])) for c in colour])
     canvas = (canvas * 0.6).astype(np.uint8)
     for joint, colour in enumerate(colours):

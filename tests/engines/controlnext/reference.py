@@ -145,7 +145,7 @@ def cross_normalized(control: Tensor, features: Tensor) -> Tensor:
     control_std, control_mean = torch.std_mean(control, dim=axes, correction=1, keepdim=True)
     features_std, features_mean = torch.std_mean(features, dim=axes, correction=1, keepdim=True)
     matched = (control - control_mean) * features_std / (control_std + 1e-5) + features_mean
-    return functional.adaptive_avg_pool2d(matched, features.shape[-2:])
+    return functional.adaptive_avg_pool2d(matched, (features.shape[-2], features.shape[-1]))
 
 
 def unet_forward(
@@ -320,5 +320,5 @@ def stirred(net: Net, *, seed: int) -> Net:
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         if parameter.min() == parameter.max():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return net.eval().requires_grad_(False)

@@ -21,31 +21,27 @@ IDS = (6.0, 127.0, 0.02)
 
 def test_the_same_request_gives_the_same_bits_in_another_process_life(denoise: Denoise):
     torch.manual_seed(99)
-    asked = conditioning(10)
+    asked = conditioning(7, num_inference_steps=2)
     one = denoise.sample(asked)
     assert torch.equal(one.values, Denoise(denoise.config).sample(asked).values)
     assert (one.seed, one.decode_chunk_size, one.fps) == (7, 2, 7)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(denoise: Denoise, step: int):
-    asked = conditioning(10)
+def test_a_run_resumed_at_any_step_has_the_bits_of_an_undisturbed_one(denoise: Denoise):
+    asked = conditioning(7)
     checkpoints: list[Checkpoint] = []
     whole = denoise.sample(asked, on_step=checkpoints.append)
     assert [(c.step, c.steps) for c in checkpoints] == [(1, 3), (2, 3), (3, 3)]
-    assert torch.equal(denoise.sample(asked, resume=checkpoints[step - 1]).values, whole.values)
-
-
-def test_a_run_resumed_from_a_file_in_another_process_life_has_the_same_bits(denoise: Denoise):
-    asked = conditioning(10)
-    files: list[bytes] = []
-    whole = denoise.sample(asked, on_step=lambda checkpoint: files.append(pack(checkpoint, "a fingerprint")))
-    resume = unpack(files[0], Checkpoint, "a fingerprint")
-    assert torch.equal(Denoise(denoise.config).sample(asked, resume=resume).values, whole.values)
+    for checkpoint in checkpoints:
+        resumed = denoise.sample(asked, resume=checkpoint)
+        assert torch.equal(resumed.values, whole.values), f"resumed at step {checkpoint.step}"
+    file = pack(checkpoints[0], "a fingerprint")
+    of_another_process = Denoise(denoise.config).sample(asked, resume=unpack(file, Checkpoint, "a fingerprint"))
+    assert torch.equal(of_another_process.values, whole.values)
 
 
 def test_how_many_frames_share_a_control_call_does_not_matter(denoise: Denoise):
-    asked = conditioning(10)
+    asked = conditioning(7, num_inference_steps=1)
     one_by_one = Denoise(replace(denoise.config, control_batch_frames=1, control_cache_bytes=0))
     assert (one_by_one.sample(asked).values - denoise.sample(asked).values).abs().max() <= 1e-4
 
@@ -92,7 +88,7 @@ def test_a_stop_is_obeyed_within_one_call_of_a_net(denoise: Denoise, allowed: in
     calls, remove = count_calls(denoise)
     try:
         with pytest.raises(Cancelled):
-            denoise.sample(conditioning(10), should_stop=lambda: len(calls) >= allowed)
+            denoise.sample(conditioning(7), should_stop=lambda: len(calls) >= allowed)
     finally:
         remove()
     assert len(calls) == allowed
@@ -100,7 +96,7 @@ def test_a_stop_is_obeyed_within_one_call_of_a_net(denoise: Denoise, allowed: in
 
 def test_at_a_control_scale_of_0_the_control_net_does_not_run(denoise: Denoise):
     calls, remove = count_calls(denoise)
-    denoise.sample(conditioning(6, controlnext_cond_scale=0.0))
+    denoise.sample(conditioning(2, controlnext_cond_scale=0.0, num_inference_steps=1))
     remove()
     assert set(calls) == {"unet"}
 
@@ -117,7 +113,7 @@ def test_latents_that_are_not_finite_are_an_error_at_once(denoise: Denoise):
 def test_half_precision_gives_about_the_same_video(controlnext_weights: ControlNeXtWeights, denoise: Denoise, dtype: DType):
     half = Denoise(replace(denoise.config, dtype=dtype))
     assert half.unet.conv_in.weight.dtype == getattr(torch, dtype)
-    asked = conditioning(7)
+    asked = conditioning(4, num_inference_steps=2)
     ours, full = half.sample(asked).values, denoise.sample(asked).values
     assert ours.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([ours.flatten(), full.flatten()]))[0, 1]
@@ -139,7 +135,7 @@ def test_in_half_precision_the_ids_are_embedded_in_fp32(denoise: Denoise, dtype:
 
 def test_progress_is_told_window_by_window_and_never_goes_back(denoise: Denoise):
     told: list[Progress] = []
-    denoise.sample(conditioning(10), on_progress=told.append)
+    denoise.sample(conditioning(7), on_progress=told.append)
     windows = len({progress.within.total for progress in told if progress.within})
     assert windows == 1
     assert told[0] == Progress("step", 0, 3)

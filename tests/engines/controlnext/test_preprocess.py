@@ -39,7 +39,8 @@ from tests.engines.controlnext import reference
 from tests.engines.controlnext.media import huge_png
 
 HEIGHT, WIDTH = 192, 128
-CLIP_FRAMES = 13
+CLIP_FRAMES, DRIVING = 9, 5
+"""Frames of the clip, and those of them that drive: 0, 2, ..., 8."""
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +68,17 @@ def grey_clip(path: Path, frames: int = 3) -> Path:
 
 def test_every_strided_frame_drives_one_frame_after_the_references_own(preprocess: Preprocess, spec: ControlNeXtSpec):
     given = preprocess.encode(spec)
-    assert given.poses.shape == (1 + 7, 3, HEIGHT, WIDTH)  # frames 0, 2, ..., 12
+    assert given.poses.shape == (1 + DRIVING, 3, HEIGHT, WIDTH)
     assert given.poses.dtype == torch.uint8
     assert all(pose.any() for pose in given.poses), "a skeleton in every frame"
-    assert len({pose.numpy().tobytes() for pose in given.poses}) == 8, "all of them different"
+    assert len({pose.numpy().tobytes() for pose in given.poses}) == 1 + DRIVING, "all of them different"
 
 
-@pytest.mark.parametrize("max_frame_num", [2, 5, 8, 240])
+@pytest.mark.parametrize("max_frame_num", [2, 1 + DRIVING, 240])
 def test_the_number_of_frames_is_capped_with_the_references_own_in_it(
     preprocess: Preprocess, spec: ControlNeXtSpec, max_frame_num: int
 ):
-    assert len(preprocess.encode(replace(spec, max_frame_num=max_frame_num)).poses) == min(max_frame_num, 8)
+    assert len(preprocess.encode(replace(spec, max_frame_num=max_frame_num)).poses) == min(max_frame_num, 1 + DRIVING)
 
 
 def test_the_driving_skeletons_are_moved_onto_the_references_body(preprocess: Preprocess, spec: ControlNeXtSpec):
@@ -138,7 +139,7 @@ def test_the_published_alignment_is_fitted_to_all_of_the_video(
     strict = replace(spec, strict_reference=True)
     few, all_ = preprocess.encode(replace(strict, max_frame_num=4)), preprocess.encode(strict)
     preprocess.encode(replace(spec, max_frame_num=4))
-    assert fitted == [7, 7, 3]
+    assert fitted == [DRIVING, DRIVING, 3]
     assert torch.equal(few.poses, all_.poses[:4])
 
 
@@ -174,7 +175,7 @@ def test_what_the_video_lacks_is_noted(preprocess: Preprocess, spec: ControlNeXt
     data[data.index(packet) : data.index(packet) + len(packet)] = bytes(len(packet))
     (tmp_path / "video.mp4").write_bytes(data)
     (note,) = preprocess.encode(replace(spec, video=tmp_path / "video.mp4")).notes
-    assert note.startswith("the video is damaged: 1 of 13 frames could not be decoded")
+    assert note.startswith("the video is damaged: 1 of 9 frames could not be decoded")
 
 
 def test_the_same_seed_gives_the_same_tensors(preprocess: Preprocess, spec: ControlNeXtSpec):
@@ -214,7 +215,7 @@ def test_more_frames_decoded_together_than_the_service_allows_are_refused(prepro
 def test_progress_is_told_frame_by_frame(preprocess: Preprocess, spec: ControlNeXtSpec):
     told: list[Progress] = []
     preprocess.encode(spec, on_progress=told.append)
-    assert told == [Progress("pose", done, 7) for done in range(1, 8)]
+    assert told == [Progress("pose", done, DRIVING) for done in range(1, 1 + DRIVING)]
 
 
 def test_a_stop_is_obeyed_within_one_frame(preprocess: Preprocess, spec: ControlNeXtSpec):

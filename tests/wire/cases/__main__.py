@@ -32,11 +32,7 @@ def main() -> None:
             setattr(fal_client.client, name, value)
     rules.begin(given)
     assert uploads  # it has added its rules
-    chosen = [
-        each
-        for each in RULES
-        if (each.only is None or given.recipe in each.only) and (given.keys is not None or not each.with_keys)
-    ]
+    chosen = [each for each in RULES if each.name in given.rules]
     last = [each for each in chosen if each.name.startswith("every-")]
 
     async def check() -> None:

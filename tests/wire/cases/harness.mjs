@@ -1,11 +1,13 @@
 // Runs the rules of rules.mjs with the unmodified @fal-ai/client, many at a time, in one process:
 //
-//   node harness.mjs <recipe>   (on standard input: {"base": "https://...", "tlsPort": 8443, "keys": {"own": ..., ...} or null})
+//   node harness.mjs <recipe>   (on standard input: {"base": "https://...", "tlsPort": 8443, "keys": {"own": ..., ...} or null,
+//                                           "rules": [the names of those to check]})
 //
 // and prints {"<rule's name>": null, or why it does not hold}. The recipes are those of fal-queue-protocol.md, section 1.4:
 //   J1  the client's proxy setting
 //   J2  its middleware
 //   J3  nothing but a DNS that leads fal's hosts here, and our CA. The name lookups of this process stand for the DNS.
+import assert from "node:assert/strict";
 import { AsyncLocalStorage } from "node:async_hooks";
 import { readFileSync } from "node:fs";
 import http from "node:http";
@@ -13,7 +15,7 @@ import tls from "node:tls";
 
 const FAL = /(^|\.)fal\.(run|ai|media)$/;
 const recipe = process.argv[2];
-const { base, tlsPort, keys } = JSON.parse(readFileSync(0, "utf8"));
+const { base, tlsPort, keys, rules: chosen } = JSON.parse(readFileSync(0, "utf8"));
 
 if (recipe === "J3") {
   const connect = tls.connect;
@@ -52,6 +54,16 @@ const raw = (url, init = {}) => {
   return fetch(recipe === "J2" ? prefixed(url) : url, { ...init, headers });
 };
 
+// The error that a promise ends with.
+const failure = async (work, kind = client.ApiError) => {
+  const error = await work.then(
+    (value) => assert.fail(`no error but ${JSON.stringify(value)}`),
+    (thrown) => thrown,
+  );
+  assert.ok(error instanceof kind, `${error.name}: ${error.message}`);
+  return error;
+};
+
 // A receiver of webhooks.
 const waiting = new Map();
 const receiver = http.createServer((request, response) => {
@@ -69,16 +81,18 @@ const hook = (path) => ({
 });
 
 const rules = [];
-const rule = (name, text, check, { only = null, withKeys = false } = {}) => {
+// A rule may have options, {only: recipes that it is checked under, withKeys: true if not on an open service}: `conformance.py`
+// reads them, and chooses.
+const rule = (name, text, check) => {
   if (rules.some((each) => each.name === name)) throw new Error(`two rules are called ${name}`);
-  rules.push({ name, text, check, runs: (only === null || only.includes(recipe)) && (!withKeys || keys !== null) });
+  rules.push({ name, text, check });
 };
 const fal = clientWith(keys?.own);
-const context = { ...client, fal, raw, hook, keys, base, recipe, clientWith, everything };
+const context = { ...client, fal, raw, failure, hook, keys, base, recipe, clientWith, everything, chosen };
 for (const file of ["./rules.mjs", "./uploads.mjs"]) (await import(file)).default(rule, context);
 
 const LIMIT_MS = 90_000;
-const AT_ONCE = 32;
+const AT_ONCE = 16;
 const outcome = async ({ text, check }) => {
   const calls = [];
   const late = new Promise((_, reject) => setTimeout(reject, LIMIT_MS, new Error("not within 90 s")).unref());
@@ -92,9 +106,9 @@ const outcome = async ({ text, check }) => {
 };
 const warn = console.warn;
 console.warn = () => {}; // of default token providers
-const chosen = rules.filter((each) => each.runs);
-const last = chosen.filter((each) => each.name.startsWith("every-"));
-const first = chosen.filter((each) => !last.includes(each));
+const asked = rules.filter((each) => chosen.includes(each.name));
+const last = asked.filter((each) => each.name.startsWith("every-"));
+const first = asked.filter((each) => !last.includes(each));
 const outcomes = {};
 for (const some of [first, last]) {
   const left = some.values();

@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,7 +18,7 @@ import httpx_sse
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fal_client import Completed, FalClientHTTPError, FalClientTimeoutError, InProgress, Queued, SyncClient
 from fal_client.client import RealtimeError
-from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from tests.wire.cases.harness import CALLS, EVERYTHING, Given, rule
 
@@ -57,6 +56,11 @@ def until(handle: fal_client.SyncRequestHandle, kind: type) -> Any:
     while not isinstance(status := handle.status(with_logs=True), kind):
         time.sleep(0.1)
     return status
+
+
+def status_of(handle: fal_client.SyncRequestHandle, **options: Any) -> Any:
+    """Its status, whose fields depend on its class."""
+    return handle.status(**options)
 
 
 def done(prompt: str, **options: Any) -> fal_client.SyncRequestHandle:
@@ -219,17 +223,17 @@ def status_queued() -> None:
 def status_in_progress() -> None:
     handle = submitted("endless")
     assert isinstance(until(handle, InProgress).logs, list)
-    assert handle.status().logs is None
+    assert status_of(handle).logs is None
     handle.cancel()
 
 
 @rule("2.2: COMPLETED has logs if they are asked for, else null, and the metrics")
 def status_completed() -> None:
     handle = done("x")
-    status = handle.status(with_logs=True)
+    status = status_of(handle, with_logs=True)
     assert [item["message"] for item in status.logs] == STEPS
     assert isinstance(status.metrics["inference_time"], float)
-    assert (handle.status().logs, status.error, status.error_type) == (None, None, None)
+    assert (status_of(handle).logs, status.error, status.error_type) == (None, None, None)
 
 
 @rule("2.2: the code is 202 until it is completed, then 200")
@@ -254,13 +258,13 @@ def status_by_id() -> None:
 
 @rule("2.2: a failed request is COMPLETED with error and type")
 def status_failed() -> None:
-    status = done("fails RunnerFailed").status()
+    status = status_of(done("fails RunnerFailed"))
     assert (status.error_type, bool(status.error)) == ("runner_server_error", True)
 
 
 @rule("2.2: a log item has message, level, source and timestamp")
 def status_log_item() -> None:
-    item = done("x").status(with_logs=True).logs[0]
+    item = status_of(done("x"), with_logs=True).logs[0]
     assert (item["message"], item["level"], item["source"]) == ("step 1/4", "INFO", "USER")
     assert item["timestamp"].endswith("+00:00")
 
@@ -287,8 +291,8 @@ def status_events() -> None:
 @rule("2.6: so it does asynchronously")
 async def status_events_async() -> None:
     handle = await fal_client.AsyncClient(key=key()).submit(ANIMATEDIFF, {"prompt": "x"})
-    seen = [status async for status in handle.iter_events(with_logs=True, interval=0.05)]
-    assert [item["message"] for item in seen[-1].logs] == STEPS  # type: ignore[union-attr]
+    seen: list[Any] = [status async for status in handle.iter_events(with_logs=True, interval=0.05)]
+    assert [item["message"] for item in seen[-1].logs] == STEPS
 
 
 # Result.
@@ -421,7 +425,7 @@ def subscribe_timeout() -> None:
     try:
         client().subscribe(ANIMATEDIFF, {"prompt": "endless"}, client_timeout=4)
     except FalClientTimeoutError as exc:
-        request_id = exc.request_id
+        request_id = exc.request_id or ""
     ended = until(client().get_handle(ANIMATEDIFF, request_id), Completed).error_type
     assert ended in ("client_cancelled", "request_timeout")  # the latter if it had not begun by then: the client says its time
 
@@ -581,7 +585,7 @@ async def realtime_async() -> None:
     async with fal_client.AsyncClient(key=key()).realtime(ANIMATEDIFF, max_buffering=60) as connection:
         for seed in range(4):
             await connection.send({"prompt": "x", "seed": seed})
-        seeds = []
+        seeds: list[int] = []
         while len(seeds) < 4:
             if (answer := await connection.recv()) is not None:
                 seeds.append(answer["seed"])
@@ -624,7 +628,7 @@ def realtime_raw_socket() -> None:
 
 @rule("3: an endpoint without realtime refuses the handshake")
 def realtime_no_such_endpoint() -> None:
-    with suppress(ConnectionClosedError):  # a busy Serve closes the connection before HAProxy has passed the answer on
+    for _ in range(5):
         assert refused("own", CONTROLNEXT) in (403, 404)
 
 
@@ -764,7 +768,7 @@ def ours() -> list[httpx.Response]:
 @rule("9.1: x-fal-request-id is on every answer")
 def every_answer_has_an_id() -> None:
     assert [str(each.request.url) for each in ours() if "x-fal-request-id" not in each.headers] == []
-    assert len(ours()) > 100
+    assert len(ours()) > len(given.rules)
 
 
 @rule("9.11: nothing redirects: the asynchronous client does not follow")

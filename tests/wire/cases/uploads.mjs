@@ -8,21 +8,13 @@ const picture = (content = "not really") => new Blob([content], { type: "image/p
 const sha256 = (bytes) => createHash("sha256").update(bytes).digest("hex");
 const noise = (size) => Uint8Array.from({ length: size }, (_, i) => (i * 7919) >> 3);
 
-export default function define(rule, { fal, raw, keys, base, clientWith, ApiError, ValidationError }) {
+export default function define(rule, { fal, raw, failure, keys, base, clientWith, ValidationError }) {
   const withKey = (who) => ({ headers: { authorization: `Key ${keys[who]}` } });
   const put = (url, body, type = "text/plain") => fetch(url, { method: "PUT", body, headers: { "content-type": type } });
   const initiate = async (asked = {}, form = "initiate") => {
     const body = JSON.stringify({ content_type: "text/plain", file_name: "hello.txt", ...asked });
     const url = `https://rest.fal.ai/storage/upload/${form}?storage_type=fal-cdn-v3`;
     return (await raw(url, { method: "POST", body })).json();
-  };
-  const failure = async (work, kind = ApiError) => {
-    const error = await work.then(
-      (value) => assert.fail(`no error but ${JSON.stringify(value)}`),
-      (thrown) => thrown,
-    );
-    assert.ok(error instanceof kind, `${error.name}: ${error.message}`);
-    return error;
   };
 
   rule("upload-read-back", "4: a file is read back at once, with its type and without a key", async () => {

@@ -27,6 +27,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas import tokens
 from deployments.settings import Settings, UploadSettings
 from tests.conftest import TEMPLATE, execute, of_database
+from tests.patience import PATIENCE_S
 from tests.wire.service import ENDPOINT, listening, working
 
 SECRET = b"nobody may read this"
@@ -65,7 +66,7 @@ class World:
     forbidden: str = ""
     open_: str = ""
 
-    async def raw(self, head: str, body: bytes = b"", *, wait_s: float = 10.0) -> Raw:
+    async def raw(self, head: str, body: bytes = b"", *, wait_s: float = PATIENCE_S) -> Raw:
         """Sends exactly this. A connection that is closed without an answer counts as status 0."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
@@ -593,7 +594,7 @@ async def _crawling(world: World) -> None:
     writer.write(head.encode())
     reading = asyncio.create_task(reader.read())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not reading.done():
                 writer.write(b"x")
                 await asyncio.sleep(0.05)
@@ -731,10 +732,13 @@ async def _still_renders(world: World) -> None:
     assert (await world.call("GET", world.open_)).body == b"for everybody"
     assert (await world.call("GET", world.hidden, key=world.a)).body == SECRET
     await world.store.database.fetch("DELETE FROM jobs")
-    async with working(world.store, world.files, 0.01), httpx.AsyncClient(headers={"authorization": f"Key {world.a}"}) as client:
+    async with (
+        working(world.store, world.files, 0.01),
+        httpx.AsyncClient(headers={"authorization": f"Key {world.a}"}, timeout=PATIENCE_S) as client,
+    ):
         base = f"http://127.0.0.1:{world.port}"
         links = (await client.post(f"{base}/queue/{ENDPOINT}", json={"prompt": "x"})).json()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (await client.get(links["status_url"])).status_code == 202:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert (await client.get(links["response_url"])).status_code == 200

@@ -123,11 +123,12 @@ CREATE TABLE stored_files (
     digest bytea,  -- of what was sent; null: it is not complete yet
     keep_s double precision,  -- how long it is kept from then on; null: for ever
     part_of text,  -- the upload that this is a part of
-    direct boolean NOT NULL DEFAULT false  -- it is sent to the bucket itself: whether it is complete has to be looked up there
+    direct boolean NOT NULL DEFAULT false  -- it is sent to the bucket itself: whether it has arrived has to be looked up there
 );
 
 CREATE INDEX stored_files_by_expiry ON stored_files (expires_at);
 CREATE INDEX stored_files_by_owner ON stored_files (owner) INCLUDE (size_bytes) WHERE owner IS NOT NULL;
+CREATE INDEX stored_files_direct ON stored_files (expires_at) WHERE direct AND digest IS NULL;
 CREATE INDEX stored_files_by_upload ON stored_files (part_of) WHERE part_of IS NOT NULL;
 
 -- Signs the upload URLs and tokens of an open service; with keys, each secret has its own `token_key`.

@@ -14,7 +14,7 @@ from engines.backends.trt.export import export_onnx
 from engines.backends.unet_call import UNetCall
 from engines.controlnext.call import svd_call
 from engines.controlnext.nets.unet import SVDUNet
-from tests.engines.backends.trt.unets import motion_unet, svd_unet
+from tests.engines.backends.unets import motion_unet, svd_unet
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Exported:
 @pytest.fixture(scope="session")
 def motion(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """With guidance: one call has both halves."""
-    unet = motion_unet()
+    unet = motion_unet(levels=2)
     return exported(unet, motion_call(unet, halves=2), tmp_path_factory.mktemp("motion"))
 
 

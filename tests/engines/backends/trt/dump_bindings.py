@@ -27,7 +27,7 @@ def signatures(function: Any) -> list[str]:
     return lines[:1]
 
 
-def about(kind: type) -> dict[str, Any]:
+def about(kind: Any) -> dict[str, Any]:
     return {
         "constructors": signatures(kind.__init__),
         "members": {name: member(kind, name) for name in dir(kind) if not name.startswith("__")},

@@ -213,7 +213,8 @@ class IExecutionContext:
 
 class Refitter:
     def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
-        self.hidden_engine, self.hidden_weight = engine, None
+        self.hidden_engine = engine
+        self.hidden_weight: float | None = None
 
     def get_missing_weights(self) -> list[str]:
         return ["weight"] if self.hidden_weight is None else []

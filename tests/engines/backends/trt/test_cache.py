@@ -14,6 +14,7 @@ import pytest
 from engines.backends.trt.cache import FORMAT, REFITTABLE, Gpu, PlanCache, PlanKey, TimingKey
 from engines.errors import EngineError
 from tests.engines.backends.trt.keys import KEY, PLAN
+from tests.patience import PATIENCE_S
 
 OTHERS = {
     "library": "tensorrt_rtx",
@@ -178,7 +179,7 @@ def fake_builders(folder: Path, notes: Path, count: int, seconds: float = 0.5, m
     """Starts `count` builders at once. Returns their exit codes."""
     command = [sys.executable, "-m", "tests.engines.backends.trt.fake_builder", str(folder), str(notes), str(seconds), mode]
     started = [subprocess.Popen(command) for _ in range(count)]
-    return [process.wait(timeout=60) for process in started]
+    return [process.wait(timeout=PATIENCE_S) for process in started]
 
 
 def test_processes_that_build_at_once_build_once(folder: Path, tmp_path: Path):

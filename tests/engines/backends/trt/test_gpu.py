@@ -12,9 +12,9 @@ from engines.animatediff.call import motion_call
 from engines.animatediff.checkpoint import load_unet as load_motion_unet
 from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.backends.shapes import Shape, ShapeFamily
-from engines.backends.trt import plans
 from engines.backends.trt.build import BuildOptions
 from engines.backends.trt.cache import PlanCache
+from engines.backends.trt.export import export_onnx
 from engines.backends.trt.gpu import gpu_of
 from engines.backends.trt.library import load_library
 from engines.backends.trt.plans import load_engine, plan_key
@@ -104,7 +104,7 @@ def test_exchanged_weights_are_the_ones_that_run(call: UNetCall, library: Module
             tensor.mul_(0.9)
         with pytest.raises(AssertionError):
             assert_agrees(ready, call)
-        plans.export_onnx(call, tmp_path / "other.onnx")
+        export_onnx(call, tmp_path / "other.onnx")
         ready.refit(tmp_path / "other.onnx")
         assert_agrees(ready, call)
         assert_agrees(engine(call, library, cache, REFIT), call)
@@ -129,7 +129,7 @@ def test_an_engine_is_found_again_without_an_export(
     call: UNetCall, library: ModuleType, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
 ):
     engine(call, library, cache)
-    monkeypatch.setattr(plans, "export_onnx", None)
+    monkeypatch.setattr("engines.backends.trt.plans.export_onnx", None)
     assert engine(call, library, cache).holds(SHAPES[0])
     key = plan_key(call, FAMILIES, library, gpu_of(call.example["latents"].device), PLAIN)
     assert cache.timings(key.timings)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_the_drivers_branch_is_the_first_part_of_its_version(tmp_path: Path):
     [({"init": 9}, "cannot be initialised"), ({"told": 1}, "does not tell"), ({"version": "rolling"}, "does not tell")],
     ids=["no driver", "refused", "no number"],
 )
-def test_an_nvml_that_gives_no_version_is_our_error(tmp_path: Path, fault: dict[str, int], words: str):
+def test_an_nvml_that_gives_no_version_is_our_error(tmp_path: Path, fault: dict[str, Any], words: str):
     with pytest.raises(EngineError, match=words):
         driver_major(nvml(tmp_path, **fault))
 
