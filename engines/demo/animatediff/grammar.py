@@ -1,8 +1,8 @@
 """What the AnimateDiff demo can draw: 3 shapes x 6 colours x 4 motions x 3 backgrounds, as "a red circle moves right on blue".
 
-A clip is a function of its words: size, speed and start are the same for all, so that the first of four steps can already draw
-it. Only a keyframe moves the whole path. Positions lie on a grid, hence a table of latents can hold every frame that there is.
-`demo-weights.md` says why each of this makes the problem learnable on two cores.
+A clip is a function of its words: size, speed and where a path lies follow from them, so that the first of four steps can already
+draw it. Only a keyframe moves the whole path. Positions lie on a grid, hence a table of latents can hold every frame that there
+is. `demo-weights.md` says why each of this makes the problem learnable on two cores.
 """
 
 import random
@@ -16,7 +16,11 @@ FRAMES = 16
 STRIDE = 2
 """Pixels a frame."""
 CENTRE = 32
-"""Where a path has its middle, in both axes, unless a keyframe moves it."""
+"""Of the frame, in both axes; a path passes through it, unless a keyframe moves it."""
+AHEAD = 6
+"""By how many pixels the middle of a path lies beyond the centre, in its direction: so a single frame tells left from right. If
+opposite paths had the same places, a direction would only say in which order they come, which is far harder to learn.
+"""
 
 COLOURS = {
     "red": (225, 40, 40),
@@ -36,7 +40,7 @@ RADIUS = {"circle": 10.0, "square": 9.0, "triangle": 13.0}
 
 ALONG = tuple(range(-6, 7, 2))
 ACROSS = tuple(range(-18, 19, 3))
-"""By how many pixels a keyframe may move the path, in its own direction and across it."""
+"""How far from the centre a keyframe may move the middle of a path, in its direction and across it, in pixels."""
 
 _FILLER = (  # words without a meaning
     "the",
@@ -60,13 +64,17 @@ _FILLER = (  # words without a meaning
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip. motion: None stands still in the middle. along, across: how far a keyframe has moved the path, in pixels."""
+    """One clip. motion: None stands still in the middle.
+
+    along, across: how far the path's middle lies from the centre, in pixels, in its direction and across it. Only a keyframe
+    makes them other than here.
+    """
 
     shape: str = "circle"
     colour: str = "white"
     motion: str | None = None
     background: str = "black"
-    along: int = 0
+    along: int = AHEAD
     across: int = 0
 
     @property
