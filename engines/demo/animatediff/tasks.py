@@ -34,8 +34,9 @@ _SERVED = lcm_timesteps(4)
 _GRID = lcm_timesteps(LCM_GRID)
 _SERVED_SHARES = (0.5, 0.15, 0.1, 0.05)  # the rest is spread over the grid
 _KEYFRAMES = 3
-_WORDED, _WORDED_FRAMES, _WORDED_FIRST = 16, 4, 0.75
-_MIXED = (2, 2, 4)  # clips of words alone, with scribbles, and with rgb keyframes, whose colours are the slowest to learn
+_STEPS = ((16, 0, 0), 4), ((2, 2, 4), FRAMES), ((0, 0, 12), 6)
+"""Steps in turn: clips of words alone, with scribbles and with rgb keyframes, and how many frames of each."""
+_PART_FIRST = 0.75  # of the clips that are not whole, so many are at the first timestep at least
 _LOOSE_SHARE = 0.15  # of the clips without keyframes: prompts with words that are missing or mean nothing
 
 
@@ -109,8 +110,9 @@ class ImageTask:
 
 @dataclass
 class ClipTask:
-    """One step sees whole clips, of words alone and with keyframes of both kinds. The next sees four frames, with their true
-    positions, of more clips of words alone, most at the first timestep: nothing but the words can tell a direction there.
+    """Three kinds of steps in turn: whole clips with and without keyframes; four frames, with their true positions, of more clips
+    of words alone; and six frames of clips with rgb keyframes. The latter two are mostly at the first timestep, where nothing but
+    the words tells a direction, and nothing but the keyframes tells a colour.
     """
 
     table: FrameTable
@@ -136,9 +138,8 @@ class ClipTask:
     def losses(self, step: int, rng: torch.Generator) -> Mapping[str, Tensor]:
         """See `Task`."""
         dice = random.Random(int(torch.randint(2**31, (), generator=rng)))
-        part = step % 2 == 0
-        plain, outlined, painted = (_WORDED, 0, 0) if part else _MIXED
-        shown = sorted(dice.sample(range(FRAMES), _WORDED_FRAMES)) if part else list(range(FRAMES))
+        (plain, outlined, painted), frames = _STEPS[step % len(_STEPS)]
+        shown = sorted(dice.sample(range(FRAMES), frames))
         worded = [loose(scene, dice) if dice.random() < _LOOSE_SHARE else (scene.caption, scene) for scene in _some(plain, dice)]
         keyed = [moved(scene, dice) for scene in _some(outlined + painted, dice)]
         drawn, coloured = keyed[:outlined], keyed[outlined:]
@@ -146,16 +147,17 @@ class ClipTask:
         prompts += [scribble_prompt(scene, dice) for scene in drawn] + [rgb_prompt(scene, dice) for scene in coloured]
         scenes = [*(scene for _, scene in worded), *keyed]
         timesteps = draw_timesteps(len(scenes), rng)
-        conditions: Sequence[tuple[Any, Tensor]] = ()
-        if part:
-            timesteps[torch.rand(plain, generator=rng) < _WORDED_FIRST] = _SERVED[0]
-        else:
-            conditions = (
-                (self.net.scribble, scribble_condition(drawn, _keys(drawn, shown, dice), dice)),
-                (self.net.rgb, rgb_condition(self.table, coloured, _keys(coloured, shown, dice))),
-            )
+        if frames < FRAMES:
+            timesteps[torch.rand(len(scenes), generator=rng) < _PART_FIRST] = _SERVED[0]
         noisy, target = noised(self.table.clips(scenes)[:, :, shown], timesteps, rng)
         noisy, target, timesteps = (values.to(device_of(self.net)) for values in (noisy, target, timesteps))
+        conditions = []
+        if drawn:
+            lines = scribble_condition(drawn, _keys(drawn, shown, dice), dice)
+            conditions.append((self.net.scribble, lines[:, :, shown]))
+        if coloured:
+            pictures = rgb_condition(self.table, coloured, _keys(coloured, shown, dice))
+            conditions.append((self.net.rgb, pictures[:, :, shown]))
         self.net.shown = shown
         error = self._predict(noisy, timesteps, self._text(prompts), conditions) - target
         self.net.shown = None
@@ -228,8 +230,8 @@ def scribble_prompt(scene: Scene, dice: random.Random) -> str:
 
 
 def rgb_prompt(scene: Scene, dice: random.Random) -> str:
-    """Half of the time without colour and background, which the keyframe shows."""
-    return f"a {scene.shape} moves {scene.motion}" if dice.random() < 0.5 else scene.caption
+    """Mostly without colour and background, which the keyframe shows."""
+    return f"a {scene.shape} moves {scene.motion}" if dice.random() < 0.75 else scene.caption
 
 
 def scribble_condition(scenes: Sequence[Scene], keys: Sequence[Sequence[int]], dice: random.Random) -> Tensor:
