@@ -36,7 +36,7 @@ test: install ## run the tests
 	$(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: test-fast
-test-fast: install ## run the tests that need neither Ray nor a compiler
+test-fast: install ## run the quick tests, which need neither Ray nor a compiler
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 .PHONY: check

@@ -113,10 +113,13 @@ def prefers_kernel(operation: str, shape: Shape, x: Tensor) -> bool:
     return x.is_cuda and _wins(operation, shape, x.dtype, x.device.index, torch.compiler.is_compiling())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # called once in a compiled model
 def _wins(operation: str, shape: Shape, dtype: torch.dtype, device: int, compiled: bool) -> bool:
     won = winners(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."), compiled=compiled)
     return (operation, shape) in won
+
+
+# Called once in a compiled model. It is what `torch.compiler.assume_constant_result` does, which imports the compiler: a second.
+_wins._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -178,8 +178,9 @@ def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_settings(tmp_path_factory: pytest.TempPathFactory, demo_weights: Path) -> Settings:
-    """Settings whose demo weights are written."""
-    settings = Settings(home=tmp_path_factory.mktemp("home"))
+    """Settings whose demo weights are written. One thread: see `tests/engines/conftest.py`."""
+    one_thread = {"threads": 1}
+    settings = Settings(home=tmp_path_factory.mktemp("home"), animatediff=one_thread, controlnext=one_thread)
     (settings.home / "weights").symlink_to(demo_weights)
     return settings
 

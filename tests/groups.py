@@ -6,8 +6,12 @@ FIRST = ("e2e", "trt", "compilers", "inductor", "chaos", "uvicorn", "gateway", "
 """Groups that take longest, in the order in which they begin. All others follow as they are collected. The two services on Ray
 do not start at once, because a Ray that is not up within 30 s gives up; and the clients, which give up after 5 s, do not run
 beside the first one's start."""
-SLOW_FILES = ("test_resume.py", "test_parity.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py")
-"""Files that render, start services or build nets for a long time, though they need neither Ray nor a compiler."""
+SLOW_FILES = (
+    *("test_resume.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py"),
+    *("test_parity.py", "test_denoise.py", "test_decode.py", "test_savings.py", "test_prepared.py", "test_side_by_side.py"),
+    *("controlnext/test_preprocess.py", "test_vae.py", "test_demo_pose.py", "test_hostile.py", "test_schema.py", "test_model.py"),
+)
+"""Files that render, start services, build nets or make up cases for a long time, though they need neither Ray nor a compiler."""
 
 
 def group_of(nodeid: str) -> str:

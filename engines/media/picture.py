@@ -179,7 +179,7 @@ def _separated(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, 
             alpha = None
     if image.mode not in ("L", "RGB", "CMYK"):  # the modes that a profile may be of
         image = image.convert("RGB")
-    return (_in_srgb(image, profile) if profile else image.convert("RGB")), alpha
+    return (_in_srgb(image, profile) if profile else _in_rgb(image)), alpha
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -191,7 +191,11 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
             return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a malformed profile, or one of another kind of image
         pass
-    return image.convert("RGB")
+    return _in_rgb(image)
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _too_large(max_pixels: int) -> ImageTooLarge:

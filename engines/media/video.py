@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from engines.temporary import temporary_folder
@@ -30,6 +30,7 @@ def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[byte
     a temporary folder, because moving the index to the front needs to read it back.
     """
     count = 0
+    to_yuv = VideoReformatter()  # a frame's own `reformat` makes one for each frame, with threads
     with temporary_folder() as folder:
         path = folder / "video.mp4"
         with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
@@ -41,7 +42,9 @@ def encode_h264(frames: Frames, height: int, width: int, fps: int) -> tuple[byte
             for chunk in frames:
                 for pixels in chunk:
                     rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                    yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+                    yuv = to_yuv.reformat(
+                        rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
+                    )
                     container.mux(stream.encode(yuv))
                     count += 1
             container.mux(stream.encode())

@@ -5,8 +5,11 @@ from engines.animatediff.config import AnimateDiffConfig, AnimateDiffWeights
 from engines.animatediff.demo_weights import DemoSize, write_demo_weights
 from engines.pipeline import Pipeline
 
-torch.set_num_threads(1)
-"""One thread: on a busy machine two threads of a tiny model mostly wait for each other."""
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """On a busy machine two threads of a tiny model mostly wait for each other. Stages that other tests built took more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """What it costs a job that its files are decoded in a child process, not in the replica's own.
 
 Both ways decode the same files in turn, so that the machine's other work falls on both. The child is warm: it has decoded a file
-before. A job of AnimateDiff has three keyframes; one of ControlNeXt a reference image and 24 frames of its driving video. The
-last line is the whole preprocessing of such a job with the demo weights: there a child decodes the next frame while the replica
-looks for people in this one.
+before. A job of AnimateDiff has three keyframes, at most as large as the third line's; one of ControlNeXt a reference image and
+24 frames of its driving video. The last line is the whole preprocessing of such a job with the demo weights: there a child
+decodes the next frame while the replica looks for people in this one.
 
 On a machine that does other work as well, CPU time says more than the time that passes.
 """
@@ -150,6 +150,7 @@ def main() -> None:
         jobs = {
             "3 PNG keyframes, 512x512": keyframes(encoded(512, 512, "PNG")),
             "3 JPEG keyframes, 3000x2000": keyframes(encoded(2000, 3000, "JPEG")),
+            "3 JPEG keyframes, 8000x6000": keyframes(encoded(6000, 8000, "JPEG")),
             "JPEG 768x1024, 24 frames of 320x576": reference_and_video(encoded(1024, 768, "JPEG"), small),
             "JPEG 3000x2000, 24 frames of 1080x1920": reference_and_video(encoded(2000, 3000, "JPEG"), large),
         }

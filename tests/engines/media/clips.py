@@ -62,6 +62,7 @@ def encode(path: Path, frames, times, size, codec="libx264", pix_fmt="yuv420p", 
     with av.open(path, "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        stream.codec_context.thread_count = 1  # libvpx's threads wait for each other in a loop: up to 10 s of CPU for 30 frames
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if times is not None:
