@@ -62,6 +62,14 @@ bench: install ## measure both models against diffusers and the service against 
 bench-queue: install ## measure submits, claims and status reads with 1,000 and 1,000,000 jobs waiting
 	$(BIN)/python -m tests.load.bench_queue
 
+.PHONY: bench-units
+bench-units: install ## measure one job over two replicas, what the sampler costs on one, and jobs side by side
+	$(BIN)/python -m tests.load.bench_units
+
+.PHONY: bench-placement
+bench-placement: install ## measure stages that share two cores against stages that have one each; cluster/README.md says how on GPUs
+	$(BIN)/python -m tests.load.bench_placement --save
+
 .PHONY: bench-callers
 bench-callers: install ## measure how long one caller can stop a gateway's loop, and the memory he can take
 	$(BIN)/python -m tests.load.bench_callers
@@ -90,11 +98,16 @@ bench-kernels: install ## measure the kernels against PyTorch's at the models' s
 bench-gpu: install ## measure kernels, UNets and jobs at full size, the most valuable first, within LIMIT seconds; needs a GPU
 	$(BIN)/python -m engines.bench.within --limit $(or $(LIMIT),inf)
 
+.PHONY: simulate
+simulate: install ## compare the autoscaling with Serve's default one in a simulated cluster, on bursts, a day and 4,000 GPUs
+	$(BIN)/python -W ignore -m tests.load.simulate --save
+
 .PHONY: chaos
-chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; a quarter of an hour
+chaos: install ## kill, cancel and cut off at random under thousands of jobs, and count what is lost; twenty minutes
 	$(BIN)/python -m tests.chaos --save
 	$(BIN)/python -m tests.chaos.outages --save
 	$(BIN)/python -m tests.chaos.cancels --save
+	$(BIN)/python -W ignore -m tests.chaos.nodes --save
 	$(BIN)/python -m tests.wire.lost_answers --save
 
 .PHONY: clean

@@ -4,6 +4,7 @@ Unknown keys are refused at every level, so a misspelt option never passes for i
 """
 
 import os
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -51,8 +52,8 @@ class QueueSettings(_Strict):
     again after this time.
     max_attempts: how often a job is tried before its last error ends it; `jobs/retry.py` says which errors are tried again, and
     when.
-    max_in_flight: jobs of an endpoint in its three stages at once; two keep the denoiser busy while another is prepared or
-    decoded.
+    max_in_flight: the most jobs of an endpoint in its three stages at once; None: as many as keep the replicas that there are
+    busy, and hide the time of the other stages.
     idempotency_s: how long submissions with the same `Idempotency-Key` get the job of the first one, in seconds, if that job is
     kept so long.
     deadlines: endpoint's id -> its deadlines, where the defaults do not fit.
@@ -64,7 +65,7 @@ class QueueSettings(_Strict):
 
     lease_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(10, ge=1)
-    max_in_flight: int = Field(3, ge=1)
+    max_in_flight: int | None = Field(None, ge=1)
     idempotency_s: float = Field(86_400.0, gt=0)
     checkpoint_s: float = Field(10.0, gt=0)
     low_after_s: float = Field(600.0, ge=0)
@@ -146,14 +147,66 @@ class WebhookSettings(_Strict):
     max_per_owner: int = Field(64, ge=1)
 
 
+class TelemetrySettings(_Strict):
+    """logs: "text", or "json" for one object a line. otlp_endpoint: where spans are sent by OTLP over HTTP, e.g.
+    http://collector:4318/v1/traces; None makes none. traces: the share of the traces whose spans are sent, in [0, 1]."""
+
+    logs: Literal["text", "json"] = "text"
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://")
+    traces: float = Field(1.0, ge=0, le=1)
+
+
+class StageScaling(_Strict):
+    """min, max: replicas of a stage. With a `min` of 0 it costs nothing without work, but its next job waits for a start."""
+
+    min: int = Field(1, ge=0)
+    max: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, above max, {self.max}")
+        return self
+
+
+class EndpointScaling(_Strict):
+    """How an endpoint's stages are scaled: for what waits, in seconds of work (see `dispatch/autoscaling.py`).
+
+    drain_s: in how many seconds what waits should be worked off, once replicas for it are ready. idle_s: for how many seconds
+    fewer replicas must have been enough before there are fewer; below 300, a rise may be taken back within five minutes.
+    """
+
+    drain_s: float = Field(30.0, gt=0)
+    idle_s: float = Field(300.0, ge=0)
+    preprocess: StageScaling = StageScaling()
+    denoise: StageScaling = StageScaling()
+    decode: StageScaling = StageScaling()
+
+
+@dataclass(frozen=True)
+class ScaledEndpoint:
+    """What the autoscaling needs to know of an endpoint; see `dispatch/backlog.py`."""
+
+    id: str
+    family: str
+    unit_times: tuple[float, float, float]
+    drain_s: float
+    idle_s: float
+
+
 if TYPE_CHECKING:
 
     class _Endpoints(_Strict):
         pass
 
+    class ScalingSettings(_Strict):
+        """Family -> its scaling."""
+
 else:  # a field for each endpoint, named after its family
     _configs = {endpoint.family: (endpoint.config | None, endpoint.config()) for endpoint in ENDPOINTS.values()}
     _Endpoints = create_model("_Endpoints", __base__=_Strict, **_configs)
+    _scalings = {endpoint.family: (EndpointScaling, EndpointScaling()) for endpoint in ENDPOINTS.values()}
+    ScalingSettings = create_model("ScalingSettings", __base__=_Strict, **_scalings)
 
 
 class Settings(_Endpoints):
@@ -179,6 +232,7 @@ class Settings(_Endpoints):
     gives up after 300 s without an answer and submits again.
     max_body_bytes: the largest submission, data URIs included.
     max_bodies_bytes: of all submissions that one ingress process receives at a time; more of them wait.
+    scaling: the least and the most replicas of each stage, and how soon there are more or fewer; by the endpoint's family.
     animatediff, controlnext, and so on: the config of each endpoint, by its family; null leaves the endpoint out.
     """
 
@@ -200,6 +254,8 @@ class Settings(_Endpoints):
     quotas: QuotaSettings = QuotaSettings()
     uploads: UploadSettings = UploadSettings()
     webhooks: WebhookSettings = WebhookSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    scaling: ScalingSettings = ScalingSettings()
 
     @model_validator(mode="after")
     def _direct_uploads_need_a_bucket(self) -> Self:
@@ -240,14 +296,29 @@ class Settings(_Endpoints):
         return {
             endpoint.model: config.placed(self.demo_weights / endpoint.family, self.home / "engines")
             for endpoint in ENDPOINTS.values()
-            if (config := self._config(endpoint)) is not None
+            if (config := self.config_of(endpoint)) is not None
         }
+
+    def scaling_of(self, endpoint: Endpoint) -> EndpointScaling:
+        """How its stages are scaled."""
+        scaling: EndpointScaling = getattr(self.scaling, endpoint.family)
+        return scaling
+
+    def scaled_endpoints(self) -> tuple[ScaledEndpoint, ...]:
+        """The endpoints that are served, for the autoscaling."""
+        return tuple(
+            ScaledEndpoint(each.id, each.family, each.unit_times, scaling.drain_s, scaling.idle_s)
+            for each in ENDPOINTS.values()
+            if self.config_of(each) is not None
+            for scaling in [self.scaling_of(each)]
+        )
 
     def wants_demo_weights(self, endpoint: Endpoint) -> bool:
         """Whether the endpoint is served, with its demo checkpoint."""
-        return getattr(self._config(endpoint), "weights", None) == "demo"
+        return getattr(self.config_of(endpoint), "weights", None) == "demo"
 
-    def _config(self, endpoint: Endpoint) -> ModelConfig | None:
+    def config_of(self, endpoint: Endpoint) -> ModelConfig | None:
+        """Its model's config as it stands in the YAML; None: it is left out."""
         config: ModelConfig | None = getattr(self, endpoint.family)
         return config
 

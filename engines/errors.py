@@ -30,7 +30,9 @@
     │   ├── Cancelled                   499  client_cancelled
     │   ├── InternalError               500  internal_error
     │   ├── RunnerFailed                500  runner_server_error
+    │   ├── RunnerOutOfMemory           500  runner_server_error
     │   ├── RunnerDisconnected          503  runner_disconnected
+    │   │   └── SamplerLost                 503  runner_disconnected
     │   ├── RunnerStalled               503  runner_connection_timeout
     │   ├── StorageFailed               500  internal_error
     │   ├── StartTimeout                504  request_timeout
@@ -262,12 +264,23 @@ class RunnerFailed(RequestError):
     type = "runner_server_error"
 
 
+class RunnerOutOfMemory(RequestError):
+    """The runner had not enough memory for this request."""
+
+    type = "runner_server_error"
+    retryable = True
+
+
 class RunnerDisconnected(RequestError):
     """The runner died or could not be reached while it worked on this request."""
 
     type = "runner_disconnected"
     status = 503
     retryable = True
+
+
+class SamplerLost(RunnerDisconnected):
+    """The process that drove this request's steps, and those of others, died or could not be reached."""
 
 
 class RunnerStalled(RequestError):

@@ -4,24 +4,30 @@ import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from engines.config import ModelConfig
 from engines.demo.shipped import shipped
-from engines.spec import DecodeStage, DenoiseStage, PreprocessStage
+from engines.spec import DecodeStage, PreprocessStage
+
+if TYPE_CHECKING:
+    from engines.units import DenoiseStage, Sampler
 
 _MODELS = {
     "animatediff-sparsectrl-lcm": "engines.animatediff",
     "controlnext": "engines.controlnext",
 }
-"""Model -> its folder, with a module for each stage (`preprocess.py` holds `Preprocess`, and so on). A model with checkpoints has
+"""Model -> its folder, with a module for each stage (`preprocess.py` holds `Preprocess`, and so on; `sampler.py` drives
+`denoise.py`). A model with checkpoints has
 `demo_weights.py`, and one that `reelray demo` can render `demo_input.py`."""
 
 
 @overload
 def build_stage(model: str, stage: Literal["preprocess"], config: ModelConfig) -> PreprocessStage: ...
 @overload
-def build_stage(model: str, stage: Literal["denoise"], config: ModelConfig) -> DenoiseStage: ...
+def build_stage(model: str, stage: Literal["sampler"], config: ModelConfig) -> "Sampler": ...
+@overload
+def build_stage(model: str, stage: Literal["denoise"], config: ModelConfig) -> "DenoiseStage": ...
 @overload
 def build_stage(model: str, stage: Literal["decode"], config: ModelConfig) -> DecodeStage: ...
 def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
@@ -46,8 +52,9 @@ def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
     from engines.diffusion.arithmetic import exact_arithmetic
 
     exact_arithmetic()
-    # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
-    torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
+    if stage != "sampler":  # which computes little
+        # Ray sets one thread for a process with fewer than two CPUs, which halves the speed on a CPU
+        torch.set_num_threads(config.threads or (cores if config.device == "cpu" else 1))
     return getattr(import_module(f"{_MODELS[model]}.{stage}"), stage.title())(config)
 
 

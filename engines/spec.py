@@ -116,27 +116,6 @@ class PreprocessStage(Protocol):
         ...
 
 
-class DenoiseStage(Protocol):
-    """Noise to latents, step by step."""
-
-    @property
-    def engines(self) -> CallEngines:
-        """The engines in use. The bits of a step depend on them."""
-        ...
-
-    def sample(
-        self,
-        conditioning: Any,
-        *,
-        resume: Checkpoint | None = None,
-        on_step: OnStep | None = None,
-        on_progress: OnProgress | None = None,
-        should_stop: ShouldStop | None = None,
-    ) -> Latents:
-        """Raises `Cancelled` within one UNet call once `should_stop` returns true, `GenerationFailed` on non-finite values."""
-        ...
-
-
 class DecodeStage(Protocol):
     """Latents to an encoded clip."""
 

@@ -180,7 +180,8 @@ def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_settings(tmp_path_factory: pytest.TempPathFactory, demo_weights: Path) -> Settings:
     """Settings whose demo weights are written. One thread: see `tests/engines/conftest.py`."""
     one_thread = {"threads": 1}
-    settings = Settings(home=tmp_path_factory.mktemp("home"), animatediff=one_thread, controlnext=one_thread)
+    given = {"home": tmp_path_factory.mktemp("home"), "animatediff": one_thread, "controlnext": one_thread}
+    settings = Settings.model_validate(given)
     (settings.home / "weights").symlink_to(demo_weights)
     return settings
 

@@ -19,9 +19,9 @@ CALLERS_OWN = {"job.json"}
 
 def code(text: str) -> list[str]:
     """What stands between backticks, and every line of the blocks."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    return [*re.findall(r"`([^`\n]+)`", rest), *(line for block in blocks for line in block.splitlines())]
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*re.findall(r"`([^`\n]+)`", rest), *(line.strip() for block in blocks for line in block.splitlines())]
 
 
 def paths(text: str) -> Iterator[str]:
@@ -59,7 +59,7 @@ def test_every_module_and_target_that_it_names_is_there(readme: Path):
 def test_every_command_that_it_names_is_there_with_its_options(readme: Path):
     wrong = []
     for line in code(readme.read_text()):
-        for words in re.findall(r"(?:^|[\s(])reelray ((?:[\w.<>\[\]/:=-]+ ?)+)", line):
+        for words in re.findall(r"(?:^|\(| -- |&& )reelray ((?:[\w.<>\[\]/:=-]+ ?)+)", line):
             command: Any = typer.main.get_command(app)
             rest = words.split()
             while rest and rest[0] in getattr(command, "commands", {}):

@@ -14,11 +14,14 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
+from deployments import metrics as measured
+from deployments import tracing
+from deployments.dispatch.attempt_metrics import AttemptMetrics, Outcome
 from deployments.dispatch.job_log import JobLog
+from deployments.dispatch.room import Room
 from deployments.dispatch.watchdog import Deadlines, Watchdog
 from deployments.files.file_store import FileStore, StoredFile
 from deployments.files.uploads import take_in
@@ -26,13 +29,13 @@ from deployments.jobs import database
 from deployments.jobs.database import patiently
 from deployments.jobs.job import Claim, LeaseLost
 from deployments.jobs.listener import Changes
-from deployments.jobs.retry import condition_of, next_attempt_in
+from deployments.jobs.retry import condition_of, counts_losses, next_attempt_in
 from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure
 from deployments.stages.progress import Stage
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import ModelError, ReelrayError, RequestError, RunnerDisconnected, RunnerFailed, RunnerStalled
+from engines.errors import ModelError, ReelrayError, RequestError, RunnerFailed
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,8 @@ class QueueLimits(Protocol):
         ...
 
     @property
-    def max_in_flight(self) -> int:
-        """How many jobs of one endpoint may be in its stages at once."""
+    def max_in_flight(self) -> int | None:
+        """The most jobs of one endpoint that may be in its stages at once; None: as many as they have room for."""
         ...
 
     @property
@@ -90,26 +93,6 @@ class Retention(Protocol):
         ...
 
 
-@dataclass
-class AttemptMetrics:
-    """What one attempt took. seconds: of work in each stage that ran, without waiting. engine: what ran the UNet, once known.
-
-    at_work: the stage that works on the job now; None while it waits for a stage's turn.
-    """
-
-    seconds: dict[Stage, float] = field(default_factory=dict)
-    engine: str | None = None
-    at_work: Stage | None = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The metrics in a status: fal's `inference_time` and, for a job that succeeded, our own receipt."""
-        fields: dict[str, Any] = {"inference_time": round(sum(self.seconds.values()), 6)}
-        if self.engine is not None:
-            fields["receipt"] = {"engine": self.engine, "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()}}
-        return fields
-
-
 class Dispatcher:
     """stages: endpoint id -> its stages. Any number of dispatchers may share a store."""
 
@@ -126,6 +109,7 @@ class Dispatcher:
         self.stages = stages
         self.queue = queue
         self.retention = retention
+        self.rooms: dict[str, Room] = {}
 
     async def run(self) -> None:
         """Works until cancelled. Then running jobs go back to the queue and are resumed; it does not count as an attempt."""
@@ -137,12 +121,23 @@ class Dispatcher:
 
     async def _claim_forever(self, endpoint: str, group: asyncio.TaskGroup) -> None:
         """Runs one endpoint's jobs, as many at once as its stages have room for. Other endpoints' long jobs do not delay them."""
-        room = asyncio.Semaphore(self.queue.max_in_flight)
+        changed = asyncio.Event()
+        room = self.rooms[endpoint] = Room(self.queue.max_in_flight, changed.set)
+        self.stages[endpoint].watch_replicas(room.replicas)
+        working: set[asyncio.Task[None]] = set()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            working.discard(task)
+            changed.set()
+
         async with self.store.claims.watch_work() as work:
             while True:
-                await room.acquire()
-                claim = await self._next_claim(endpoint, work)
-                group.create_task(self._work(claim)).add_done_callback(lambda _: room.release())
+                while len(working) >= room.jobs:
+                    changed.clear()
+                    await changed.wait()
+                task = group.create_task(self._traced(await self._next_claim(endpoint, work)))
+                working.add(task)
+                task.add_done_callback(ended)
 
     async def _next_claim(self, endpoint: str, work: Changes) -> Claim:
         while True:
@@ -163,6 +158,7 @@ class Dispatcher:
             try:
                 if swept := await self.store.claims.sweep():
                     logger.warning("jobs swept", extra={"action": "sweep", "jobs": swept})
+                    measured.SWEPT.record(swept)
             except Exception:
                 logger.exception("no jobs could be swept", extra={"action": "sweep_failed"})
                 pause_s = max(pause_s, self.queue.lease_s)
@@ -185,56 +181,69 @@ class Dispatcher:
                 files = jobs = 0
             await asyncio.sleep(0.05 if files or jobs else EXPIRY_INTERVAL_S)
 
+    async def _traced(self, claim: Claim) -> None:
+        """One attempt at a job, in its trace."""
+        if claim.attempt == 1 and not claim.resumes:
+            measured.WAIT.record(claim.waited_s, endpoint=claim.endpoint)
+            with tracing.span("wait in the queue", claim.traceparent, begun_s=claim.created_at.timestamp()):
+                pass
+        with tracing.span("attempt", claim.traceparent, endpoint=claim.endpoint, **_fields(claim, "attempt")):
+            await self._work(claim)
+
     async def _work(self, claim: Claim) -> None:
         """One attempt at a job, from claim to close."""
-        metrics = AttemptMetrics()
+        metrics = AttemptMetrics(claim.endpoint)
         watchdog = Watchdog(self.queue.deadlines_of(claim.endpoint))
         render = asyncio.create_task(self._reported(claim, metrics, watchdog))
-        renewing = asyncio.create_task(self._renew_lease(claim, render, watchdog))
-        store = self.store
+        renewing, claims = asyncio.create_task(self._renew_lease(claim, render, watchdog)), self.store.claims
         try:
             result = await render
         except asyncio.CancelledError:
             if not renewing.done():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(SHUTDOWN_S):
-                        await self._close(
-                            claim,
-                            lambda: store.claims.requeue(claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S),
-                        )
+                        requeue = partial(claims.requeue, claim, "the dispatcher shut down", counted=False, wait_s=RELEASE_S)
+                        await self._close(claim, metrics, "released", requeue)
                 raise
             reason = renewing.result()
             if reason == "cancelled":
-                await self._close(claim, lambda: store.claims.cancel(claim))
-            elif reason != "lost":
+                await self._close(claim, metrics, "cancelled", lambda: claims.cancel(claim))
+            elif reason == "lost":
+                metrics.ended("lost")
+            else:
                 logger.warning("attempt stopped at its deadline", extra={**_fields(claim, "deadline"), "error": reason.type})
-                await self._close(claim, lambda: self._end_attempt(claim, reason, metrics))
+                await self._end_attempt(claim, reason, metrics)
         except LeaseLost:  # the job is tried again, here or elsewhere
             logger.warning("attempt given up", exc_info=True, extra=_fields(claim, "attempt_given_up"))
+            metrics.ended("lost")
         except Exception as exc:
             # the caller is not told of any other error, e.g. weights that do not fit the model
             error = exc if isinstance(exc, ModelError | RequestError) else RunnerFailed()
             logger.warning("attempt failed", exc_info=exc, extra=_fields(claim, "attempt_failed"))
-            await self._close(claim, lambda: self._end_attempt(claim, error, metrics))
+            await self._end_attempt(claim, error, metrics)
         else:
-            await self._close(claim, lambda: store.claims.succeed(claim, result, metrics.fields))
+            await self._close(claim, metrics, "succeeded", lambda: claims.succeed(claim, result, metrics.fields))
         finally:
             renewing.cancel()
 
     async def _end_attempt(self, claim: Claim, error: ReelrayError, metrics: AttemptMetrics) -> None:
         """After an error: queues another attempt, or fails the job."""
-        losses, lost_in = 0, dict(claim.lost_in)
-        if metrics.at_work is not None and isinstance(error, RunnerDisconnected | RunnerStalled):
+        claims, losses, lost_in = self.store.claims, 0, dict(claim.lost_in)
+        if metrics.at_work is not None and counts_losses(error):
             losses = lost_in[metrics.at_work] = lost_in.get(metrics.at_work, 0) + 1
         retries, condition = dict(claim.retries), condition_of(error)
         budget = retries.get(condition) if condition else None
         wait_s = next_attempt_in(error, claim.attempt, claim.max_attempts, losses, random.random(), budget)
         if wait_s is None:
-            await self.store.claims.fail(claim, error_failure(error), metrics.fields)
-        else:
-            if condition and budget is not None:
-                retries[condition] = budget - 1
-            await self.store.claims.requeue(claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in, retries=retries)
+            failure = error_failure(error)
+            outcome: Outcome = "failed" if failure.status >= 500 else "rejected"
+            await self._close(claim, metrics, outcome, lambda: claims.fail(claim, failure, metrics.fields))
+            return
+        if condition and budget is not None:
+            retries[condition] = budget - 1
+        measured.RETRIES.record(endpoint=claim.endpoint, stage=metrics.at_work or "none", reason=type(error).__name__)
+        again = partial(claims.requeue, claim, error.message, counted=True, wait_s=wait_s, lost_in=lost_in, retries=retries)
+        await self._close(claim, metrics, "retried", again)
 
     async def _reported(self, claim: Claim, metrics: AttemptMetrics, watchdog: Watchdog) -> dict[str, Any]:
         """Renders the job and writes the stages' notes to its log; returns its output."""
@@ -247,7 +256,7 @@ class Dispatcher:
         def notes_of(stage: Stage) -> OnNote:
             async def on_note(item: Started | Note) -> None:
                 watchdog.working()
-                metrics.at_work = stage
+                metrics.working(stage)
                 if isinstance(item, Note):
                     job_log.note(item)
 
@@ -256,8 +265,8 @@ class Dispatcher:
         def product_of(stage: Stage, done: Done[T]) -> T:
             watchdog.waiting()
             job_log.stage_ended()
-            metrics.at_work = None
-            metrics.seconds[stage] = done.seconds
+            metrics.done(stage, done)
+            self.rooms[claim.endpoint].learn(stage, done)
             return done.product
 
         unread = ENDPOINTS[claim.endpoint].input.unread(claim.input, claim.input_version)
@@ -270,10 +279,14 @@ class Dispatcher:
         metrics.at_work = None
         if latents is None:
             suspect = "preprocess" in claim.lost_in
-            made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
-            conditioning = product_of("preprocess", made)
-            latents = product_of("denoise", await stages.denoise(conditioning, checkpoint, notes_of("denoise")))
-        clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
+            with metrics.call("preprocess"):
+                made = await stages.preprocess(claim.input, notes_of("preprocess"), alone=suspect)
+                conditioning = product_of("preprocess", made)
+            with metrics.call("denoise"):
+                denoised = await stages.denoise(conditioning, checkpoint, notes_of("denoise"), priority=claim.priority)
+                latents = product_of("denoise", denoised)
+        with metrics.call("decode"):
+            clip = product_of("decode", await stages.decode(latents, notes_of("decode")))
         metrics.engine = clip.engine
         file = await self.keep_file(claim, clip.mp4)
         video = {"url": file.path, "content_type": "video/mp4", "file_name": "video.mp4", "file_size": file.size}
@@ -311,15 +324,18 @@ class Dispatcher:
         render.cancel()
         return reason
 
-    async def _close(self, claim: Claim, write: Callable[[], Awaitable[None]]) -> None:
+    async def _close(self, claim: Claim, metrics: AttemptMetrics, outcome: Outcome, write: Callable[[], Awaitable[None]]) -> None:
         """Writes the attempt's outcome, however long the database is away. If it cannot be written, the lease runs out and the
         job is tried again."""
         try:
             await patiently(write)
         except LeaseLost:
             logger.warning("the lease was lost before the outcome was written", extra=_fields(claim, "lease_lost"))
+            outcome = "lost"
         except Exception:
             logger.exception("the outcome of an attempt was not written", extra=_fields(claim, "close_failed"))
+            outcome = "lost"
+        metrics.ended(outcome)
 
 
 def _fields(claim: Claim, action: str) -> dict[str, Any]:

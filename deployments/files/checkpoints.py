@@ -14,8 +14,9 @@ from typing import Any, Self, TypeVar
 
 from deployments.files.file_store import FileStore, Part
 from engines.checkpoints.checkpoint_file import pack, unpack
-from engines.checkpoints.fingerprint import arithmetic_of, fingerprint_of
-from engines.spec import CallEngines, Checkpoint, Conditioning, Latents
+from engines.checkpoints.fingerprint import fingerprint_of
+from engines.errors import Cancelled
+from engines.spec import Checkpoint, Conditioning, Latents
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +29,21 @@ T = TypeVar("T", bound=Checkpoint | Latents)
 class Checkpoints:
     """The checkpoints of one model's jobs. config: the model's; checkpoints made with another config or weights are not used.
 
-    engines: returns what runs the UNet here. Another engine's steps are not used: the result would have other bits than that of
-    an uninterrupted run.
+    Neither are steps of another arithmetic, e.g. another engine's: the result would have other bits than that of an uninterrupted
+    run.
     """
 
-    def __init__(self, files_url: str, config: Any, engines: Callable[[], CallEngines] = tuple):
+    def __init__(self, files_url: str, config: Any):
         self._files = FileStore(files_url)
-        self._engines = engines
-        self._config = config
         self._model = fingerprint_of(config)
 
     async def latents(self, name: str) -> Latents | None:
         """The job's finished latents, if there are any."""
         return await self._read(name, "latents", Latents, lambda: self.of_latents(name))
 
-    async def step(self, name: str, conditioning: Conditioning) -> Checkpoint | None:
+    async def step(self, name: str, conditioning: Conditioning, arithmetic: str) -> Checkpoint | None:
         """The last step that was stored, if it was computed from the same conditioning in the same arithmetic."""
-        return await self._read(name, "step", Checkpoint, lambda: self.of_steps(name, conditioning))
+        return await self._read(name, "step", Checkpoint, lambda: self.of_steps(name, conditioning, arithmetic))
 
     async def write(self, name: str, value: Checkpoint | Latents, fingerprint: Callable[[], str]) -> None:
         """Stores `value` in place of the previous step or latents. fingerprint: called in a thread, as it may hash a video."""
@@ -58,9 +57,9 @@ class Checkpoints:
         """The fingerprint of finished latents, which can be decoded without the conditioning."""
         return fingerprint_of(name, self._model)
 
-    def of_steps(self, name: str, conditioning: Conditioning) -> str:
+    def of_steps(self, name: str, conditioning: Conditioning, arithmetic: str) -> str:
         """The fingerprint of a step. Hashes the conditioning, which takes some tenths of a second for a long video."""
-        return fingerprint_of(name, self._model, arithmetic_of(self._config.device), self._engines(), conditioning)
+        return fingerprint_of(name, self._model, arithmetic, conditioning)
 
     async def _read(self, name: str, part: Part, kind: type[T], fingerprint: Callable[[], str]) -> T | None:
         try:
@@ -79,10 +78,10 @@ class Saving:
     is written while it lives, because it could replace that later.
     """
 
-    def __init__(self, checkpoints: Checkpoints, name: str, conditioning: Conditioning, every_s: float):
+    def __init__(self, checkpoints: Checkpoints, name: str, conditioning: Conditioning, arithmetic: str, every_s: float):
         self._checkpoints = checkpoints
         self._name = name
-        self._of_steps = cache(lambda: checkpoints.of_steps(name, conditioning))
+        self._of_steps = cache(lambda: checkpoints.of_steps(name, conditioning, arithmetic))
         self._every_s = every_s
         self._newest: Checkpoint | None = None  # not being written yet
         self._writing: asyncio.Task[None] | None = None
@@ -110,7 +109,7 @@ class Saving:
 
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         over = await self._written()
-        if over and self._newest and exc_type and issubclass(exc_type, asyncio.CancelledError | GeneratorExit):
+        if over and self._newest and exc_type and issubclass(exc_type, asyncio.CancelledError | GeneratorExit | Cancelled):
             self._write(self._newest, self._of_steps)
             await self._written()
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from deployments.hosting.embedded_postgres import database_url, keep_running
-from deployments.hosting.logs import configure_logging
+from deployments.hosting.telemetry import begin_telemetry
 from deployments.hosting.tls import TlsFiles
 from deployments.ingress.app import create_app
 from deployments.settings import CONFIG_VARIABLE, configured_settings, load_settings
@@ -53,8 +53,8 @@ def run(config: Path, host: str, port: int, workers: int, tls: Path | None = Non
 
 def app() -> FastAPI:
     """What every worker hosts."""
-    configure_logging()
     settings = configured_settings()
+    begin_telemetry(settings.telemetry, "gateway", in_ray=False)
     threading.Thread(target=_collect_rarely, daemon=True).start()
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()

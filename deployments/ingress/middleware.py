@@ -36,6 +36,7 @@ EXPOSED_HEADERS = [
     "x-fal-billable-units",
     "x-reelray-ignored-fields",
     "x-reelray-ignored-headers",
+    "x-reelray-trace-id",
     "etag",
     "content-range",
     "content-disposition",

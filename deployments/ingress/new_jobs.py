@@ -12,6 +12,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
+from deployments import metrics, tracing
 from deployments.ingress.access import Caller
 from deployments.ingress.body import SplitBody
 from deployments.ingress.input_files import check_places, with_input
@@ -23,7 +24,7 @@ from deployments.schemas.endpoint import Endpoint
 from deployments.schemas.failures import Failure, error_failure, request_failure, validation_failure
 from deployments.schemas.inputs import EndpointInput
 from deployments.schemas.submission import SubmissionOptions, fingerprint
-from engines.errors import ModelError, QueueFull, RequestError
+from engines.errors import ModelError, QueueFull, RequestError, ValueTooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ IGNORED_FIELDS_HEADER = "x-reelray-ignored-fields"
 """Of the answer to a submission: the names of fields that the endpoint does not have, percent-encoded."""
 IGNORED_HEADERS_HEADER = "x-reelray-ignored-headers"
 """The same for fal's headers: those of the submission that have no effect here."""
+
+TRACE_HEADER = "x-reelray-trace-id"
+"""The id of the job's trace: what to look for in logs and traces, and in the webhook's `traceparent`."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,30 @@ class Accepted:
 async def accept(
     connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
 ) -> Accepted | Failure:
-    """Checks a submission and stores its job; a failure is what its caller is answered. Raises `RequestError`."""
+    """Checks a submission and stores its job; a failure is what its caller is answered. Raises `RequestError`.
+
+    The job is in the trace of the caller's `traceparent` header; without a valid one it begins a trace.
+    """
+    with tracing.span("submit", connection.headers.get("traceparent"), begins=True, endpoint=endpoint.id):
+        accepted = await _accept(connection, endpoint, caller, options, body)
+    if isinstance(accepted, Failure) or accepted.job.traceparent is None:
+        return accepted
+    return replace(accepted, headers={**accepted.headers, TRACE_HEADER: tracing.trace_id(accepted.job.traceparent)})
+
+
+async def _accept(
+    connection: HTTPConnection, endpoint: Endpoint, caller: Caller, options: SubmissionOptions, body: SplitBody
+) -> Accepted | Failure:
     settings, size = settings_of(connection), body.size_bytes
     new = await _new_job(connection, endpoint, caller, options, body)
     try:
         parsed = endpoint.input.parse(body.fields, refuse_unknown=settings.unknown_fields == "refuse")
         check_places(parsed.input, body)
+        parsed.input.check_memory(settings.config_of(endpoint))
     except ValidationError as exc:
         return await _reject(connection, new, validation_failure(exc))
+    except ValueTooLarge as exc:
+        return await _reject(connection, new, error_failure(exc))
     refusal = await _refusal(connection, new, options.max_queue_length, size)
     # a repeat adds no job, and its caller needs the job's id
     if (refusal is not None or body.uris) and (job := await store_of(connection).repeated(new)) is not None:
@@ -66,7 +86,8 @@ async def accept(
         if (job := await store_of(connection).repeated(new)) is not None:
             return Accepted(job)
         return await _reject(connection, new, error_failure(exc))
-    stored = await _write(connection, replace(new, notes=parsed.notes))
+    work = resolved.demand()
+    stored = await _write(connection, replace(new, notes=parsed.notes, units=work.units, parallel=work.parallel))
     if isinstance(stored, Failure):
         return stored
     quotas_of(connection).accepted(new.owner, size)
@@ -101,6 +122,7 @@ async def _new_job(
         files_access=options.files_access.model_dump() if options.files_access else None,
         store_io=options.store_io,
         service_url=options.webhook_url and service_base(connection.scope, settings.public_url),
+        traceparent=tracing.current(),
     )
 
 
@@ -123,5 +145,6 @@ async def _write(connection: HTTPConnection, new: NewJob, failure: Failure | Non
         logger.exception("it is unknown whether a job was stored", extra={"action": "submit_unknown", "endpoint": new.endpoint})
         detail = "The service failed while it queued the request, which may or may not run."
         return request_failure(500, "internal_error", detail)
+    metrics.SUBMITTED.record(endpoint=new.endpoint)
     logger.info("job submitted", extra={"action": "submit", "job_id": str(job.id), "endpoint": new.endpoint})
     return Accepted(job)

@@ -74,6 +74,8 @@ class NewJob:
     service_url: where its caller reached the service, for the URLs in the webhook.
     files: names in the file store of the files that its input refers to; they expire with the job's end. Each must have been
     listed, see `Retention.add_file`. notes: the first lines of its log, all WARN. input_version: of the schemas that accepted it.
+    traceparent: the trace that it belongs to, see `deployments/tracing.py`.
+    units: of work in preprocessing, denoising and decoding. parallel: units of denoising that can run at the same time.
     """
 
     endpoint: str
@@ -92,6 +94,9 @@ class NewJob:
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     input_version: int = INPUT_VERSION
+    traceparent: str | None = None
+    units: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class LogLine:
 class Job:
     """A job as a caller may see it. position: jobs of its endpoint ahead of it, while queued. Times are UTC.
 
-    lines: those that were asked for.
+    lines: those that were asked for. traceparent: see `NewJob`.
     """
 
     id: UUID
@@ -129,6 +134,7 @@ class Job:
     failure: Failure | None
     metrics: dict[str, Any]
     lines: tuple[LogLine, ...] = ()
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +163,10 @@ class JobSummary:
 class Claim:
     """One attempt at a job. Only the holder of `token` may report on it.
 
+    priority: a lower one comes first.
     checkpoint: the name in the file store under which attempts keep how far they came. resumes: there was an earlier attempt.
     lost_in: stage -> how many earlier attempts were lost while it worked. retries: what is left of `NewJob.retries`.
+    created_at: when it was submitted, in UTC. waited_s: seconds from then to this claim. traceparent: see `NewJob`.
     """
 
     job_id: UUID
@@ -167,6 +175,7 @@ class Claim:
     owner: str | None
     input: dict[str, Any]
     input_version: int
+    priority: int
     attempt: int
     max_attempts: int
     files_s: float | None
@@ -175,3 +184,6 @@ class Claim:
     resumes: bool
     lost_in: dict[str, int]
     retries: dict[RetryCondition, int]
+    created_at: datetime
+    waited_s: float
+    traceparent: str | None

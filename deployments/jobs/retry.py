@@ -2,13 +2,17 @@
 
     what went wrong      attempts at most   waits before attempt 2, 3, 4, ... (in seconds, plus or minus a quarter)
     RunnerDisconnected   max_attempts, 3*   0, 1, 2, 4, ... 30: another replica may be there at once; a whole pool needs time
+    SamplerLost          max_attempts       as above
     RunnerStalled        max_attempts, 3*   as above; each attempt may cost the whole idle deadline
+    RunnerOutOfMemory    max_attempts, 2*   as above: on another replica, or beside other work, it may be enough
     StorageFailed        max_attempts       5, 10, 20, ... 300: a full disk is not fixed in a second; ten attempts last 20 min
     lost lease           max_attempts       0: the end of the lease was wait enough
     all else             1                  what the model or we refuse once is refused again
 
-* Three attempts that were lost while the same stage worked on the job: its input kills or hangs replicas. An attempt that no
-replica had begun to work on does not count for this. Preprocessing works on several jobs in one process, which are lost together:
+* So many attempts that were lost while the same stage worked on the job: its input kills or hangs replicas, or is too large for
+them. An attempt that no replica had begun to work on does not count for this, nor one whose sampler was lost: dozens of jobs are
+lost with it, each goes on at its last step, and it computes next to nothing itself. A unit of denoising that ends its replicas is
+given up by the sampler, and that attempt counts. Preprocessing works on several jobs in one process, which are lost together:
 after the first such loss a job is preprocessed alone, so an innocent one is lost once, not three times.
 
 A caller may set how often a job is tried again after each condition of fal's `X-Fal-Retry-Config`, up to `max_attempts`; the
@@ -21,9 +25,18 @@ lease is decided by `sweep_leases` in `sql/queries.sql`.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 from deployments.schemas.submission import RetryCondition
-from engines.errors import GenerationTimeout, ReelrayError, RunnerDisconnected, RunnerStalled, StorageFailed
+from engines.errors import (
+    GenerationTimeout,
+    ReelrayError,
+    RunnerDisconnected,
+    RunnerOutOfMemory,
+    RunnerStalled,
+    SamplerLost,
+    StorageFailed,
+)
 
 JITTER = 0.25
 """By which share a wait is longer or shorter, so that jobs that failed together do not come back together."""
@@ -39,12 +52,14 @@ class Policy:
     first_s: float
     second_s: float
     longest_s: float
-    losses: int = 1_000_000
+    losses: float = inf
 
 
 POLICIES: dict[type[ReelrayError], Policy] = {
     RunnerDisconnected: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, losses=3),
+    SamplerLost: Policy(first_s=0.0, second_s=1.0, longest_s=30.0),
     RunnerStalled: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, losses=3),
+    RunnerOutOfMemory: Policy(first_s=0.0, second_s=1.0, longest_s=30.0, losses=2),
     StorageFailed: Policy(first_s=5.0, second_s=10.0, longest_s=300.0),
 }
 
@@ -64,6 +79,12 @@ def condition_of(error: ReelrayError) -> RetryCondition | None:
 def policy_of(error: ReelrayError) -> Policy | None:
     """The table's row for an error; None: it is never tried again."""
     return next((POLICIES[kind] for kind in type(error).__mro__ if kind in POLICIES), None)
+
+
+def counts_losses(error: ReelrayError) -> bool:
+    """Whether a job's input may be what causes an error, if it comes again and again while the same stage works."""
+    policy = policy_of(error)
+    return policy is not None and policy.losses < inf
 
 
 def wait_s(policy: Policy, attempt: int, draw: float = 0.5) -> float:

@@ -16,6 +16,7 @@ from uuid import UUID
 
 import asyncpg
 
+from deployments import metrics
 from deployments.jobs.claims import Claims
 from deployments.jobs.coalescing import Coalescer
 from deployments.jobs.database import CONNECTIONS, QUERIES, Database, Json, StoreAway, storable, to_json
@@ -57,6 +58,9 @@ class _Submission(NamedTuple):
     input_version: int
     retries: Json
     files_access: dict[str, Any] | None
+    traceparent: str | None
+    units: tuple[float, float, float]
+    parallel: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,18 @@ class QueueStatus:
     delayed: int
     running: int
     paused_at: datetime | None
+
+
+@dataclass(frozen=True)
+class QueueGauge:
+    """An endpoint's queue for its metrics. oldest_s: for how many seconds the oldest queued job has waited; 0 if none waits."""
+
+    endpoint: str
+    queued: int
+    delayed: int
+    running: int
+    oldest_s: float
+    paused: bool
 
 
 class JobStore:
@@ -203,7 +219,10 @@ class JobStore:
     async def request_cancel(self, job_id: UUID) -> JobState | None:
         """Cancels a queued job, or asks a running one to stop. Returns the state it found; None: there is no such job."""
         rows = await self._fetch("request_cancel", job_id, asdict(error_failure(Cancelled())))
-        return JobState(rows[0]["state"]) if rows else None
+        if not rows:
+            return None
+        metrics.CANCELS.record(state=rows[0]["state"])
+        return JobState(rows[0]["state"])
 
     async def queued(self, endpoint: str, *, at_most: int | None = None) -> int:
         """How many jobs wait, counted no further than `at_most`: counting takes 50 ms per million jobs."""
@@ -237,6 +256,10 @@ class JobStore:
         """An endpoint's queue. It counts the jobs, which takes 50 ms per million."""
         return QueueStatus(**(await self._fetch("queue_status", endpoint))[0])
 
+    async def queue_gauges(self, endpoints: Sequence[str]) -> list[QueueGauge]:
+        """The queues of some endpoints. It counts the jobs, as `queue_status` does."""
+        return [QueueGauge(**row) for row in await self._fetch("queue_gauges", endpoints)]
+
     async def timeline(self, job_id: UUID) -> list[JobEvent]:
         """Every state the job has been in, in order. Empty: there is no such job."""
         rows = await self._fetch("timeline", job_id)
@@ -268,6 +291,7 @@ class JobStore:
             failure=row["failure"] and Failure(**row["failure"]),
             metrics=row["metrics"],
             lines=tuple(LogLine(*line) for line in row.get("lines") or ()),
+            traceparent=row["traceparent"],
         )
 
     async def _marks(self, endpoint: str) -> list[Place]:
@@ -308,4 +332,7 @@ def _submission(job_id: UUID, new: NewJob, *, rejected: bool = False) -> _Submis
         input_version=new.input_version,
         retries=to_json(dict(new.retries)),
         files_access=new.files_access,
+        traceparent=new.traceparent,
+        units=new.units,
+        parallel=new.parallel,
     )

@@ -10,7 +10,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownEr
 from deployments.schemas.description import Endpoint, VideoOutput
 from deployments.schemas.inputs import EMPTY_IS_NONE, NOT_BOOL, EndpointInput, Int, Number, OptionalMediaUrl, Text
 from engines.animatediff.config import API_FRAMES, AnimateDiffConfig
+from engines.animatediff.demand import UNIT_TIMES, check_memory, demand
 from engines.animatediff.spec import AnimateDiffSpec, Keyframe
+from engines.demand import Demand
 
 FrameIndex = Annotated[Annotated[int, Field(ge=0, lt=API_FRAMES), NOT_BOOL] | None, EMPTY_IS_NONE]
 
@@ -65,6 +67,14 @@ class AnimateDiffInput(EndpointInput):
                 found.append(InitErrorDetails(type=message, loc=(index_field,), input=index))
         return found
 
+    def demand(self) -> Demand:
+        """The clip's steps."""
+        return demand(steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+
+    def check_memory(self, config: AnimateDiffConfig) -> None:
+        """Blames the guidance, or nothing that the caller can change."""
+        check_memory(config, guidance_scale=self.guidance_scale)
+
     def media(self) -> dict[str, str]:
         """The keyframes' images."""
         return {f"keyframe_{k}_image_url": url for k, url, _ in self._keyframes() if url is not None}
@@ -95,5 +105,6 @@ ENDPOINT = Endpoint(
     input=AnimateDiffInput,
     output=VideoOutput,
     config=AnimateDiffConfig,
+    unit_times=UNIT_TIMES,
     realtime=True,
 )

@@ -9,7 +9,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from deployments.schemas.description import Endpoint, VideoOutput
 from deployments.schemas.inputs import Bool, EndpointInput, Int, MediaUrl, Number
 from engines.controlnext.config import ControlNeXtConfig
+from engines.controlnext.demand import UNIT_TIMES, check_memory, demand
 from engines.controlnext.spec import IMAGE_FIELD, VIDEO_FIELD, ControlNeXtSpec
+from engines.demand import Demand
 
 MAX_AREA = 1024 * 576
 """Pixels of a ControlNeXt frame: what the model was trained on. Larger ones cost memory and look worse."""
@@ -64,6 +66,29 @@ class ControlNeXtInput(EndpointInput):
             found.append(InitErrorDetails(type=message, loc=("height",), input=self.height))
         return found
 
+    def demand(self) -> Demand:
+        """The frames' poses, the units of all steps, the frames to decode."""
+        return demand(
+            height=self.height,
+            width=self.width,
+            frames=self.max_frame_num,
+            batch_frames=self.batch_frames,
+            overlap=self.overlap,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        )
+
+    def check_memory(self, config: ControlNeXtConfig) -> None:
+        """Blames the frames of a window or of a chunk."""
+        check_memory(
+            config,
+            height=self.height,
+            width=self.width,
+            frames=self.max_frame_num,
+            batch_frames=self.batch_frames,
+            decode_chunk_size=self.decode_chunk_size,
+        )
+
     def media(self) -> dict[str, str]:
         """The image and the video."""
         return {IMAGE_FIELD: self.image_url, VIDEO_FIELD: self.video_url}
@@ -85,4 +110,5 @@ ENDPOINT = Endpoint(
     input=ControlNeXtInput,
     output=VideoOutput,
     config=ControlNeXtConfig,
+    unit_times=UNIT_TIMES,
 )

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from deployments.schemas.inputs import EndpointInput
 from engines.config import ModelConfig
+from engines.demand import UnitTimes
 
 
 class File(BaseModel):
@@ -30,6 +31,7 @@ class Endpoint:
 
     model: its name in `engines.registry`. family: name of its config in the settings, and prefix of its deployments' names.
     realtime: fast enough for callers who send a request a second over a WebSocket.
+    unit_times: of its stages, until they have been measured.
     title: for people. category: one of fal's, e.g. text-to-video. config: what the family's settings are.
     """
 
@@ -42,6 +44,7 @@ class Endpoint:
     output: type[BaseModel]
     config: type[ModelConfig]
     realtime: bool = False
+    unit_times: UnitTimes = (1.0, 1.0, 1.0)
 
     @property
     def description(self) -> str:

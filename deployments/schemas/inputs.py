@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import InitErrorDetails, PydanticKnownError, from_json
 
 from deployments.schemas.failures import MAX_FAULTS, shortened
+from engines.demand import Demand
 from engines.spec import RenderSpec
 
 MAX_TEXT_CHARS = 2000
@@ -149,6 +150,13 @@ class EndpointInput(BaseModel):
         The seed has 32 bits, because JavaScript callers read it as a double.
         """
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(32)})
+
+    def demand(self) -> Demand:
+        """The work in this request; one unit a stage by default."""
+        return Demand()
+
+    def check_memory(self, config: Any) -> None:
+        """Raises `ValueTooLarge` if no replica with this config of the model can ever have the memory; never by default."""
 
     def media(self) -> dict[str, str]:
         """Field name -> URL, data URI or, in a stored input, reference of every file to fetch; none by default."""

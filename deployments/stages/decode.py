@@ -9,6 +9,7 @@ from typing import Any
 
 from deployments.stages.protocol import Done, Started, Stream
 from deployments.stages.threaded import InThread
+from engines.checkpoints.provenance import options_of, weights_of
 from engines.registry import build_stage
 from engines.spec import Clip, Latents, OnProgress, ShouldStop
 from engines.temporary import delete_left_folders
@@ -21,6 +22,9 @@ class Decode:
         delete_left_folders()
         self.stage = build_stage(model, "decode", config)
         self.turn = asyncio.Lock()
+        self.on_gpu = config.on_gpu
+        # a checkpoint is used under the same weights and settings only, so they are those of the latents
+        self.receipt = {"weights": weights_of(config), "options": options_of(config)}
 
     async def run(self, latents: Latents) -> Stream[Clip]:
         """Notes of its progress, then the encoded clip; raw frames stay in this process.
@@ -36,4 +40,4 @@ class Decode:
             async with InThread("decode", decode) as work:
                 async for note in work:
                     yield note
-        yield Done(work.product, work.seconds)
+        yield Done(work.product, work.seconds, work.seconds * self.on_gpu, self.receipt)

@@ -36,6 +36,7 @@ class Preprocess:
         self.files = FileStore(files_url)
         self.checkpoints = Checkpoints(files_url, config)
         self.isolation = Isolation()
+        self.on_gpu = config.on_gpu
 
     async def run(self, job_input: dict[str, Any], alone: bool = False) -> Stream[Conditioning]:
         """Notes of its progress and of what the caller should know, then the conditioning for a stored input.
@@ -61,7 +62,7 @@ class Preprocess:
                         yield note
         for warning in work.product.notes:
             yield Note(warning, "WARN")
-        yield Done(work.product, time.monotonic() - started)
+        yield Done(work.product, time.monotonic() - started, work.seconds * self.on_gpu)
 
     async def _fetch(self, urls: dict[str, str], folder: Path) -> dict[str, Path]:
         """Field -> file. The door has found out what is in the file store; the rest is downloaded."""

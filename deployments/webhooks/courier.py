@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from deployments import metrics, tracing
 from deployments.files.download import CONNECTION_ERRORS, Refused, new_client, send
 from deployments.jobs.database import StoreAway
 from deployments.webhooks.outbox import Delivery, Outbox
@@ -123,7 +124,11 @@ class Courier:
             return []
 
     async def _deliver(self, delivery: Delivery) -> None:
-        """One attempt, from claim to log."""
+        """One attempt, from claim to log, in its job's trace."""
+        with tracing.span("webhook", delivery.traceparent, **_fields(delivery, "webhook")):
+            await self._try(delivery)
+
+    async def _try(self, delivery: Delivery) -> None:
         began = time.monotonic()
         try:
             body = await self._settled_body(delivery)
@@ -142,7 +147,11 @@ class Courier:
             outcome = Outcome(None, "The webhook could not be sent.")
         if outcome.error is not None:
             logger.warning("webhook refused", extra=_fields(delivery, "webhook_refused") | {"error": outcome.error})
-        await self._write_down(delivery, outcome, time.monotonic() - began)
+        duration_s, ended = time.monotonic() - began, "delivered" if outcome.error is None else "refused"
+        tracing.note(ended)
+        metrics.DELIVERIES.record(outcome=ended)
+        metrics.DELIVERY.record(duration_s)
+        await self._write_down(delivery, outcome, duration_s)
 
     async def _settled_body(self, delivery: Delivery) -> bytes | None:
         """What to send; None: another courier has taken the webhook over."""
@@ -155,6 +164,8 @@ class Courier:
     async def _attempt(self, delivery: Delivery, body: bytes) -> Outcome:
         key = await self.outbox.signing_key()
         headers = signed_headers(key, delivery.job_id, delivery.owner, body, int(self.clock()))
+        if (traceparent := tracing.current()) is not None:
+            headers["traceparent"] = traceparent
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 status = await self._post(delivery.url, headers, body)

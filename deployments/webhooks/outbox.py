@@ -34,6 +34,7 @@ class Delivery:
 
     tries: with this one, since it was queued. body: what to send, if it is stored already; otherwise there is `result` or
     `failure`. service_url: where the job's caller reached the service; None if the job was submitted without it.
+    traceparent: the job's trace.
     """
 
     job_id: UUID
@@ -45,6 +46,7 @@ class Delivery:
     result: dict[str, Any] | None
     failure: dict[str, Any] | None
     service_url: str | None
+    traceparent: str | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class Outbox:
         """The webhook of a job that has ended and asked for one."""
         rows = await self._fetch("get", job_id)
         return Webhook(**rows[0]) if rows else None
+
+    async def backlog(self) -> tuple[int, float]:
+        """How many webhooks will still be tried, and for how many seconds the first of them has waited."""
+        row = (await self._fetch("backlog"))[0]
+        return row["waiting"], row["oldest_s"]
 
     async def attempts(self, job_id: UUID) -> list[Attempt]:
         """What was tried so far."""

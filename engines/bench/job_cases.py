@@ -29,10 +29,10 @@ from engines.bench.nets import AnimateDiffNets, ControlNeXtNets
 from engines.bench.options import Options
 from engines.bench.unet_cases import ADDED_IDS, SLOW, engine_ways
 from engines.controlnext.call import svd_call
-from engines.controlnext.checkpoint import NoiseRange
 from engines.controlnext.config import ControlNeXtConfig
 from engines.controlnext.decode import call_vae as call_video_vae
 from engines.controlnext.nets.unet import Control
+from engines.controlnext.noise import NoiseRange
 from engines.controlnext.spec import ControlNeXtConditioning
 from engines.diffusion.frame_decoder import FrameDecoder
 from engines.errors import EngineError

@@ -4,7 +4,6 @@ Every loader raises `WeightsError` if the config asks for something that our lay
 fit exactly. Layouts: `video-models.md` section 1B.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,14 @@ from engines.checkpoints.weights import (
     read_json,
     read_source_file,
     read_tensors,
-    require,
     torch_dtype,
 )
-from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights
+from engines.controlnext.config import DETECTOR_FILE, POSE_FILE, ControlNeXtConfig, ControlNeXtWeights, weights_of
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.nets.unet import SVDUNet
 from engines.errors import WeightsError
 
 _STEM = "diffusion_pytorch_model"
-
-_SCHEDULER_DEFAULTS: dict[str, Any] = {"prediction_type": "epsilon", "timestep_type": "discrete", "use_karras_sigmas": False}
-"""Defaults of diffusers' `EulerDiscreteScheduler`, for a config that leaves them out."""
-
-_SCHEDULER_NEEDS: dict[str, Any] = {
-    "prediction_type": "v_prediction",
-    "timestep_type": "continuous",
-    "use_karras_sigmas": True,
-}
-
-
-@dataclass(frozen=True)
-class NoiseRange:
-    """The smallest and the largest sigma."""
-
-    sigma_min: float
-    sigma_max: float
-
-
-def weights_of(config: ControlNeXtConfig) -> ControlNeXtWeights:
-    """The configured folders or repos. Raises `WeightsError` for "demo", which the settings must have replaced by its folders."""
-    if not isinstance(config.weights, ControlNeXtWeights):
-        raise WeightsError('"demo" names no folder; see ControlNeXtWeights.demo')
-    return config.weights
 
 
 def size_multiple(weights: ControlNeXtWeights) -> int:
@@ -114,14 +88,6 @@ def load_image_encoder(config: ControlNeXtConfig) -> CLIPVisionModelWithProjecti
     return model.to(config.device)
 
 
-def load_noise_range(weights: ControlNeXtWeights) -> NoiseRange:
-    """The smallest and the largest sigma, 0.002 and 700 as published."""
-    path = _base(weights) / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
-    require(_SCHEDULER_DEFAULTS | config, _SCHEDULER_NEEDS, str(path))
-    return NoiseRange(config.get("sigma_min", 0.002), config.get("sigma_max", 700.0))
-
-
 def pose_folder(weights: ControlNeXtWeights) -> Path:
     """The folder with DWPose's two files."""
     return locate(weights.pose, [DETECTOR_FILE, POSE_FILE])
@@ -129,7 +95,7 @@ def pose_folder(weights: ControlNeXtWeights) -> Path:
 
 def _base(weights: ControlNeXtWeights) -> Path:
     variant = weights.base.variant
-    patterns = ["scheduler/*", "unet/config.json"]
+    patterns = ["unet/config.json"]
     for part, stem in (("vae", _STEM), ("image_encoder", "model")):
         patterns += file_patterns(stem, variant, prefix=f"{part}/")
     return locate(weights.base, patterns)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from engines.checkpoints.source import Source
 from engines.config import ModelConfig
+from engines.errors import WeightsError
 
 DETECTOR_FILE, POSE_FILE = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
 """Files of DWPose's two nets, as named in their hub repo."""
@@ -77,3 +78,10 @@ class ControlNeXtConfig(ModelConfig):
             )
         if self.control_cache_bytes < 0:
             raise ValueError("control_cache_bytes is at least 0")
+
+
+def weights_of(config: ControlNeXtConfig) -> ControlNeXtWeights:
+    """The configured folders or repos. Raises `WeightsError` for "demo", which the settings must have replaced by its folders."""
+    if not isinstance(config.weights, ControlNeXtWeights):
+        raise WeightsError('"demo" names no folder; see ControlNeXtWeights.demo')
+    return config.weights

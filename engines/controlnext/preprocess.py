@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.controlnext.checkpoint import load_image_encoder, load_vae, pose_folder, size_multiple, weights_of
-from engines.controlnext.config import ControlNeXtConfig
+from engines.controlnext.checkpoint import load_image_encoder, load_vae, pose_folder, size_multiple
+from engines.controlnext.config import ControlNeXtConfig, weights_of
 from engines.controlnext.nets.clip_image import clip_pixels
 from engines.controlnext.pose.align import fit, require_person
 from engines.controlnext.pose.draw import draw

@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -64,7 +65,7 @@ class SocketStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
         return await self._call("preprocess", job_input, on_note)
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         return await self._call("denoise", conditioning, on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:
@@ -73,6 +74,9 @@ class SocketStages:
     async def decode(self, latents: Any, on_note: OnNote) -> Done[Clip]:
         done = await self._call("decode", latents, on_note)
         return Done(Clip(done.product["mp4"].encode(), 16, 64, 64, 8, done.product["seed"]), done.seconds)
+
+    def watch_replicas(self, changed: Callable[[int], None]) -> None:
+        changed(len(list(self.sockets.glob("*.sock"))))
 
     async def _call(self, stage: str, given: Any, on_note: OnNote) -> Done[Any]:
         reader, writer = await self._connected()

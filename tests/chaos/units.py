@@ -50,7 +50,10 @@ class UnitStages:
     async def preprocess(self, job_input: dict[str, Any], on_note: OnNote, *, alone: bool = False) -> Done[Any]:
         return await done_of(self._run("preprocess", job_input), on_note)
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+    def watch_replicas(self, changed: Callable[[int], None]) -> None:
+        changed(len(self._turns["denoise"]))
+
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         return await done_of(self._run("denoise", conditioning), on_note)
 
     async def saved(self, checkpoint: CheckpointRef, on_note: OnNote) -> None:

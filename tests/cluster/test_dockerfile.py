@@ -76,7 +76,9 @@ def test_it_runs_our_command_as_nobody_special():
 def test_it_serves_a_configuration_that_it_has_at_the_port_that_it_names():
     command, option, name = last("CMD")
     assert (command, option) == ("serve", "--config")
-    assert f"cluster/{name} ./" in of("COPY")
+    (copied,) = [rest.split() for rest in of("COPY") if "cluster/" in rest]
+    assert set(copied) == {"./", *map(str, Path("cluster").glob("serve_config.*.yaml"))}
+    assert f"cluster/{name}" in copied
     options = yaml.safe_load(Path("cluster", name).read_text())["http_options"]
     assert (options["host"], [str(options["port"])]) == ("0.0.0.0", of("EXPOSE"))
 

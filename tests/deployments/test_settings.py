@@ -8,11 +8,11 @@ from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import build
+from deployments.app import StageHandles, build
 from deployments.settings import Exposed, Settings, Split, load_settings
 from engines.checkpoints.source import Source
 
-CONFIGS = ["serve_config.yaml", "cluster/serve_config.gpu.yaml"]
+CONFIGS = ["serve_config.yaml", *sorted(map(str, Path("cluster").glob("serve_config.*.yaml")))]
 
 
 @pytest.mark.parametrize(
@@ -120,18 +120,57 @@ def test_the_yaml_files_are_valid_and_name_the_deployments_that_are_built(path: 
 
 
 def deployments_of(application: Any) -> set[str]:
-    """The names of an application's deployments, including those that are its arguments."""
-    names = {application._bound_deployment.name}
+    """The names of an application's deployments."""
+    return {each.name for each in all_deployments(application)}
+
+
+def all_deployments(application: Any) -> list[Any]:
+    """An application's deployments, including those that are its arguments."""
+    found = [application._bound_deployment]
     waiting = [*application._bound_deployment.init_args, *application._bound_deployment.init_kwargs.values()]
     while waiting:
         value = waiting.pop()
         if hasattr(value, "_bound_deployment"):
-            names |= deployments_of(value)
+            found += all_deployments(value)
         elif isinstance(value, (list, tuple)):
             waiting += value
         elif isinstance(value, dict):
             waiting += value.values()
-    return names
+        elif isinstance(value, StageHandles):
+            waiting += vars(value).values()
+    return list({each.name: each for each in found}.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_stage_is_scaled_within_the_bounds_of_the_settings_and_without_serves_delays(path: str, tmp_path: Path):
+    (application,) = yaml.safe_load(Path(path).read_text())["applications"]
+    assert not [each["name"] for each in application["deployments"] if "autoscaling_config" in each]  # these would replace ours
+    assert application["autoscaling_policy"]["policy_function"] == "deployments.hosting.scaler:Scaler"
+    scaling = {"controlnext": {"denoise": {"min": 0, "max": 8}}}
+    settings = Settings.model_validate(application["args"] | {"home": tmp_path, "scaling": scaling})
+    for model in ("animatediff", "controlnext"):
+        (settings.demo_weights / model).mkdir(parents=True)
+    found = {each.name: each._deployment_config.autoscaling_config for each in all_deployments(build(settings))}
+    scaled = {name: config for name, config in found.items() if config is not None}
+    assert len(scaled) == 6
+    assert {(each.upscale_delay_s, each.downscale_delay_s) for each in scaled.values()} == {(0, 0)}
+    bounds = {name: (each.min_replicas, each.max_replicas) for name, each in scaled.items()}
+    assert bounds.pop("controlnext-denoise") == (0, 8)
+    assert set(bounds.values()) == {(1, 1)}
+
+
+def test_bounds_that_cannot_be_and_unknown_stages_are_refused():
+    for wrong in ({"denoise": {"min": 3, "max": 2}}, {"denoise": {"max": 0}}, {"render": {}}, {"drain_s": 0}):
+        with pytest.raises(ValidationError):
+            Settings.model_validate({"scaling": {"controlnext": wrong}})
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"scaling": {"control": {}}})
+
+
+def test_the_autoscaling_knows_the_endpoints_that_are_served():
+    settings = Settings(animatediff=None, scaling={"controlnext": {"drain_s": 120}})
+    (only,) = settings.scaled_endpoints()
+    assert (only.id, only.family, only.drain_s, only.idle_s) == ("fal-ai/controlnext", "controlnext", 120, 300)
 
 
 def test_real_weights_are_read_from_the_gpu_configuration():

@@ -6,6 +6,7 @@ import pytest
 
 from deployments.hosting.embedded_postgres import stop_embedded
 from deployments.settings import Settings
+from tests.e2e.collector import Collector, collecting
 from tests.e2e.service import Service
 from tests.e2e.third.added import with_third_endpoint
 from tests.wire.conftest import page_client
@@ -19,11 +20,30 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="package")
-def service(demo_weights: Path) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    """Of the service's spans."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def service(demo_weights: Path, collector: Collector) -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
         Path(home, "weights").symlink_to(demo_weights)
-        running = Service(Path(home), added={"solid": {"frames": 5}}, root=with_third_endpoint(Path(code)))
+        running = Service(
+            Path(home),
+            {"checkpoint_s": 0.2},
+            added={
+                "solid": {"frames": 5, "denoise_s": 0.3},
+                "telemetry": {"otlp_endpoint": collector.endpoint},
+                "scaling": {
+                    "solid": {"idle_s": 2, "drain_s": 0.1, "denoise": {"min": 0, "max": 2}},
+                    "controlnext": {"denoise": {"min": 2, "max": 2}},
+                },
+            },
+            root=with_third_endpoint(Path(code)),
+        )
         try:
             running.start()
             yield running

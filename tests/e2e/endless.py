@@ -5,7 +5,7 @@ from typing import Any
 from ray import serve
 
 from deployments import app
-from deployments.settings import Settings
+from deployments.settings import Settings, TelemetrySettings
 from engines.spec import Clip, Latents
 from tests.fakes import EndlessStage
 
@@ -25,8 +25,8 @@ class EndlessFor:
 class EndlessReplica(app.DecodeReplica):
     """The wrapper is the real one."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, telemetry: TelemetrySettings, *args: Any):
+        super().__init__(telemetry, *args)
         self.wrapper.stage = EndlessFor(self.wrapper.stage)  # type: ignore[assignment]  # `decode` is all that is called
 
 

@@ -109,6 +109,9 @@ async def test_the_page_code_renders_a_driven_clip(
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.width, stream.height) == (12, 256, 256)
         assert len(list(container.decode(video=0))) == 1 + DRIVEN_FRAMES
+    receipt = done.updates[-1]["metrics"]["receipt"]
+    assert (receipt["units"], receipt["replicas"] in (1, 2)) == (2 * 2 * 2, True), "windows, halves of the guidance, steps"
+    assert all(part.keys() == {"fingerprint"} for part in receipt["weights"].values())
     lines = done.updates[-1]["logs"]
     assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
     told = [line["progress"] for line in lines]
@@ -190,3 +193,26 @@ def test_a_running_job_is_cancelled_within_one_call_of_a_net(client: QueueClient
     status = finished(client, request_id)
     assert status["error_type"] == "client_cancelled"
     assert status["logs"][-1]["progress"]["step"]["done"] < 50
+
+
+def test_one_video_is_made_by_two_replicas_and_neither_the_loss_of_one_nor_of_the_sampler_changes_a_bit(
+    service: Service, client: QueueClient, folder: Path
+):
+    given = {"image_url": data_uri(folder / "image.png", "image/png"), "video_url": data_uri(folder / "clip.mp4", "video/mp4")}
+    asked = SMALL | given | {"num_inference_steps": 16}
+    undisturbed = client.submit(ENDPOINT, asked)
+    finished(client, undisturbed)
+    request_id = client.submit(ENDPOINT, asked)
+    killed = set()
+    for status in client.follow(ENDPOINT, request_id):
+        steps = [line["progress"]["step"]["done"] for line in status["logs"] or () if "step" in line.get("progress", {})]
+        for at, word in ((3, "controlnext-denoise"), (8, ":sampler")):
+            if max(steps, default=0) >= at and word not in killed:
+                killed.add(word)
+                service.processes(word)[0].kill()
+    assert killed == {"controlnext-denoise", ":sampler"}
+    lines = [line["message"] for line in status["logs"]]
+    (resumed,) = [int(line.split()[-1].partition("/")[0]) for line in lines if line.startswith("resumed at step")]
+    assert resumed >= 3, "the replica's loss cost no attempt, and the sampler's no step before its checkpoint"
+    videos = [client.download(client.result(ENDPOINT, each)["video"]["url"]) for each in (undisturbed, request_id)]
+    assert videos[0] == videos[1]

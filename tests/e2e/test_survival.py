@@ -115,12 +115,29 @@ def test_a_cancelled_decode_makes_room_for_the_next(short_leases: Service):
             assert finished(client, request_id)["error_type"] == "client_cancelled"
 
 
-def test_a_killed_replica_costs_its_job_an_attempt_and_no_step_before_its_checkpoint(short_leases: Service, undisturbed: bytes):
+def test_a_killed_replica_costs_its_job_no_attempt_and_no_step_that_it_reported(short_leases: Service, undisturbed: bytes):
     with QueueClient(short_leases.url) as client:
         request_id = client.submit(ENDPOINT, LONG)
         wait_for_steps(client, request_id, 8)
         (replica,) = short_leases.processes("animatediff-denoise")
         replica.kill()
+        status = finished(client, request_id)
+        assert mp4_of(client, request_id) == undisturbed
+    told = steps_told(status["logs"])
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, STEPS)
+    assert [event for event in asyncio.run(events(short_leases, request_id)) if event[0] != "queued"] == [
+        ("running", 1),
+        ("succeeded", 1),
+    ]
+
+
+def test_a_killed_sampler_costs_its_job_an_attempt_and_no_step_before_its_checkpoint(short_leases: Service, undisturbed: bytes):
+    with QueueClient(short_leases.url) as client:
+        request_id = client.submit(ENDPOINT, LONG)
+        wait_for_steps(client, request_id, 8)
+        (sampler,) = short_leases.processes(":sampler")
+        sampler.kill()
         status = finished(client, request_id)
         assert mp4_of(client, request_id) == undisturbed
     assert resumed_at(status["logs"]) > 0

@@ -28,6 +28,7 @@ from tests.patience import PATIENCE_S
 from tests.wire.service import ENDPOINT, LEASE_S, Wire, listening, working
 
 RUN = f"/run/{ENDPOINT}"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 async def ended(store: JobStore) -> Job:
@@ -95,7 +96,9 @@ async def test_a_websocket_that_hangs_up_cancels_its_job(base_url: str, store: J
 
 
 async def test_json_and_msgpack_on_one_connection_each_answered_in_kind(base_url: str, store: JobStore, files: FileStore) -> None:
-    async with working(store, files, 0.01), websockets.connect(socket_url(base_url)) as socket:
+    traced = {"traceparent": TRACEPARENT}
+    connecting = websockets.connect(socket_url(base_url), additional_headers=traced)
+    async with working(store, files, 0.01), connecting as socket:
         await socket.send(json.dumps({"prompt": "x", "seed": 1, "request_id": "a"}))
         text = json.loads(await socket.recv())
         assert (text["seed"], text["request_id"], text["video"]["content_type"]) == (1, "a", "video/mp4")
@@ -104,6 +107,7 @@ async def test_json_and_msgpack_on_one_connection_each_answered_in_kind(base_url
         binary = msgpack.unpackb(await socket.recv())
         assert (binary["seed"], binary["request_id"]) == (2, 5)
         assert binary["video"]["url"].startswith(base_url)
+    assert (await ended(store)).traceparent == TRACEPARENT
 
 
 NONSENSE = {

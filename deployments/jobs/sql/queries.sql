@@ -27,9 +27,9 @@ WITH kept AS (
 )
 INSERT INTO jobs (
     id, endpoint, owner, priority, input, start_by, max_attempts, webhook_url, files_s, store_io, service_url, input_files,
-    input_version, retries, files_access, state, turn
+    input_version, retries, files_access, traceparent, units, parallel, state, turn
 )
-SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, 'queued', greatest(
+SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, $15, $16, $18, $19, $20, $21, $22, $23, 'queued', greatest(
     coalesce(
         least(
             (SELECT min(turn) FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = $2 AND priority = $4),
@@ -44,7 +44,7 @@ SELECT $1, $2, $3, $4, $5, now() + make_interval(secs => $6), $7, $8, $13, $14, 
 FROM fresh
 ON CONFLICT (id) DO NOTHING
 RETURNING id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
+    priority, turn, number, traceparent, (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) AS ahead
 
 -- name: repeated
 -- The job that an idempotency key stands for, and whether it was given with the same body. No row if the key is free, see `submit`.
@@ -65,7 +65,7 @@ UPDATE jobs SET state = 'failed', failure = $2 WHERE id = $1 AND state = 'queued
 -- What callers may see of some jobs, each with its lines after one already seen ($2; null: without). The input is left out: it may be
 -- megabytes, and clients poll this. Of the jobs ahead it counts no more than 200, so a status costs the same in any queue.
 SELECT place, jobs.id, endpoint, owner, state, created_at, started_at, finished_at, attempt, cancel_requested, result, failure, metrics,
-    priority, turn, number,
+    priority, turn, number, traceparent,
     CASE WHEN state = 'queued' THEN (SELECT ahead FROM jobs_ahead(endpoint, priority, turn, number)) END AS ahead,
     CASE WHEN after IS NOT NULL THEN ARRAY(
         SELECT ROW(seq, at, level, message, progress) FROM job_logs WHERE job_id = jobs.id AND seq > after ORDER BY seq
@@ -107,9 +107,11 @@ WITH claimed AS (
     INSERT INTO stored_files (name, expires_at) SELECT checkpoint_name(id), 'infinity' FROM claimed WHERE id IS NOT NULL
     ON CONFLICT (name) DO NOTHING RETURNING name
 )
-SELECT id AS job_id, token, endpoint, owner, input, input_version, attempt, max_attempts, files_s, files_access,
+SELECT id AS job_id, token, endpoint, owner, input, input_version, priority, attempt, max_attempts, files_s, files_access,
     checkpoint_name(id) AS checkpoint,
-    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries
+    NOT EXISTS (SELECT FROM noted) AS resumes, lost_in, retries, created_at,
+    -- a claim may have begun before the job that it finds was committed
+    greatest(0, extract(epoch FROM started_at - created_at)::double precision) AS waited_s, traceparent
 FROM claimed
 
 -- name: claimed
@@ -260,6 +262,20 @@ SELECT
     (SELECT count(*) FROM jobs WHERE state = 'running' AND endpoint = $1) AS running,
     (SELECT paused_at FROM paused_endpoints WHERE endpoint = $1) AS paused_at
 
+-- name: queue_gauges
+-- Every endpoint of $1, for its metrics: how many jobs wait and run, and for how long the first of those that wait has waited. Counting
+-- takes 50 ms per million jobs.
+SELECT served.endpoint, counted.queued, counted.delayed, counted.running, counted.oldest_s,
+    EXISTS (SELECT FROM paused_endpoints WHERE paused_endpoints.endpoint = served.endpoint) AS paused
+FROM unnest($1::text[]) AS served (endpoint) CROSS JOIN LATERAL (
+    SELECT
+        count(*) FILTER (WHERE state = 'queued') AS queued,
+        count(*) FILTER (WHERE state = 'queued' AND not_before IS NOT NULL) AS delayed,
+        count(*) FILTER (WHERE state = 'running') AS running,
+        coalesce(extract(epoch FROM now() - min(created_at) FILTER (WHERE state = 'queued')), 0)::double precision AS oldest_s
+    FROM jobs WHERE endpoint = served.endpoint AND state IN ('queued', 'running')
+) AS counted
+
 -- name: timeline
 -- Every state of a job, in order.
 SELECT at, state, attempt, reason FROM job_events WHERE job_id = $1 ORDER BY id
@@ -342,3 +358,78 @@ WHERE secret.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_a
 -- The key that an open service signs with; the first call makes it.
 WITH made AS (INSERT INTO open_token_key DEFAULT VALUES ON CONFLICT DO NOTHING RETURNING token_key)
 SELECT token_key FROM made UNION ALL SELECT token_key FROM open_token_key LIMIT 1
+
+-- name: waiting_work
+-- For each endpoint of $1 that is not paused: how many jobs wait that may start, and the means of their work over the first $2 of them
+-- in line. Of a key with a limit count as many as may run besides those that do. It counts, which takes 50 ms per million.
+WITH limited AS (
+    SELECT id, greatest(0, max_running - (SELECT count(*) FROM jobs WHERE state = 'running' AND owner = api_keys.id)) AS room
+    FROM api_keys WHERE max_running IS NOT NULL
+)
+SELECT served.endpoint, line.jobs - held.waiting + held.allowed AS jobs, mean.*
+FROM unnest($1::text[]) AS served (endpoint)
+CROSS JOIN LATERAL (
+    SELECT count(*) AS jobs FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = served.endpoint
+) AS line
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(own.jobs), 0) AS waiting, coalesce(sum(least(own.jobs, limited.room)), 0) AS allowed
+    FROM limited CROSS JOIN LATERAL (
+        SELECT count(*) AS jobs FROM unnest('{0,1}'::integer[]) AS level (priority) JOIN jobs USING (priority)
+        WHERE state = 'queued' AND not_before IS NULL AND endpoint = served.endpoint AND coalesce(owner, '') = limited.id
+    ) AS own
+) AS held
+CROSS JOIN LATERAL (
+    SELECT avg(units[1]) AS preprocess, avg(units[2]) AS denoise, avg(units[3]) AS decode, avg(parallel)::double precision AS parallel
+    FROM (
+        SELECT units, parallel FROM jobs WHERE state = 'queued' AND not_before IS NULL AND endpoint = served.endpoint
+        ORDER BY priority, turn, number LIMIT $2
+    ) AS first
+) AS mean
+WHERE line.jobs > 0 AND NOT EXISTS (SELECT FROM paused_endpoints WHERE endpoint = served.endpoint)
+
+-- name: running_work
+-- The jobs that run at the endpoints $1, each with the progress it told last.
+SELECT endpoint, units, parallel, line.progress FROM jobs
+LEFT JOIN LATERAL (
+    SELECT progress FROM job_logs WHERE job_id = jobs.id AND progress IS NOT NULL ORDER BY seq DESC LIMIT 1
+) AS line ON true
+WHERE state = 'running' AND endpoint = ANY ($1::text[])
+
+-- name: arrived_work
+-- How many jobs were submitted at the endpoints $1 from each of the ids $2 on, which begin with a time, and their units. Without those of
+-- keys with a limit, whatever they submit, and without jobs that failed or were cancelled.
+SELECT place, endpoint, count(*) AS jobs, sum(units[1]) AS preprocess, sum(units[2]) AS denoise, sum(units[3]) AS decode
+FROM unnest($2::uuid[]) WITH ORDINALITY AS since (first, place) JOIN jobs ON id >= since.first
+WHERE endpoint = ANY ($1::text[]) AND state IN ('queued', 'running', 'succeeded')
+    AND NOT EXISTS (SELECT FROM api_keys WHERE api_keys.id = owner AND max_running IS NOT NULL)
+    AND NOT EXISTS (SELECT FROM paused_endpoints WHERE paused_endpoints.endpoint = jobs.endpoint)
+GROUP BY place, endpoint
+
+-- name: measured_work
+-- What the stages took for jobs at the endpoints $1 that ended after $2 (null: in the last hour), in the order of their ends. Denoising is
+-- spread over replicas, so what those took together is told beside it. What goes on from a checkpoint tells less than the whole, so
+-- only jobs that began once count.
+SELECT endpoint, units, metrics -> 'receipt' -> 'seconds' AS seconds, metrics -> 'receipt' -> 'replica_seconds' AS denoise_s, finished_at
+FROM jobs
+WHERE finished_at > coalesce($2, now() - interval '1 hour') AND state = 'succeeded' AND endpoint = ANY ($1::text[])
+    AND (SELECT count(*) FROM job_events WHERE job_id = jobs.id AND job_events.state = 'running') = 1
+ORDER BY finished_at LIMIT 1000
+
+-- name: save_stages
+-- Not flushed to disk: it is written again a second later.
+WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true))
+INSERT INTO stages AS known (endpoint, stage, unit_s, ready_s, backlog_s, replicas, target)
+SELECT row.* FROM relaxed CROSS JOIN unnest(
+    $1::text[], $2::text[], $3::double precision[], $4::double precision[], $5::double precision[], $6::integer[], $7::integer[]
+) AS row
+ON CONFLICT (endpoint, stage) DO UPDATE SET
+    unit_s = excluded.unit_s,
+    ready_s = excluded.ready_s,
+    backlog_s = excluded.backlog_s,
+    replicas = excluded.replicas,
+    target = excluded.target,
+    at = excluded.at
+
+-- name: stages
+-- What is known of the stages; age_s: seconds since it was written.
+SELECT endpoint, stage, unit_s, ready_s, backlog_s, replicas, target, extract(epoch FROM now() - at)::double precision AS age_s FROM stages

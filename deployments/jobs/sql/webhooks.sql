@@ -77,7 +77,7 @@ UPDATE webhook_outbox SET
 FROM taken JOIN jobs ON jobs.id = taken.job_id
 WHERE webhook_outbox.job_id = taken.job_id
 RETURNING webhook_outbox.job_id, webhook_outbox.token, url, webhook_outbox.owner, tries, body,
-    CASE WHEN body IS NULL THEN result END AS result, CASE WHEN body IS NULL THEN failure END AS failure, service_url
+    CASE WHEN body IS NULL THEN result END AS result, CASE WHEN body IS NULL THEN failure END AS failure, service_url, traceparent
 
 -- name: keep_body
 -- The bytes that every delivery sends: those of the first that asked.
@@ -118,6 +118,11 @@ SELECT job_id, pg_notify('reelray', 'webhooks') FROM queued
 -- One webhook.
 SELECT job_id, owner, url, created_at, next_attempt_at, attempts, delivered_at, last_status, last_error, body
 FROM webhook_outbox WHERE job_id = $1
+
+-- name: backlog
+-- How many will be tried again, and for how many seconds the first of them has waited.
+SELECT count(*) AS waiting, coalesce(extract(epoch FROM now() - min(created_at)), 0)::double precision AS oldest_s
+FROM webhook_outbox WHERE next_attempt_at IS NOT NULL
 
 -- name: attempts
 -- What was tried, in order.

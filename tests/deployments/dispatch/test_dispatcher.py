@@ -19,13 +19,14 @@ from deployments.settings import Deadlines, QueueSettings, RetentionSettings, Se
 from deployments.stages.isolation import Isolation
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Stages, Started
-from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled
+from engines.errors import FileDownloadError, RunnerDisconnected, RunnerFailed, RunnerStalled, SamplerLost
 from engines.spec import Progress
 from tests.conftest import execute
 from tests.fakes import ENDPOINT, EndlessStage, LocalStages, ScriptedStages, for_ever, held_after
 from tests.patience import PATIENCE_S
 
-QUICK = QueueSettings(max_attempts=3, max_in_flight=2)
+ROOM = 2
+QUICK = QueueSettings(max_attempts=3, max_in_flight=ROOM)
 SHORT = QUICK.model_copy(update={"lease_s": 0.6})
 """For tests in which a lease must run out, or is renewed often."""
 INPUT = {"prompt": "a red ball", "seed": 42}
@@ -88,7 +89,10 @@ async def test_a_job_is_rendered_and_its_file_kept(store: JobStore, files: FileS
     name = job.result["video"]["url"].removeprefix("/files/")
     assert await files.size(name) == job.result["video"]["file_size"] > 1000
     assert job.metrics["inference_time"] > 0
-    assert job.metrics["receipt"]["engine"] == "eager"
+    receipt = job.metrics["receipt"]
+    assert (receipt["engine"], receipt["options"]["dtype"], receipt["gpu_seconds"]) == ("eager", "float32", {})
+    assert receipt["weights"]["base"].keys() == {"fingerprint"}
+    assert receipt["seconds"].keys() == {"preprocess", "denoise", "decode"}
     lines = await store.logs(job_id)
     assert [line.seq for line in lines] == list(range(1, len(lines) + 1))
     assert (lines[0].level, lines[0].message) == ("WARN", "prompt cut to its first 75 of 120 tokens")
@@ -111,7 +115,7 @@ async def test_a_cancelled_job_frees_the_stage(
 ):
     calls: list[int] = []
     replica = local_stages.denoise_replica
-    monkeypatch.setattr(replica.stage, "sample", replica.stage.sample)  # puts back what `held_after` exchanges
+    monkeypatch.setattr(replica.stage, "begin", replica.stage.begin)  # puts back what `held_after` exchanges
     held_after(replica, step=2)
     hook = replica.stage.unet.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
     async with dispatching(store, files, local_stages):
@@ -119,8 +123,9 @@ async def test_a_cancelled_job_frees_the_stage(
         await started(store, job_id)
         assert await store.request_cancel(job_id) is JobState.RUNNING
         job = await ended(store, job_id)
-        async with asyncio.timeout(PATIENCE_S), replica.turn:  # the next job could start now
-            assert len(calls) == 2
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.wrap_future(replica.thread.submit(lambda: None))  # as the next job could now
+        assert len(calls) == 2
     hook.remove()
     assert job.state is JobState.CANCELLED
 
@@ -182,6 +187,24 @@ async def test_an_input_that_kills_its_replica_gets_three_of_them(store: JobStor
             await asyncio.sleep(0.05)
     assert job.failure is not None
     assert (job.attempt, stages.calls, job.failure.error_type) == (5, 3, "runner_disconnected")
+
+
+async def test_a_job_that_loses_any_number_of_samplers_is_not_suspected(store: JobStore, files: FileStore, database: str):
+    errors = iter([SamplerLost(), RunnerDisconnected(), *[SamplerLost()] * 4, RunnerDisconnected()])
+
+    class Losing(ScriptedStages):
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
+            await on_note(Started())
+            if (error := next(errors, None)) is not None:
+                raise error
+            return await super().denoise(conditioning, checkpoint, on_note)
+
+    async with dispatching(store, files, Losing(nothing)):
+        job_id = (await store.submit(NewJob(endpoint=ENDPOINT, input=INPUT, max_attempts=10))).id
+        while not (job := await until(store, job_id, lambda job: job.state is not JobState.RUNNING)).state.ended:
+            await execute(database, "UPDATE jobs SET not_before = NULL; NOTIFY reelray, 'work'")
+            await asyncio.sleep(0.05)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 8)
 
 
 async def test_jobs_that_were_lost_beside_one_that_kills_its_replica_are_then_tried_alone(
@@ -250,7 +273,7 @@ async def test_the_inference_time_is_that_of_the_stages_work(store: JobStore, fi
 
     async with dispatching(store, files, ScriptedStages(wait)):
         job = await ended(store, await submit(store))
-    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}}
+    receipt = {"engine": "eager", "seconds": {"preprocess": 0.25, "denoise": 0.5, "decode": 0.125}, "gpu_seconds": {}}
     # as the stages reported, without the time spent waiting
     assert job.metrics == {"inference_time": 0.25 + 0.5 + 0.125, "receipt": receipt}
 
@@ -488,15 +511,17 @@ async def test_a_job_that_always_stands_still_fails_in_the_end(store: JobStore, 
     assert (job.attempt, job.failure.error_type) == (3, "runner_connection_timeout")
 
 
-async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
-    store: JobStore, files: FileStore, local_stages: LocalStages, monkeypatch: pytest.MonkeyPatch
+async def test_a_job_that_waits_for_a_replica_does_not_stand_still(
+    store: JobStore, files: FileStore, demo_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
+    local_stages = LocalStages(demo_settings)
+    local_stages.replicas.kill("replica-0")
     now, renewed, heartbeat, denoise = [0.0], asyncio.Event(), store.claims.heartbeat, local_stages.denoise
     monkeypatch.setattr("deployments.dispatch.dispatcher.Watchdog", lambda deadlines: Watchdog(deadlines, lambda: now[0]))
 
-    async def wait_long(*args: Any) -> Any:
+    async def wait_long(*args: Any, **options: Any) -> Any:
         now[0] += 1e6
-        return await denoise(*args)
+        return await denoise(*args, **options)
 
     async def noted_heartbeat(*args: Any) -> bool:
         if now[0]:
@@ -506,7 +531,7 @@ async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
     monkeypatch.setattr(local_stages, "denoise", wait_long)
     monkeypatch.setattr(store.claims, "heartbeat", noted_heartbeat)
     queue = SHORT.model_copy(update={"deadlines": {ENDPOINT: Deadlines(run_s=1e9, idle_s=0.5)}})
-    async with local_stages.denoise_replica.turn, dispatching(store, files, local_stages, queue):  # another job's
+    async with dispatching(store, files, local_stages, queue):
         job_id = await submit(store, num_inference_steps=1)
         async with asyncio.timeout(PATIENCE_S):
             for _ in range(3):
@@ -515,6 +540,8 @@ async def test_a_job_that_waits_for_its_stages_turn_does_not_stand_still(
         job = await store.get(job_id)
         assert job is not None
         assert (job.state, job.attempt) == (JobState.RUNNING, 1)
+        local_stages.replicas.add("new", local_stages.denoise_replica)
+        assert (await ended(store, job_id)).state is JobState.SUCCEEDED
 
 
 async def test_a_long_job_keeps_its_lease(store: JobStore, files: FileStore):
@@ -537,18 +564,34 @@ async def test_no_more_jobs_are_worked_on_than_there_is_room_for(store: JobStore
     async with dispatching(store, files, stages):
         for job in [await submit(store) for _ in range(8)]:
             assert (await ended(store, job)).state is JobState.SUCCEEDED
-    assert stages.peak == QUICK.max_in_flight
+    assert stages.peak == ROOM
+
+
+async def test_when_replicas_come_more_jobs_are_claimed_at_once(store: JobStore, files: FileStore):
+    class Growing(ScriptedStages):
+        def watch_replicas(self, changed: Callable[[int], None]) -> None:
+            self.changed = changed
+
+    stages = Growing(for_ever)
+    async with dispatching(store, files, stages, QUICK.model_copy(update={"max_in_flight": None})):
+        ids = [await submit(store) for _ in range(8)]
+        await started(store, ids[2])
+        await asyncio.sleep(0.2)
+        assert stages.running == 3
+        stages.changed(4)
+        await started(store, ids[5])
+        assert stages.running == 6
 
 
 async def test_one_endpoints_long_jobs_do_not_hold_up_anothers(store: JobStore, files: FileStore):
     other = "fal-ai/controlnext"
     long, short = ScriptedStages(for_ever), ScriptedStages(nothing)
     task = asyncio.create_task(Dispatcher(store, files, {other: long, ENDPOINT: short}, QUICK, RetentionSettings()).run())
-    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(QUICK.max_in_flight + 1)]
+    waiting = [await store.submit(NewJob(endpoint=other, input=INPUT, max_attempts=1)) for _ in range(ROOM + 1)]
     assert (await ended(store, await submit(store))).state is JobState.SUCCEEDED
-    for job in waiting[: QUICK.max_in_flight]:
+    for job in waiting[:ROOM]:
         await started(store, job.id)
-    assert long.peak == QUICK.max_in_flight
+    assert long.peak == ROOM
     task.cancel()
     await asyncio.wait([task])
 
@@ -624,7 +667,7 @@ class ChattyStages(ScriptedStages):
 
     notes = 100_000
 
-    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+    async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
         for k in range(self.notes // 2):
             progress = StageProgress("denoise", Progress("step", k, self.notes // 2))
             await on_note(Note(progress.message, progress=progress))
@@ -657,7 +700,7 @@ async def test_a_chatty_job_floods_nothing_and_another_beside_it_goes_on(store: 
 
 async def test_notes_that_are_not_written_keep_an_attempt_from_standing_still(store: JobStore, files: FileStore):
     class Steady(ScriptedStages):
-        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote) -> Done[Any]:
+        async def denoise(self, conditioning: Any, checkpoint: CheckpointRef, on_note: OnNote, *, priority: int = 0) -> Done[Any]:
             for k in range(200):
                 await on_note(Note("", progress=StageProgress("denoise", Progress("step", k, 200))))
                 await asyncio.sleep(0.01)

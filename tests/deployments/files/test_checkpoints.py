@@ -1,11 +1,11 @@
-"""Which checkpoints a denoise replica writes, and how it uses those that it finds."""
+"""Which checkpoints a sampler writes, and how it uses those that it finds."""
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from deployments.files.checkpoints import Checkpoints
 from deployments.files.file_store import FileStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import FetchSettings
-from deployments.stages.denoise import Denoise
 from deployments.stages.preprocess import Preprocess
-from deployments.stages.protocol import CheckpointRef, Done, Note, Started
+from deployments.stages.protocol import CheckpointRef, Done, Note, Started, UnitCall
+from deployments.stages.sampler import Sampler
 from engines.animatediff.config import AnimateDiffConfig
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Conditioning, Latents, Progress
+from engines.units import Unit, UnitOutput
 from tests.fakes import ENDPOINT
 from tests.patience import PATIENCE_S
 
@@ -42,33 +43,55 @@ def reached(step: int) -> Checkpoint:
     return Checkpoint(step, STEPS, torch.full((1, 4, 2, 2, 2), float(step)), STATE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step(Unit):
+    done: int
+
+
 class Stage:
-    """before: called before each step with the number of steps done. began_at: the step at which each call began.
+    """A model's sampler, and the replica that runs its units.
 
-    runs: what really runs the steps. held_at: with so many steps done it goes on only once it is to stop.
+    before: called before each step with the number of steps done. began_at: the step at which each call began.
+    runs: what really runs the steps. held_at: with so many steps done the unit ends only once it is to stop.
     """
-
-    engines: tuple[str, ...] = ()
 
     def __init__(self, before: Callable[[int], None] = lambda _: None, runs: str = "eager", held_at: int | None = None):
         self.before = before
         self.runs = runs
         self.held_at = held_at
+        self.stopped: set[str] = set()
         self.began_at: list[int] = []
 
-    def sample(self, conditioning: Any, *, resume: Any, on_step: Any, on_progress: Any, should_stop: Any) -> Latents:
+    def sample(self, conditioning: Any, runner: Any, *, resume: Any, on_step: Any, on_progress: Any) -> Latents:
         start = resume.step if resume else 0
         self.began_at.append(start)
         ran = "+".join(sorted({self.runs} | set(resume.engine.split("+") if resume else ())))  # as `run_steps`
         for done in range(start, STEPS):
-            self.before(done)
-            while done == self.held_at and not should_stop():
-                time.sleep(0.005)
-            if should_stop():
-                raise Cancelled
+            list(runner.run([Step(size=1.0, done=done)], lambda _: None))
             on_step(replace(reached(done + 1), engine=ran))
             on_progress(Progress("step", done + 1, STEPS))
         return Latents(torch.full((1, 4, 2, 2, 2), 99.0), conditioning.seed, engine=ran)
+
+    def watch(self, changed: Callable[[frozenset[str]], None]) -> None:
+        changed(frozenset({"a replica"}))
+
+    async def arithmetic(self, replica: str) -> str:
+        return ""
+
+    async def run(self, replica: str, call: UnitCall, conditioning: Any) -> AsyncIterator[UnitOutput]:
+        assert isinstance(call.unit, Step)
+        await asyncio.to_thread(self.before, call.unit.done)
+        while call.unit.done == self.held_at and call.run not in self.stopped:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        if call.run in self.stopped:
+            raise Cancelled
+        yield UnitOutput(torch.zeros(1), self.runs)
+
+    async def stop(self, replica: str, runs: Any) -> None:
+        self.stopped |= set(runs)
+
+    async def forget(self, replica: str, job: str) -> None:
+        pass
 
 
 @pytest.fixture
@@ -77,10 +100,10 @@ def url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Denoise]:
-    def build(stage: Any, checkpoint_s: float = 1e-6, config: Any = CONFIG) -> Denoise:
-        monkeypatch.setattr("deployments.stages.denoise.build_stage", lambda *_: stage)
-        return Denoise("a model", config, url, checkpoint_s)
+def replica(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[..., Sampler]:
+    def build(stage: Any, checkpoint_s: float = 1e-6, config: Any = CONFIG) -> Sampler:
+        monkeypatch.setattr("deployments.stages.sampler.build_stage", lambda *_: stage)
+        return Sampler("a model", config, url, checkpoint_s, stage)
 
     return build
 
@@ -105,13 +128,13 @@ def plain(item: Any) -> Any:
     return item if at is None else Note(f"{at.unit} {at.done}/{at.total}")
 
 
-async def listen(replica: Denoise, checkpoint: CheckpointRef, seed: int = 1) -> list[Any]:
-    return [plain(item) async for item in replica.run(asked(seed), checkpoint)]
+async def listen(replica: Sampler, checkpoint: CheckpointRef, seed: int = 1) -> list[Any]:
+    return [plain(item) async for item in replica.run(asked(seed), None, checkpoint)]
 
 
-async def interrupt(replica: Denoise, after: str, seed: int = 1) -> None:
+async def interrupt(replica: Sampler, after: str, seed: int = 1) -> None:
     """Stops listening after a note."""
-    async with aclosing(replica.run(asked(seed), FIRST)) as stream:
+    async with aclosing(replica.run(asked(seed), None, FIRST)) as stream:
         async for item in stream:
             if plain(item) == Note(after):
                 return
@@ -121,7 +144,7 @@ def slowly(_: int) -> None:
     time.sleep(0.03)
 
 
-async def test_the_latents_are_kept_before_they_are_handed_on(replica: Callable[..., Denoise]):
+async def test_the_latents_are_kept_before_they_are_handed_on(replica: Callable[..., Sampler]):
     one = replica(Stage(), checkpoint_s=LONG_S)
     *_, done = await listen(one, FIRST)
     kept = await one.checkpoints.latents(NAME)
@@ -130,12 +153,14 @@ async def test_the_latents_are_kept_before_they_are_handed_on(replica: Callable[
     assert kept.seed == done.product.seed
 
 
-async def test_the_turn_is_over_while_the_latents_are_written(replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch):
+async def test_the_replicas_are_free_while_the_latents_are_written(
+    replica: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
+):
     one = replica(Stage(), checkpoint_s=LONG_S)
     free = []
 
     async def write(*_: Any) -> None:
-        free.append(not one.turn.locked())
+        free.append(one.pool.scheduler.at_rest)
 
     monkeypatch.setattr(one.checkpoints, "write", write)
     await listen(one, FIRST)
@@ -143,7 +168,7 @@ async def test_the_turn_is_over_while_the_latents_are_written(replica: Callable[
 
 
 async def test_steps_are_kept_no_more_often_than_asked_for(
-    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+    replica: Callable[..., Sampler], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     await listen(replica(Stage(slowly), checkpoint_s=LONG_S), FIRST)
     assert written == ["latents"], "a short job's steps are not written"
@@ -162,12 +187,12 @@ async def test_steps_are_kept_no_more_often_than_asked_for(
 
 
 async def test_a_slow_disk_holds_up_no_step_and_gets_the_newest(
-    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+    replica: Callable[..., Sampler], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     put = FileStorePut()
     monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
     one = replica(Stage(slowly))
-    stream = one.run(asked(), FIRST)
+    stream = one.run(asked(), None, FIRST)
     notes = [plain(await anext(stream)) for _ in range(1 + STEPS)]
     assert notes[-1] == Note(f"step {STEPS}/{STEPS}")
     assert written == [], "the first one is still being written"
@@ -186,7 +211,7 @@ class FileStorePut:
         await self.done.wait()
 
 
-async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Callable[..., Denoise], written: list[Any]):
+async def test_a_cancelled_call_keeps_its_last_step(replica: Callable[..., Sampler], written: list[Any]):
     stage = Stage(held_at=3)
     one = replica(stage, checkpoint_s=LONG_S)
     await interrupt(one, f"step 3/{STEPS}")
@@ -198,11 +223,11 @@ async def test_a_cancelled_call_keeps_its_last_step_after_its_turn(replica: Call
 
 
 async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_step_after_all(
-    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+    replica: Callable[..., Sampler], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     put = FileStorePut()
     monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", put.slow)
-    stream = replica(Stage(slowly)).run(asked(), FIRST)
+    stream = replica(Stage(slowly)).run(asked(), None, FIRST)
     for _ in range(1 + STEPS):
         await anext(stream)
     handing_on = asyncio.ensure_future(anext(stream))  # waits until the first step is written, then writes the latents
@@ -216,17 +241,18 @@ async def test_a_call_that_is_cancelled_while_a_slow_disk_writes_keeps_its_last_
     assert written == [1, STEPS]
 
 
-async def test_a_call_that_is_cancelled_before_its_first_step_keeps_nothing(replica: Callable[..., Denoise], written: list[Any]):
-    one = replica(Stage())
-    async with one.turn:
-        waiting = asyncio.ensure_future(listen(one, FIRST))
-        await asyncio.sleep(0.05)
-        waiting.cancel()
-        await asyncio.wait([waiting])
+async def test_a_call_that_is_cancelled_before_its_first_step_keeps_nothing(replica: Callable[..., Sampler], written: list[Any]):
+    go_on = threading.Event()
+    waiting = asyncio.ensure_future(listen(replica(Stage(lambda _: go_on.wait(5))), FIRST))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.wait([waiting], timeout=5)
+    assert waiting.cancelled(), "though its unit still runs"
+    go_on.set()
     assert written == []
 
 
-async def test_a_task_that_is_cancelled_has_kept_its_last_step_when_it_ends(replica: Callable[..., Denoise], written: list[Any]):
+async def test_a_task_that_is_cancelled_has_kept_its_last_step_when_it_ends(replica: Callable[..., Sampler], written: list[Any]):
     heard = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -242,7 +268,7 @@ async def test_a_task_that_is_cancelled_has_kept_its_last_step_when_it_ends(repl
     assert written in ([2], [3], [4])
 
 
-async def test_a_failed_call_keeps_no_step_more(replica: Callable[..., Denoise], written: list[Any]):
+async def test_a_failed_call_keeps_no_step_more(replica: Callable[..., Sampler], written: list[Any]):
     def fail(done: int) -> None:
         if done == 3:
             raise GenerationFailed
@@ -252,7 +278,7 @@ async def test_a_failed_call_keeps_no_step_more(replica: Callable[..., Denoise],
     assert written == []
 
 
-async def test_a_first_attempt_looks_for_nothing(replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch):
+async def test_a_first_attempt_looks_for_nothing(replica: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch):
     stage = Stage(held_at=3)
     one = replica(stage, checkpoint_s=LONG_S)
     await interrupt(one, f"step 3/{STEPS}")
@@ -265,7 +291,7 @@ async def test_a_first_attempt_looks_for_nothing(replica: Callable[..., Denoise]
     "found", [None, b"", b"\x80\x04pickle", "half", "of another request", "of other weights", "of another engine", "latents"]
 )
 async def test_what_is_not_this_jobs_own_work_starts_over(
-    replica: Callable[..., Denoise], found: bytes | str | None, caplog: pytest.LogCaptureFixture
+    replica: Callable[..., Sampler], found: bytes | str | None, caplog: pytest.LogCaptureFixture
 ):
     stage = Stage()
     one = replica(stage)
@@ -277,12 +303,10 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
         latents = Latents(torch.zeros(1, 4, 2, 2, 2), 1)
         await other.checkpoints.write(NAME, latents, lambda: other.checkpoints.of_latents(NAME))
     elif found is not None:
-        other_stage = Stage()
-        other_stage.engines = (("motion-1", "inductor"),)
-        compiled = replica(other_stage)
-        writer = {"of other weights": other, "of another engine": compiled}.get(found, one)
+        writer = other if found == "of other weights" else one
+        engines = "inductor" if found == "of another engine" else ""
         by = asked(seed=2 if found == "of another request" else 1)
-        await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by))
+        await writer.checkpoints.write(NAME, reached(3), lambda: writer.checkpoints.of_steps(NAME, by, engines))
         if found == "half":
             data = await files.get_checkpoint(NAME, "step")
             assert data is not None
@@ -297,7 +321,7 @@ async def test_what_is_not_this_jobs_own_work_starts_over(
 
 @pytest.mark.parametrize(("before", "after"), [("inductor", "eager"), ("eager+inductor", "inductor"), ("inductor", "inductor")])
 async def test_a_resume_by_another_engine_than_the_one_that_ran_the_steps_is_said(
-    replica: Callable[..., Denoise], caplog: pytest.LogCaptureFixture, before: str, after: str
+    replica: Callable[..., Sampler], caplog: pytest.LogCaptureFixture, before: str, after: str
 ):
     """Both replicas have the same engines, but calls of one fell back to the modules."""
     await interrupt(replica(Stage(runs=before, held_at=3)), f"step 3/{STEPS}")
@@ -313,7 +337,7 @@ async def test_a_resume_by_another_engine_than_the_one_that_ran_the_steps_is_sai
 
 @pytest.mark.parametrize("refuses", ["put_checkpoint", "get_checkpoint"])
 async def test_a_file_store_that_is_away_costs_no_job(
-    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: str
+    replica: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: str
 ):
     class BucketAway(Exception):
         """Stands for the exceptions that each kind of store defines itself."""
@@ -328,7 +352,7 @@ async def test_a_file_store_that_is_away_costs_no_job(
 
 
 async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
-    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch
+    replica: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr("deployments.files.file_store.FileStore.put_checkpoint", FileStorePut().slow)
@@ -337,7 +361,7 @@ async def test_a_bucket_that_never_answers_holds_a_job_up_for_a_while_only(
 
 
 async def test_a_write_that_stalls_is_left_alone_and_replaces_no_finished_latents(
-    replica: Callable[..., Denoise], written: list[Any], monkeypatch: pytest.MonkeyPatch
+    replica: Callable[..., Sampler], written: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("deployments.files.checkpoints.WRITE_TIMEOUT_S", 0.1)
     write, go_on, began = FileStore._write, threading.Event(), list[str]()
@@ -365,7 +389,7 @@ async def test_a_write_that_stalls_is_left_alone_and_replaces_no_finished_latent
 
 
 async def test_finished_latents_are_found_without_the_conditioning(
-    replica: Callable[..., Denoise], monkeypatch: pytest.MonkeyPatch, url: str
+    replica: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch, url: str
 ):
     def preprocess(config: Any) -> Preprocess:
         monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: None)

@@ -29,6 +29,7 @@ from deployments.jobs.store import JobStore
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.schemas.failures import error_failure, request_failure
 from deployments.settings import QueueSettings, Settings
+from engines.controlnext.config import ControlNeXtConfig
 from engines.errors import InternalError, RunnerFailed
 from tests.conftest import execute
 from tests.patience import PATIENCE_S
@@ -842,7 +843,7 @@ async def test_browsers_on_this_machine_may_call(origin: str, alone: httpx.Async
     actual = await alone.get("/nowhere", headers={"origin": origin})
     exposed = {"x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-needs-retry"}
     exposed |= {"x-fal-runner-hints", "x-fal-billable-units", "x-reelray-ignored-fields", "x-reelray-ignored-headers"}
-    exposed |= {"content-range", "content-disposition", "etag"}
+    exposed |= {"content-range", "content-disposition", "etag", "x-reelray-trace-id"}
     assert set(actual.headers["access-control-expose-headers"].split(", ")) == exposed
 
 
@@ -1156,3 +1157,24 @@ async def test_a_database_that_refuses_the_door_is_told_in_the_log_and_tried_aga
 
 def test_the_error_of_an_outage_is_the_one_of_any_failure() -> None:
     assert request_failure(500, "internal_error", InternalError().message) == error_failure(InternalError())
+
+
+async def test_what_can_never_fit_is_refused_when_it_is_submitted(settings: Settings, store: JobStore):
+    small = settings.model_copy(update={"controlnext": ControlNeXtConfig(dtype="float16", memory_bytes=24_000_000_000)})
+    async with calling(create_app(small, store)) as client:
+        answer = await client.post("/queue/fal-ai/controlnext", json=MEDIA | {"decode_chunk_size": 32})
+        assert (answer.status_code, answer.headers["X-Fal-Needs-Retry"]) == (422, "0")
+        (detail,) = answer.json()["detail"]
+        assert detail == {
+            "loc": ["body", "decode_chunk_size"],
+            "msg": "At 576x1024 the memory of this service's GPUs is enough for 14 frames together.",
+            "type": "less_than_equal",
+            "url": "https://docs.fal.ai/errors#less_than_equal",
+            "ctx": {"le": 14},
+        }
+        assert (await client.post("/queue/fal-ai/controlnext", json=MEDIA | {"decode_chunk_size": 14})).status_code == 200
+
+
+async def test_a_job_keeps_the_work_that_its_input_asks_for(client: httpx.AsyncClient, submissions: list[NewJob]):
+    await client.post("/queue/fal-ai/controlnext", json=MEDIA)
+    assert (submissions[0].units, submissions[0].parallel) == ((240.0, 650.0, 240.0), 26)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
@@ -49,6 +49,21 @@ async def code(url: str) -> dict[str, str]:
     rows = await connection.fetch(CODE)
     await connection.close()
     return dict(rows)
+
+
+async def test_a_url_without_parts_takes_the_server_from_the_environment(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the YAML of a cluster holds no password."""
+    parts = urlsplit(database)
+    at = {"host": parts.hostname, "port": parts.port, **dict(parse_qsl(parts.query))}
+    at |= {"user": parts.username, "password": parts.password or "", "database": parts.path[1:]}
+    for name, value in at.items():
+        monkeypatch.setenv(f"PG{name.upper()}", str(value))
+    store = await JobStore.open("postgresql://")
+    job = await store.submit(NEW)
+    await store.close()
+    connection = await asyncpg.connect(database)
+    assert await connection.fetchval("SELECT id FROM jobs") == job.id
+    await connection.close()
 
 
 async def test_stores_that_open_at_once_migrate_once(empty: str) -> None:

@@ -14,6 +14,7 @@ from engines.errors import (
     ReelrayError,
     RunnerDisconnected,
     RunnerFailed,
+    RunnerOutOfMemory,
     RunnerStalled,
     StorageFailed,
 )
@@ -31,6 +32,7 @@ def waits(error: ReelrayError, max_attempts: int) -> list[float | None]:
     [
         (RunnerDisconnected(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
         (RunnerStalled(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
+        (RunnerOutOfMemory(), [0, 1, 2, 4, 8, 16, 30, 30, 30, None]),
         (StorageFailed(), [5, 10, 20, 40, 80, 160, 300, 300, 300, None]),
         (RunnerFailed(), [None] * 10),
         (FileDownloadError(), [None] * 10),
@@ -43,6 +45,10 @@ def test_waits_of_a_job_with_ten_attempts(error: ReelrayError, expected: list[fl
 @pytest.mark.parametrize("kind", [RunnerDisconnected, RunnerStalled])
 def test_the_third_attempt_that_is_lost_in_the_same_stage_is_the_last(kind: type[ReelrayError]) -> None:
     assert [next_attempt_in(kind(), 4, 10, losses) for losses in (0, 1, 2, 3)] == [4, 4, 4, None]
+
+
+def test_a_job_for_which_the_memory_was_not_enough_twice_is_not_tried_again() -> None:
+    assert [next_attempt_in(RunnerOutOfMemory(), attempt, 10, losses=attempt) for attempt in (1, 2)] == [0, None]
 
 
 @pytest.mark.parametrize("kind", POLICIES)

@@ -576,8 +576,12 @@ async def test_state_change_and_its_webhook_stand_or_fall_together(store: JobSto
 
 async def test_watch_wakes_on_every_change_and_where_asked_to_on_lines(store: JobStore) -> None:
     job, claim = await running(store)
-    other = await store.submit(NEW)
-    async with store.watch(job.id) as changes, store.watch_lines(job.id) as lines_too:
+    other, last = await store.submit(NEW), await store.submit(NEW)
+    async with store.watch(job.id) as changes, store.watch_lines(job.id) as lines_too, store.watch(last.id) as heard:
+        await store.request_cancel(last.id)
+        assert await heard.changed(PATIENCE_S)  # and so has been all that was before it
+        for each in (changes, lines_too):
+            await each.changed(0.05)
         await store.claims.log(claim, "line")
         assert await lines_too.changed(PATIENCE_S)
         assert not await changes.changed(0.05)

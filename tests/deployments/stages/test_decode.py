@@ -8,6 +8,7 @@ from deployments.settings import Settings
 from deployments.stages.decode import Decode
 from deployments.stages.protocol import Done, Started
 from deployments.stages.throttle import BURST
+from engines.config import ModelConfig
 from engines.errors import Cancelled
 from engines.spec import Latents, Progress
 from tests.fakes import CLIP, EndlessStage, LocalStages
@@ -16,7 +17,7 @@ from tests.patience import PATIENCE_S
 
 def replica(monkeypatch: pytest.MonkeyPatch, stage: Any) -> Decode:
     monkeypatch.setattr("deployments.stages.decode.build_stage", lambda *_: stage)
-    return Decode("a model", None)
+    return Decode("a model", ModelConfig())
 
 
 async def test_the_clip_comes_after_its_progress(monkeypatch: pytest.MonkeyPatch):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
-from deployments.stages.handles import ServeStages, crossing, translated
+from deployments.stages import replica_lists
+from deployments.stages.handles import ANY, NamedReplicaRouter, ServeReplicas, ServeStages, crossing, translated
 from deployments.stages.protocol import CheckpointRef, Done, Note, OnNote, Started, Stream
-from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed
+from engines.errors import ImageLoadError, RunnerDisconnected, RunnerFailed, SamplerLost
 from tests.fakes import CLIP
 
 STAGES = ("preprocess", "denoise", "decode")
@@ -43,7 +44,7 @@ def stages_with(response: Response) -> ServeStages:
     method = SimpleNamespace(remote=lambda *_: response)
     handle: Any = SimpleNamespace(run=method, saved=method)
     handle.options = lambda *, stream: handle
-    return ServeStages(handle, handle, handle)
+    return ServeStages("a model", handle, handle, handle, ServeReplicas(handle))
 
 
 async def call(stages: ServeStages, stage: str, on_note: OnNote) -> Any:
@@ -117,6 +118,15 @@ async def test_a_clip_that_is_lost_is_worth_another_try(items: tuple[Any, ...]):
         await stages_with(Response(*items)).decode(None, nobody)
 
 
+async def test_the_loss_of_a_sampler_is_told_from_that_of_replicas_which_a_unit_ended():
+    for trouble in (ActorDiedError(), crossed(ActorDiedError())):
+        with pytest.raises(SamplerLost):
+            await stages_with(Response(Started(), trouble)).denoise(None, CHECKPOINT, nobody)
+    with pytest.raises(RunnerDisconnected) as error:
+        await stages_with(Response(Started(), crossed(RunnerDisconnected()))).denoise(None, CHECKPOINT, nobody)
+    assert type(error.value) is RunnerDisconnected
+
+
 async def test_finished_latents_come_unread_and_their_absence_is_no_error():
     assert await stages_with(Response(Done(None, 0.0))).saved(CHECKPOINT, nobody) is None
     assert await (await stages_with(Response(Note("resumed"), Done(None, 0.0), CLIP)).saved(CHECKPOINT, nobody)) is CLIP  # type: ignore[misc]
@@ -144,3 +154,28 @@ async def test_a_product_crosses_ray_as_an_item_of_its_own_behind_its_end(produc
     assert closed == [True, True]
     found = await stages_with(Response(*items)).saved(CHECKPOINT, nobody)
     assert (found and await found) is product  # type: ignore[misc]
+
+
+async def test_a_call_goes_to_the_replica_that_it_names_or_to_any_if_that_has_gone():
+    candidates: list[Any] = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in ("a", "b")]
+    router = NamedReplicaRouter.__new__(NamedReplicaRouter)  # Serve's own constructor needs a controller
+
+    async def chosen(*args: Any) -> list[str]:
+        context = SimpleNamespace(should_backoff=False)
+        pending: Any = SimpleNamespace(args=args, routing_context=context)
+        (found,) = await router.choose_replicas(candidates, pending)
+        assert context.should_backoff, "else Serve asks again without a pause where all are full"
+        return [each.replica_id.unique_id for each in found]
+
+    assert await chosen("b", "more") == ["b"]
+    assert await chosen("gone") == await chosen(ANY) == await chosen() == ["a", "b"]
+
+
+async def test_watchers_hear_of_their_deployments_replicas_at_once_and_later():
+    heard: list[frozenset[str]] = []
+    replica_lists.announce("one", frozenset("a"))
+    replica_lists.watch("one", heard.append)
+    replica_lists.announce("another", frozenset("x"))
+    await asyncio.to_thread(replica_lists.announce, "one", frozenset("ab"))
+    await asyncio.sleep(0)
+    assert heard == [frozenset("a"), frozenset("ab")]

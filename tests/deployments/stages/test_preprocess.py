@@ -16,6 +16,7 @@ from deployments.settings import FetchSettings, Settings
 from deployments.stages.preprocess import Preprocess
 from deployments.stages.progress import StageProgress
 from deployments.stages.protocol import Done, Note, Started, Stream
+from engines.config import ModelConfig
 from engines.errors import Cancelled, FileDownloadError, ImageLoadError, StorageFailed
 from engines.spec import Progress
 from engines.temporary import PREFIX
@@ -53,7 +54,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Any], 
 
     def build(stage: Any) -> Preprocess:
         monkeypatch.setattr("deployments.stages.preprocess.build_stage", lambda *_: stage)
-        return Preprocess(ENDPOINTS[ENDPOINT], None, FetchSettings(), str(tmp_path / "files"))
+        return Preprocess(ENDPOINTS[ENDPOINT], ModelConfig(), FetchSettings(), str(tmp_path / "files"))
 
     return build
 

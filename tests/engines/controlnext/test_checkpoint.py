@@ -12,11 +12,12 @@ from diffusers import UNetSpatioTemporalConditionModel
 from safetensors.torch import load_file, save_file
 
 from engines.checkpoints.weights import build, load_strict
-from engines.controlnext.checkpoint import load_control_net, load_diffusers_unet, load_noise_range, load_vae, size_multiple
+from engines.controlnext.checkpoint import load_control_net, load_diffusers_unet, load_vae, size_multiple
 from engines.controlnext.config import ControlNeXtConfig, ControlNeXtWeights
 from engines.controlnext.demo_weights import DemoSize, write_demo_weights
 from engines.controlnext.denoise import Denoise
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
+from engines.controlnext.noise import load_noise_range
 from engines.errors import WeightsError
 from tests.engines.controlnext.conftest import conditioning, first_noise
 from tests.engines.controlnext.reference import ReferenceControlNet, sample

@@ -1,8 +1,12 @@
 import gc
+import pickle
+import random
+import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +16,12 @@ from engines.checkpoints.checkpoint_file import pack, unpack
 from engines.checkpoints.source import DType
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.denoise import ControlMaps, Denoise
+from engines.controlnext.noise import SCHEDULER
+from engines.controlnext.sampler import Sampler, WindowUnit
+from engines.controlnext.spec import ControlNeXtConditioning
 from engines.errors import Cancelled, GenerationFailed
 from engines.spec import Checkpoint, Progress
+from engines.units import UnitOutput
 from tests.engines.controlnext.conftest import conditioning
 
 IDS = (6.0, 127.0, 0.02)
@@ -155,3 +163,48 @@ def test_a_resumed_run_tells_where_it_begins(denoise: Denoise):
     denoise.sample(asked, on_step=checkpoints.append)
     denoise.sample(asked, resume=checkpoints[1], on_progress=told.append)
     assert told[0] == Progress("step", 2, 3)
+
+
+class Scattered:
+    """Runs the units of a step in another order, each by a request of its own, as if replicas had just come."""
+
+    def __init__(self, denoise: Denoise, asked: ControlNeXtConditioning):
+        self.denoise, self.asked = denoise, asked
+        self.order = random.Random(3)
+
+    def run(self, units: Sequence[WindowUnit], tell: Any) -> Iterator[tuple[int, UnitOutput]]:
+        for place in self.order.sample(range(len(units)), len(units)):
+            unit = pickle.loads(pickle.dumps(units[place]))
+            assert unit.latents.untyped_storage().nbytes() == unit.latents.nbytes, "no more is sent than the window"
+            yield place, self.denoise.begin(self.asked).run(unit, tell, None)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_scale": 1.0}, {"controlnext_cond_scale": 0.0}])
+def test_neither_the_order_of_units_nor_who_runs_them_changes_a_bit(denoise: Denoise, changes: dict[str, float]):
+    asked, told = conditioning(13, **changes), list[Progress]()
+    scattered = Sampler(denoise.config).sample(asked, Scattered(denoise, asked), on_progress=told.append)
+    assert torch.equal(scattered.values, denoise.sample(asked).values)
+    fractions = [progress.fraction for progress in told]
+    assert fractions == sorted(set(fractions))
+
+
+def test_the_sampler_is_ready_without_a_network(denoise: Denoise, tmp_path: Path):
+    """On a node of its own it downloads one small file."""
+    weights = denoise.config.weights
+    assert isinstance(weights, ControlNeXtWeights)
+    assert weights.base.folder is not None
+    (tmp_path / SCHEDULER).parent.mkdir()
+    shutil.copy(weights.base.folder / SCHEDULER, tmp_path / SCHEDULER)
+    alone = replace(weights, base=replace(weights.base, folder=tmp_path))
+    assert Sampler(replace(denoise.config, weights=alone)).noise == denoise.noise
+
+
+def test_requests_share_the_memory_for_prefixes_and_give_it_back(denoise: Denoise):
+    budget = denoise.prefixes.spare_bytes
+    one, other = denoise.begin(conditioning(10)), denoise.begin(conditioning(10))
+    for request in (one, other):
+        assert request.maps is not None
+        request.maps.of(range(10), 0)
+    assert budget - denoise.prefixes.spare_bytes == 2 * sum(p.size_bytes for p in one.maps._kept.values()) > 0  # type: ignore[union-attr]
+    del one, other, request
+    assert denoise.prefixes.spare_bytes == budget

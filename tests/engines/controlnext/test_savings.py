@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from engines.controlnext.config import ControlNeXtWeights
-from engines.controlnext.denoise import ControlMaps, Denoise
+from engines.controlnext.denoise import Budget, ControlMaps, Denoise
 from engines.controlnext.nets.control_net import ControlNet
 from engines.controlnext.nets.layers import BlockSlots, Resnet, SpatialBlock, TemporalBlock, Transformer
 from engines.controlnext.nets.unet import Control, inject
@@ -61,7 +61,7 @@ def test_5a_of_the_unconditional_half_only_the_output_bias_is_left(precise: Deno
 
 def test_5b_maps_are_computed_once_a_frame_and_serve_every_window(precise: Denoise, nets: tuple[Any, Any]):
     asked = conditioning(11)
-    maps = ControlMaps(precise, asked.poses, [TIME], lambda: False).at_step(0)
+    maps = ControlMaps(precise, asked.poses, [TIME]).of(range(11), 0)
     features = randn(4, 32, 4, 3)
     for frames in ([0, 1, 2, 3], [0, 5, 6, 7], [0, 8, 9, 10]):
         recomputed = nets[1](asked.poses[frames].double() / 255, torch.tensor(TIME))
@@ -86,14 +86,14 @@ def test_5c_one_step_of_the_average_is_the_average_of_steps():
 @pytest.mark.parametrize("kept_batches", [0, 1, 2])
 def test_5d_the_prefix_does_not_depend_on_the_step_and_is_kept_within_its_budget(precise: Denoise, kept_batches: int):
     asked, times = conditioning(11), [1.6, TIME]  # 11 frames are batches of 8 and 3
-    fresh = [ControlMaps(precise, asked.poses, times, lambda: False).at_step(i) for i in range(2)]
-    maps = ControlMaps(precise, asked.poses, times, lambda: False)
+    fresh = [ControlMaps(precise, asked.poses, times).of(range(11), i) for i in range(2)]
+    maps = ControlMaps(precise, asked.poses, times)
     batch_bytes = precise.control_net.prefix(asked.poses[:8].double() / 255).size_bytes
-    maps.spare_bytes = kept_batches * batch_bytes
+    maps.budget = Budget(kept_batches * batch_bytes)
     calls: list[int] = []
     hook = precise.control_net.embedding.register_forward_hook(lambda _, args, out: calls.append(len(out)))
     for i in range(2):
-        assert torch.equal(maps.at_step(i), fresh[i])
+        assert torch.equal(maps.of(range(11), i), fresh[i])
     hook.remove()
     assert calls == {0: [8, 3, 8, 3], 1: [8, 3, 3], 2: [8, 3]}[kept_batches]
 
