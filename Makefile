@@ -23,6 +23,10 @@ install: $(VENV)/.installed ## make the environment in .venv
 demo: install ## start the service, render a video per endpoint through the queue, stop
 	$(BIN)/reelray demo
 
+.PHONY: demo-weights
+demo-weights: install ## train the demo models again, at the lowest priority; hours on two cores, resumes where it was stopped
+	$(BIN)/python -m engines.demo
+
 .PHONY: serve
 serve: install ## keep the service running on http://127.0.0.1:8000
 	$(BIN)/reelray serve

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from engines.config import ModelConfig
+from engines.demo.shipped import shipped
 from engines.spec import DecodeStage, PreprocessStage
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def build_stage(model: str, stage: str, config: ModelConfig) -> Any:
 
 
 def write_demo_weights(model: str, folder: Path) -> None:
-    """Writes the model's demo checkpoint, if it has one."""
-    if find_spec(f"{_MODELS[model]}.demo_weights"):
+    """Writes the model's demo checkpoint, if it has one: the package's trained one, or else random numbers in the same layout."""
+    if (trained := shipped(_MODELS[model].rpartition(".")[2])) is not None:
+        import_module("engines.demo.checkpoint").copy_once(trained, folder)
+    elif find_spec(f"{_MODELS[model]}.demo_weights"):
         import_module(f"{_MODELS[model]}.demo_weights").write_demo_weights(folder)
 
 

@@ -18,7 +18,6 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from deployments.hosting.demo_weights import write_missing_weights
 from deployments.hosting.embedded_postgres import database_url, postgres_folder, stop_embedded
 from deployments.hosting.tls import TlsFiles, write_certificate
 from deployments.jobs.database import migrate
@@ -167,13 +166,13 @@ def home(initialised: Path) -> Iterator[Settings]:
 
 @pytest.fixture(scope="session")
 def demo_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the demo weights, in a home that all workers of a run share."""
+    """The folder of random demo weights, which run faster than the trained, in a home that all workers of a run share."""
     place = tmp_path_factory.getbasetemp()
     settings = Settings(home=(place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "shared")
     settings.home.mkdir(exist_ok=True)
     with (settings.home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_missing_weights(settings)
+        write_random_weights(settings.demo_weights)
     return settings.demo_weights.parent
 
 
@@ -185,6 +184,15 @@ def demo_settings(tmp_path_factory: pytest.TempPathFactory, demo_weights: Path) 
     settings = Settings.model_validate(given)
     (settings.home / "weights").symlink_to(demo_weights)
     return settings
+
+
+def write_random_weights(folder: Path) -> None:
+    """Both models' random checkpoints. A service whose home has them uses them."""
+    from engines.animatediff.demo_weights import write_demo_weights as write_animatediff
+    from engines.controlnext.demo_weights import write_demo_weights as write_controlnext
+
+    write_animatediff(folder / "animatediff")
+    write_controlnext(folder / "controlnext")
 
 
 @contextmanager

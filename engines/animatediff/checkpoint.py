@@ -64,6 +64,9 @@ _SCHEDULER_NEEDS: dict[str, Any] = {"clip_sample": False, "thresholding": False,
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the VAE's attention layers in checkpoints from before diffusers 0.18 (such as SD 1.5's own), and their names today."""
 
+KNOWN_WORDS = "words.json"
+"""Lists the words that a demo model knows; a file that published checkpoints do not have."""
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -96,6 +99,12 @@ def clip_shape(config: AnimateDiffConfig) -> ClipShape:
 def load_tokenizer(weights: AnimateDiffWeights) -> CLIPTokenizer:
     """CLIP's tokenizer."""
     return CLIPTokenizer.from_pretrained(_base(weights.base) / "tokenizer")
+
+
+def load_known_words(weights: AnimateDiffWeights) -> tuple[str, ...]:
+    """The words that the model knows, if it is a demo model, in its grammar's order; else nothing."""
+    path = _base(weights.base) / KNOWN_WORDS
+    return tuple(read_json(path)["words"]) if path.is_file() else ()
 
 
 def load_text_encoder(weights: AnimateDiffWeights, dtype: torch.dtype) -> CLIPTextModel:

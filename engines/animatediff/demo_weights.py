@@ -4,7 +4,7 @@ They give coloured noise, not videos; their purpose is to be loaded, moved and c
 `video-models.md` section 8 (64x64 pixels, 16 frames, about 16 MB in all).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from engines.animatediff.checkpoint import OLD_VAE_NAMES
+from engines.animatediff.checkpoint import KNOWN_WORDS, OLD_VAE_NAMES
 from engines.animatediff.config import AnimateDiffWeights
-from engines.demo import live, write_json, write_once
+from engines.demo.animatediff.tokenizer import TOKENS, write_tokenizer
+from engines.demo.checkpoint import live, write_json, write_once
 
 _WIDTH = 32  # of the text embedding
 _HEADS = 4
@@ -62,22 +63,50 @@ def write_demo_weights(folder: Path, size: DemoSize = TINY) -> AnimateDiffWeight
     return AnimateDiffWeights.demo(folder)
 
 
-def _write_all(weights: AnimateDiffWeights, size: DemoSize) -> None:
+@dataclass(frozen=True)
+class DemoParts:
+    """The modules of a checkpoint. words: of which the tokenizer makes one token each. lora: of the UNet, in kohya's key style.
+
+    old_vae: the base's own VAE, which `vae` replaces; None leaves it out.
+    """
+
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    motion_adapter: MotionAdapter
+    scribble: SparseControlNetModel
+    rgb: SparseControlNetModel
+    lora: Mapping[str, Tensor]
+    words: Sequence[str] = ()
+    old_vae: AutoencoderKL | None = None
+
+
+def write_parts(weights: AnimateDiffWeights, parts: DemoParts) -> None:
+    """Write every part where `weights` says, in the published layouts."""
     base, vae, adapter = weights.base.folder, weights.vae and weights.vae.folder, weights.motion_adapter.folder
     scribble, rgb = weights.sparsectrl_scribble.folder, weights.sparsectrl_rgb.folder
     assert base and vae and adapter and scribble and rgb and weights.lora.file  # noqa: PT018  (for the type checker)
     write_json(base / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_tokenizer(base / "tokenizer")
-    _write_text_encoder(base / "text_encoder")
-    unet = live(_unet(size))
-    unet.save_pretrained(base / "unet")
-    _write_old_vae(base / "vae", size)
-    live(_vae(size)).save_pretrained(vae)
-    live(_motion_adapter(size)).save_pretrained(adapter)
-    save_file(kohya_lora(unet.state_dict()), adapter / weights.lora.file)
-    live(_sparse_control(size, simplified=False)).save_pretrained(scribble)
-    live(_sparse_control(size, simplified=True)).save_pretrained(rgb)
+    write_tokenizer(base / "tokenizer", parts.words)
+    if parts.words:
+        write_json(base / KNOWN_WORDS, {"words": list(parts.words)})
+    _write_text_encoder(base / "text_encoder", parts.text_encoder)
+    parts.unet.save_pretrained(base / "unet")
+    if parts.old_vae is not None:
+        _write_old_vae(base / "vae", parts.old_vae)
+    parts.vae.save_pretrained(vae)
+    parts.motion_adapter.save_pretrained(adapter)
+    save_file(dict(parts.lora), adapter / weights.lora.file)
+    parts.scribble.save_pretrained(scribble)
+    parts.rgb.save_pretrained(rgb)
+
+
+def _write_all(weights: AnimateDiffWeights, size: DemoSize) -> None:
+    text_encoder, unet, old_vae = live(_text_encoder()), live(_unet(size)), live(_vae(size))
+    vae, adapter, lora = live(_vae(size)), live(_motion_adapter(size)), kohya_lora(unet.state_dict())
+    scribble, rgb = live(_sparse_control(size, simplified=False)), live(_sparse_control(size, simplified=True))
+    write_parts(weights, DemoParts(text_encoder, unet, vae, adapter, scribble, rgb, lora, old_vae=old_vae))
 
 
 def kohya_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,9 +175,8 @@ def _vae(size: DemoSize) -> AutoencoderKL:
     )
 
 
-def _write_old_vae(folder: Path, size: DemoSize) -> None:
-    """The base's own VAE, with its attention under the names that SD 1.5's file still has."""
-    vae = live(_vae(size))
+def _write_old_vae(folder: Path, vae: AutoencoderKL) -> None:
+    """With its attention under the names that SD 1.5's file still has."""
     vae.save_config(folder)
     new_to_old = {new: old for old, new in OLD_VAE_NAMES.items()}
     tensors = {}
@@ -159,43 +187,24 @@ def _write_old_vae(folder: Path, size: DemoSize) -> None:
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
 
 
-def _write_text_encoder(folder: Path) -> None:
-    vocabulary = len(_vocabulary())
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=_WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
+def _text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=TOKENS,
+            hidden_size=_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=TOKENS - 2,
+            eos_token_id=TOKENS - 1,
+            pad_token_id=TOKENS - 1,
+        )
     )
-    write_json(folder / "config.json", config.to_dict())
-    state = live(CLIPTextModel(config)).state_dict()
-    tensors = {f"text_model.{key}": value.contiguous() for key, value in state.items()}
+
+
+def _write_text_encoder(folder: Path, model: CLIPTextModel) -> None:
+    write_json(folder / "config.json", model.config.to_dict())
+    tensors = {f"text_model.{key}": value.contiguous() for key, value in model.state_dict().items()}
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as in SD 1.5's file
     save_file(tensors, folder / "model.safetensors")
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """CLIP's byte-level tokenizer without merges: one character, one token."""
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
-    write_json(folder / "vocab.json", {token: i for i, token in enumerate(_vocabulary())})
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
-
-
-def _vocabulary() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, the same marked as a word's end, and two special tokens: 514 entries."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    return [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]

@@ -1,11 +1,12 @@
 """Text and keyframes to tensors: CLIP for the prompts, pixels or VAE latents for the keyframes."""
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
 
-from engines.animatediff.checkpoint import clip_shape, load_text_encoder, load_tokenizer, load_vae, weights_of
+from engines.animatediff.checkpoint import clip_shape, load_known_words, load_text_encoder, load_tokenizer, load_vae, weights_of
 from engines.animatediff.config import AnimateDiffConfig
 from engines.animatediff.spec import AnimateDiffConditioning, AnimateDiffSpec, Keyframe, SparseControlInput
 from engines.checkpoints.weights import torch_dtype
@@ -29,6 +30,7 @@ class Preprocess:
         self.config = config
         self.shape = clip_shape(config)
         self.tokenizer = load_tokenizer(weights)
+        self.known_words = load_known_words(weights)
         self.text_encoder = load_text_encoder(weights, torch_dtype(config.dtype)).to(config.device)
         self.vae = load_vae(weights, torch_dtype(config.dtype)).to(config.device)
         del self.vae.decoder, self.vae.post_quant_conv  # only the decode stage needs them
@@ -48,6 +50,8 @@ class Preprocess:
         encoded = [self._text(prompt) for prompt in stoppable(prompts, should_stop)]
         text = torch.cat([embedding for embedding, _ in encoded])
         notes = [note for _, note in encoded if note]
+        if unknown := self._unknown(spec.prompt):
+            notes.append(f"this demo model does not know {unknown}; its words are {', '.join(self.known_words)}")
         control = self._control(spec, text, generator, should_stop, notes) if spec.keyframes else None
         return AnimateDiffConditioning(
             seed=spec.seed,
@@ -68,6 +72,11 @@ class Preprocess:
         note = f"prompt cut to its first {limit - 2} of {len(given) - 2} tokens" if len(given) > limit else ""
         ids = torch.tensor([kept + [pad] * (limit - len(kept))], device=self.config.device)
         return self.text_encoder(ids).last_hidden_state.float().cpu(), note
+
+    def _unknown(self, prompt: str) -> str:
+        """The words of a prompt that a demo model does not know; empty for other models."""
+        words = dict.fromkeys(re.findall(r"\w+", prompt.lower())) if self.known_words else ()
+        return ", ".join(word for word in words if word not in self.known_words)
 
     def _control(
         self, spec: AnimateDiffSpec, text: Tensor, generator: torch.Generator, should_stop: ShouldStop | None, notes: list[str]

@@ -24,7 +24,7 @@ from engines.animatediff.nets.sparse_control import SparseControl
 from engines.animatediff.nets.unet import MotionUNet
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.nets.unet import Control, SVDUNet, inject
-from engines.demo import SEED, live
+from engines.demo.checkpoint import SEED, live
 from engines.diffusion.vae import fuse
 
 _TINY_MOTION: dict[str, Any] = {

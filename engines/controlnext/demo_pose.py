@@ -95,35 +95,68 @@ REFERENCE = Puppet(
 """The puppet of `puppet_image`: it differs from the clip's, and is smaller in its frame."""
 
 
-def puppet_joints(puppet: Puppet, time: float, height: int, width: int) -> Floats:
-    """(17, 2): x and y in pixels of a frame of (height, width). time: in dances; a new dance begins at every whole number."""
-    unit = _unit(puppet, height, width)
+@dataclass(frozen=True)
+class Stance:
+    """Angles in radians. lean: of the spine. arms, legs: the upper and the lower part of the left and of the right one, from
+    straight down, outwards. shift: of the pelvis from the frame's middle, in heights of the puppet.
+    """
+
+    lean: float
+    arms: tuple[tuple[float, float], tuple[float, float]]
+    legs: tuple[tuple[float, float], tuple[float, float]]
+    shift: tuple[float, float]
+
+
+def dance(time: float) -> Stance:
+    """A stance of the dance. time: in dances; a new dance begins at every whole number."""
     beat = 2 * np.pi * time
-    lean, crouch = 0.1 * np.sin(beat), 0.15 * (1 - np.cos(2 * beat))  # radians
+    crouch = 0.15 * (1 - np.cos(2 * beat))
+    left, right = np.sin(beat), np.sin(beat + 2)  # the arms out of step
+    return Stance(
+        lean=0.1 * np.sin(beat),
+        arms=((1.1 + 0.6 * left, 1.6 + 1.2 * left), (1.1 + 0.6 * right, 1.6 + 1.2 * right)),
+        legs=((0.12 + crouch + 0.1 * left, 0.12 - crouch), (0.12 + crouch + 0.1 * right, 0.12 - crouch)),
+        shift=(0.04 * np.sin(beat), 0.06 + 0.15 * crouch),
+    )
+
+
+def joints_of(puppet: Puppet, stance: Stance, height: int, width: int) -> Floats:
+    """(17, 2): x and y in pixels of a frame of (height, width)."""
+    lean = stance.lean
     spine, across = np.array((np.sin(lean), -np.cos(lean))), np.array((np.cos(lean), np.sin(lean)))
     joints = np.zeros((JOINTS, 2))  # in units from the pelvis, then in pixels
     neck = puppet.torso * spine
     head = neck + (puppet.head + 0.03) * spine
     joints[NOSE] = head - 0.15 * puppet.head * spine
     for right, side in ((0, 1.0), (1, -1.0)):
-        swing = np.sin(beat + 2 * right)  # the arms out of step
+        (upper_arm, lower_arm), (upper_leg, lower_leg) = stance.arms[right], stance.legs[right]
         joints[L_EYE + right] = head + puppet.head * (0.42 * side * across + 0.42 * spine)
         joints[L_EAR + right] = head + puppet.head * 0.92 * side * across
         joints[L_SHOULDER + right] = neck + puppet.shoulders * side * across
-        joints[L_ELBOW + right] = joints[L_SHOULDER + right] + puppet.arm / 2 * _down(1.1 + 0.6 * swing, side)
-        joints[L_WRIST + right] = joints[L_ELBOW + right] + puppet.arm / 2 * _down(1.6 + 1.2 * swing, side)
+        joints[L_ELBOW + right] = joints[L_SHOULDER + right] + puppet.arm / 2 * _down(upper_arm, side)
+        joints[L_WRIST + right] = joints[L_ELBOW + right] + puppet.arm / 2 * _down(lower_arm, side)
         joints[L_HIP + right] = puppet.hips * side * across
-        joints[L_KNEE + right] = joints[L_HIP + right] + puppet.leg / 2 * _down(0.12 + crouch + 0.1 * swing, side)
-        joints[L_ANKLE + right] = joints[L_KNEE + right] + puppet.leg / 2 * _down(0.12 - crouch, side)
-    pelvis = np.array((width / 2, height / 2)) + unit * np.array((0.04 * np.sin(beat), 0.06 + 0.15 * crouch))
-    return pelvis + unit * joints
+        joints[L_KNEE + right] = joints[L_HIP + right] + puppet.leg / 2 * _down(upper_leg, side)
+        joints[L_ANKLE + right] = joints[L_KNEE + right] + puppet.leg / 2 * _down(lower_leg, side)
+    unit = _unit(puppet, height, width)
+    return np.array((width / 2, height / 2)) + unit * (np.array(stance.shift) + joints)
+
+
+def puppet_joints(puppet: Puppet, time: float, height: int, width: int) -> Floats:
+    """`joints_of` at a time of its dance."""
+    return joints_of(puppet, dance(time), height, width)
 
 
 def puppet_frame(puppet: Puppet, time: float, height: int, width: int) -> NDArray[np.uint8]:
-    """(height, width, 3), uint8, RGB: the puppet at a time of its dance, as in `puppet_joints`."""
+    """`picture_of` at a time of its dance."""
+    return picture_of(puppet, puppet_joints(puppet, time, height, width), height, width)
+
+
+def picture_of(puppet: Puppet, joints: Floats, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3), uint8, RGB: the puppet with its joints at these places, (17, 2) in pixels."""
     fine = 3  # drawn this many times finer, then averaged: smooth edges, and the same bytes everywhere
     unit = _unit(puppet, height, width) * fine
-    joints = (puppet_joints(puppet, time, height, width) + 0.5) * fine - 0.5
+    joints = (joints + 0.5) * fine - 0.5
     picture = np.full((height * fine, width * fine, 3), puppet.wall, np.uint8)
     picture[round(puppet.floor * height * fine) :] = puppet.ground
     thick = round(2 * puppet.limb * unit)

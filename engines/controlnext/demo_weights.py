@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from engines.controlnext.config import ControlNeXtWeights
 from engines.controlnext.demo_pose import write_demo_pose
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
-from engines.demo import live, write_json, write_once
+from engines.demo.checkpoint import live, write_json, write_once
 
 _WIDTH = 32  # of the image embedding
 _TIME_WIDTH = 32
@@ -57,18 +57,29 @@ def write_demo_weights(folder: Path, size: DemoSize = TINY) -> ControlNeXtWeight
 
 
 def _write_all(weights: ControlNeXtWeights, size: DemoSize) -> None:
+    write_parts(weights, live(_unet(size)), live(ControlNet(size.control)), size.control, live(_vae()), live(_image_encoder()))
+
+
+def write_parts(
+    weights: ControlNeXtWeights,
+    unet: UNetSpatioTemporalConditionModel,
+    control: ControlNet,
+    control_size: ControlNetSize,
+    vae: AutoencoderKLTemporalDecoder,
+    image_encoder: CLIPVisionModelWithProjection,
+) -> None:
+    """Write every part where `weights` says, in the published layouts, and the pose models made by hand."""
     base, net, pose = weights.base.folder, weights.unet.folder, weights.pose.folder
     assert base and net and pose and weights.unet.file and weights.control.file  # noqa: PT018  (for the type checker)
     write_json(base / "model_index.json", {"_class_name": "StableVideoDiffusionPipeline"})
     write_json(base / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    unet = live(_unet(size))
     unet.save_config(base / "unet")  # of the base's UNet only the config is read
-    live(_vae()).save_pretrained(base / "vae")
-    live(_image_encoder()).save_pretrained(base / "image_encoder")
+    vae.save_pretrained(base / "vae")
+    image_encoder.save_pretrained(base / "image_encoder")
     net.mkdir()
     _save(unet, net / weights.unet.file)
-    _save(live(ControlNet(size.control)), net / weights.control.file)
-    write_json(net / Path(weights.control.file).with_suffix(".json").name, asdict(size.control))
+    _save(control, net / weights.control.file)
+    write_json(net / Path(weights.control.file).with_suffix(".json").name, asdict(control_size))
     write_demo_pose(pose)
 
 

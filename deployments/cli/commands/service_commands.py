@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from deployments.cli.client import QueueClient
-from deployments.cli.shared import DEFAULT_CONFIG, Config, clear_errors, console, keep_video, output_of
+from deployments.cli.shared import DEFAULT_CONFIG, Config, clear_errors, console, keep_video, output_of, print_line
 from deployments.schemas.endpoint import ENDPOINTS
 from deployments.settings import load_settings
 
@@ -43,10 +43,12 @@ def gateway(
 
 
 def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Option(help="Overrides the YAML's.")] = None) -> None:
-    """Start the service, render one video per endpoint through the queue, and stop."""
+    """Start the service, render one video per endpoint through the queue with a sheet of its frames, and stop."""
     from deployments.hosting.demo_weights import demo_inputs
     from deployments.hosting.local_cluster import running
+    from engines.media.contact_sheet import write_contact_sheet
 
+    made: list[Path] = []
     folder = load_settings(config).home / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     with clear_errors(), ExitStack() as stack:
@@ -55,5 +57,10 @@ def demo(config: Config = DEFAULT_CONFIG, port: Annotated[int | None, typer.Opti
             client = stack.enter_context(QueueClient(url))
         for endpoint_id, job_input in demo_inputs().items():
             output = output_of(client, endpoint_id, client.submit(endpoint_id, job_input))
-            keep_video(client, output, folder / f"{ENDPOINTS[endpoint_id].model}.mp4")
-            console.print(f"{output['video']['url']} (while the service runs: make serve)")
+            video = folder / f"{ENDPOINTS[endpoint_id].model}.mp4"
+            keep_video(client, output, video)
+            write_contact_sheet(video, sheet := video.with_suffix(".png"))
+            made += [video, sheet]
+    console.print("The videos, and their frames side by side:")
+    for path in made:
+        print_line(path)

@@ -96,3 +96,9 @@ def to_pose(points: Floats, scores: Floats, height: int, width: int) -> Pose:
         face=points[:, _FACE],
         face_scores=scores[:, _FACE],
     )
+
+
+def to_openpose(joints: Floats) -> Floats:
+    """(17, 2) in COCO's order to OpenPose's (18, 2), with the neck midway between the shoulders."""
+    neck = joints[[_COCO_LEFT_SHOULDER, _COCO_RIGHT_SHOULDER]].mean(axis=0, keepdims=True)
+    return np.concatenate([joints, neck])[list(_TO_OPENPOSE)]

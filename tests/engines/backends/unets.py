@@ -11,7 +11,7 @@ from torch import nn
 
 from engines.animatediff.nets.unet import MotionUNet
 from engines.controlnext.nets.unet import SVDUNet
-from engines.demo import SEED, live
+from engines.demo.checkpoint import SEED, live
 
 
 def motion_unet(levels: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> MotionUNet:

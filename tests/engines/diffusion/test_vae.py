@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
 from engines.bench.nets import TINY_ANIMATEDIFF
-from engines.demo import live
+from engines.demo.checkpoint import live
 from engines.diffusion.vae import fuse
 from kernels.choice import forced
 

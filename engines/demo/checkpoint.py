@@ -33,6 +33,15 @@ def write_once(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def copy_once(source: Path, folder: Path) -> None:
+    """A copy of a checkpoint, completely or not at all, unless `folder` exists."""
+
+    def copy(draft: Path) -> None:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+
+    write_once(folder, copy)
+
+
 def live(module: Any) -> Any:
     """Fills parameters that start at zero with noise: else whole branches would give zero, and tests of them prove nothing."""
     for parameter in module.parameters():
