@@ -23,6 +23,8 @@ from tests.patience import PATIENCE_S
 
 READY_S = 300.0
 """A start takes half a minute of both cores, and minutes beside other work."""
+MODELS = ("animatediff", "controlnext")
+"""Families of the settings."""
 REELRAY = Path(sys.executable).with_name("reelray")
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3"}
 """Ray runs its workers at niceness 15, so beside tests that compile they would get a thirtieth of a core. Serve's
@@ -49,6 +51,11 @@ class Service:
     process: subprocess.Popen[bytes] | None = None
 
     @property
+    def settings(self) -> Settings:
+        """Its own, for what a test computes beside it: with another number of threads the bits may differ."""
+        return Settings.model_validate({"home": self.home, "queue": self.queue, **{model: {"threads": 1} for model in MODELS}})
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -61,7 +68,7 @@ class Service:
         (application,) = config["applications"]
         application["import_path"] = self.import_path
         application["args"] |= {"home": str(self.home), "fetch": {"allow_private": True}, "queue": self.queue} | self.added
-        for model in {"animatediff", "controlnext"}.difference(self.without):
+        for model in set(MODELS).difference(self.without):
             application["args"][model]["threads"] = 1  # six processes share the cores
         for model in self.without:
             application["args"][model] = None

@@ -16,7 +16,6 @@ from PIL import Image
 
 from deployments.cli.client import CallFailed, QueueClient
 from deployments.schemas.endpoint import ENDPOINTS
-from deployments.settings import Settings
 from engines.controlnext.demo_pose import puppet_image, write_puppet_clip
 from engines.media.video import encode_h264
 from engines.pipeline import Pipeline
@@ -127,7 +126,7 @@ def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Servic
     request_id = client.submit(ENDPOINT, asked)
     finished(client, request_id)
     mp4 = client.download(client.result(ENDPOINT, request_id)["video"]["url"])
-    pipeline = Pipeline("controlnext", Settings(home=service.home).model_configs()["controlnext"])
+    pipeline = Pipeline("controlnext", service.settings.model_configs()["controlnext"])
     files = {"image_url": folder / "image.png", "video_url": folder / "clip.mp4"}
     spec = ENDPOINTS[ENDPOINT].input.model_validate(asked).spec(files)
     assert pipeline.render(spec).mp4 == mp4

@@ -16,7 +16,6 @@ from PIL import Image
 
 from deployments.cli.client import CallFailed, QueueClient
 from deployments.hosting.demo_weights import demo_inputs
-from deployments.settings import Settings
 from engines.animatediff.spec import AnimateDiffSpec
 from engines.pipeline import Pipeline
 from tests.deployments.webhooks.receiver import answering, is_signed, receiving
@@ -140,7 +139,7 @@ def test_the_service_renders_the_bytes_that_the_pipeline_renders(service: Servic
     request_id = client.submit(ENDPOINT, {"prompt": "a red ball", "seed": 7})
     finished(client, request_id)
     mp4 = client.download(client.result(ENDPOINT, request_id)["video"]["url"])
-    pipeline = Pipeline("animatediff-sparsectrl-lcm", Settings(home=service.home).model_configs()["animatediff-sparsectrl-lcm"])
+    pipeline = Pipeline("animatediff-sparsectrl-lcm", service.settings.model_configs()["animatediff-sparsectrl-lcm"])
     assert pipeline.render(AnimateDiffSpec(7, 4, 1.0, "a red ball")).mp4 == mp4
 
 

@@ -14,7 +14,7 @@ from deployments.cli.client import QueueClient
 from deployments.files.file_store import FileStore
 from deployments.hosting.embedded_postgres import database_url
 from deployments.jobs.store import JobStore
-from deployments.settings import QueueSettings, Settings
+from deployments.settings import Settings
 from tests.deployments.dispatch.test_dispatcher import dispatching, ended
 from tests.deployments.dispatch.test_resume import mp4_of as stored_mp4
 from tests.e2e.endless import ENDLESS_SEED
@@ -169,7 +169,7 @@ Lines = list[dict[str, Any]]
 
 async def rendered_here(service: Service, job_id: UUID) -> tuple[Lines, Lines, bytes]:
     """A job of a stopped service, by a dispatcher in this process. Returns its log before, its whole log, and its video."""
-    settings = Settings(home=service.home, queue=QueueSettings(**QUEUE))
+    settings = service.settings
     store, files = await JobStore.open(await asyncio.to_thread(database_url, settings)), FileStore(settings.files_url)
     try:
         before = await log(store, job_id)
