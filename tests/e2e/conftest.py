@@ -27,10 +27,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="package")
-def service(demo_weights: Path, collector: Collector) -> Iterator[Service]:
+def service(collector: Collector) -> Iterator[Service]:
     """One service for all tests: a start takes half a minute. Not longer: Ray is never quite at rest."""
     with TemporaryDirectory(prefix="reelray-") as home, TemporaryDirectory(prefix="reelray-code-") as code:
-        Path(home, "weights").symlink_to(demo_weights)
         running = Service(
             Path(home),
             {"checkpoint_s": 0.2},

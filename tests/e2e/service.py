@@ -18,7 +18,6 @@ import psutil
 import yaml
 
 from deployments.settings import Settings
-from tests.conftest import write_random_weights
 from tests.patience import PATIENCE_S
 
 READY_S = 300.0
@@ -36,14 +35,13 @@ controller looks at its replicas ten times a second, for which it takes 6% of a 
 class Service:
     """`reelray serve` on demo weights. home: its database, files and weights, which outlive it.
 
-    without: models that are left out, for each of which three processes need not load torch. trained: the weights are the
-    package's; otherwise random ones, which are faster. added: blocks for the settings. root: the folder of the code that it runs.
+    without: models that are left out, for each of which three processes need not load torch. added: blocks for the settings.
+    root: the folder of the code that it runs.
     """
 
     home: Path
     queue: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
-    trained: bool = False
     added: dict[str, Any] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd)
     import_path: str = "deployments.app:build"
@@ -62,8 +60,6 @@ class Service:
     def start(self) -> None:
         """Returns once it is all there. It answers before that: the door needs no models."""
         self.port = self.port or free_port()
-        if not self.trained:
-            write_random_weights(Settings(home=self.home).demo_weights)
         config = yaml.safe_load(Path("serve_config.yaml").read_text())
         (application,) = config["applications"]
         application["import_path"] = self.import_path

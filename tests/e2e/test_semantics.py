@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deployments.cli.client import QueueClient
-from deployments.hosting.embedded_postgres import stop_embedded
-from deployments.settings import Settings
 from engines.controlnext.demo_pose import (
     DRIVER,
     FRAMES_PER_DANCE,
@@ -53,15 +51,10 @@ needs_controlnext = pytest.mark.skipif(not shipped("controlnext"), reason="the p
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[QueueClient]:
-    """Of a service on the trained weights."""
-    with TemporaryDirectory(prefix="reelray-") as home:
-        service = Service(Path(home), trained=True)
-        service.start()
-        with QueueClient(service.url) as client:
-            yield client
-        assert service.stop() == 0
-        stop_embedded(Settings(home=service.home))
+def client(service: Service) -> Iterator[QueueClient]:
+    """Of the service on the package's weights."""
+    with QueueClient(service.url) as client:
+        yield client
 
 
 def render(client: QueueClient, endpoint: str, inputs: Sequence[dict[str, Any]]) -> list[Frames]:
