@@ -10,6 +10,7 @@ SLOW_FILES = (
     *("test_resume.py", "test_main.py", "test_gateway.py", "test_flops.py", "test_bench.py"),
     *("test_parity.py", "test_denoise.py", "test_decode.py", "test_savings.py", "test_prepared.py", "test_side_by_side.py"),
     *("controlnext/test_preprocess.py", "test_vae.py", "test_demo_pose.py", "test_hostile.py", "test_schema.py", "test_model.py"),
+    "batch/test_command.py",
 )
 """Files that render, start services, build nets or make up cases for a long time, though they need neither Ray nor a compiler."""
 

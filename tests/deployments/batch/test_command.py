@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from deployments.batch.run_folder import RunFolder
@@ -50,6 +51,7 @@ def stamps(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "videos").glob("*.mp4")}
 
 
+@pytest.mark.timeout(400)
 def test_ray_data_streams_the_rows_and_a_row_at_fault_ends_alone(demo_weights: Path, tmp_path: Path):
     command = [str(REELRAY), "batch", *command_for(tmp_path, demo_weights, rows_of(3, 1)), "--contact-sheet"]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -62,6 +64,7 @@ def test_ray_data_streams_the_rows_and_a_row_at_fault_ends_alone(demo_weights: P
     assert [(row["id"], row["status"]) for row in results] == [("clip-0", "done"), ("clip-1", "refused"), ("clip-2", "done")]
 
 
+@pytest.mark.timeout(400)
 def test_a_run_that_is_killed_goes_on_and_does_no_row_twice(demo_weights: Path, tmp_path: Path):
     command = [sys.executable, "-c", WITHOUT_RAY, "batch", *command_for(tmp_path, demo_weights, rows_of(5, 1))]
     out, log = tmp_path / "out", tmp_path / "log"
