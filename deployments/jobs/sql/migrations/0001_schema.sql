@@ -39,10 +39,6 @@ CREATE TABLE jobs (
     retries json NOT NULL DEFAULT '{}',  -- condition -> how many more retries its caller allows; others follow `retry.py` alone
     store_io boolean NOT NULL DEFAULT true,  -- false: nothing that was sent or made is kept for longer than needed
     input_files text[] NOT NULL DEFAULT '{}',  -- what the input refers to in the file store; listed in stored_files
-    -- The trace that it belongs to: W3C Trace Context, version 00. It becomes a header of the webhook, so nothing else may stand here.
-    traceparent text CHECK (traceparent ~ '^00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]$'),
-    units double precision[] NOT NULL DEFAULT '{1,1,1}',  -- of work in preprocessing, denoising and decoding, as far as its input tells
-    parallel integer NOT NULL DEFAULT 1,  -- units of denoising that can run at the same time
     CHECK (state <> 'running' OR (token IS NOT NULL AND lease_until IS NOT NULL AND started_at IS NOT NULL)),
     CHECK ((state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
     CHECK ((state = 'succeeded') = (result IS NOT NULL)),
@@ -112,19 +108,6 @@ CREATE TABLE paused_endpoints (
     endpoint text PRIMARY KEY,
     paused_at timestamptz NOT NULL DEFAULT now()
 );
-
--- What the autoscaling knows of each stage, written by its policy every second: for operators, and for the policy's next start.
-CREATE TABLE stages (
-    endpoint text NOT NULL,
-    stage text NOT NULL,
-    unit_s double precision NOT NULL,  -- seconds a unit of its work takes
-    ready_s double precision NOT NULL,  -- seconds from asking for a replica until it is ready
-    backlog_s double precision NOT NULL,  -- of work that waits, over the replicas that there are
-    replicas integer NOT NULL,
-    target integer NOT NULL,
-    at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (endpoint, stage)
-) WITH (fillfactor = 50);
 
 -- Files to be deleted one day. A row is written before its file is, so that a file expires even if its job never ends, or its
 -- upload never does.
