@@ -183,7 +183,11 @@ def nothing(out: str) -> None:
 def cluster(place: Place, rows: int, report: Report) -> None:
     """A head of its own with a dashboard on a free port."""
     out, port = place.folder / "out-cluster", free_port()
-    environment = os.environ | {"PATH": f"{REELRAY.parent}:{os.environ['PATH']}", "RAY_TMPDIR": str(place.folder / "ray")}
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "PATH": f"{REELRAY.parent}:{os.environ['PATH']}",
+        "RAY_TMPDIR": str(place.folder / "ray"),
+    }
     ray = [str(REELRAY.with_name("ray"))]
     start = ["start", "--head", "--port=0", "--include-dashboard=true", f"--dashboard-port={port}", "--disable-usage-stats"]
     subprocess.run([*ray, *start, f"--dashboard-agent-listen-port={free_port()}"], check=True, env=environment)
