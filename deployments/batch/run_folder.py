@@ -81,9 +81,9 @@ class Run:
         return Settings.model_validate(self.settings)
 
 
-def settings_for(endpoint: Endpoint, settings: Settings) -> dict[str, Any]:
-    """What a run needs of a service's settings, without its secrets."""
-    return settings.model_dump(mode="json", include={endpoint.family, "fetch", "queue"})
+def settings_for(endpoint: Endpoint, settings: Settings, *, here: bool) -> dict[str, Any]:
+    """What a run needs of a service's settings, without its secrets. here: it stays on this machine, and so has its `home`."""
+    return settings.model_dump(mode="json", include={endpoint.family, "fetch", "queue"} | ({"home"} if here else set()))
 
 
 class RunFolder:

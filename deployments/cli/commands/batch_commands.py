@@ -52,7 +52,7 @@ def submit(
             described.id,
             rows=0,
             digest="",
-            settings=settings_for(described, settings),
+            settings=settings_for(described, settings, here=address is None and folder.is_local),
             pools=_pools(concurrency, on_gpu=settings.model_configs()[described.model].on_gpu),
             service=through_service,
             concurrency=concurrency,

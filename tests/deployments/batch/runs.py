@@ -25,5 +25,5 @@ def manifest_of(path: Path, rows: list[dict[str, Any]]) -> str:
 def prepared(folder: RunFolder, manifest: str, settings: Settings, run: dict[str, Any] | None = None, **options: Any) -> Prepared:
     """A run of the small endpoint, ready to be worked off."""
     pools = {stage: Pool(1, 1, 0.0) for stage in ("preprocess", "denoise", "decode")}
-    made = Run(CLIP.id, 0, "", settings_for(CLIP, settings), pools, **(run or {}))
+    made = Run(CLIP.id, 0, "", settings_for(CLIP, settings, here=True), pools, **(run or {}))
     return prepare(folder, Manifest(manifest, CLIP, Variation()), made, **options)

@@ -31,8 +31,6 @@ def folder(demo_settings: Settings, tmp_path_factory: pytest.TempPathFactory) ->
     made = RunFolder(str(place / "out"))
     manifest = manifest_of(place / "rows.jsonl", [*rows, {"id": "last", "prompt": "a cube", **SMALL}])
     prepared(made, manifest, demo_settings, {"contact_sheet": True})
-    run = made.run()
-    made.write_run(type(run)(**{**run.__dict__, "settings": run.settings | {"home": str(demo_settings.home)}}))
     return made
 
 
