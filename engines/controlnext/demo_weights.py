@@ -57,7 +57,9 @@ def write_demo_weights(folder: Path, size: DemoSize = TINY) -> ControlNeXtWeight
 
 
 def _write_all(weights: ControlNeXtWeights, size: DemoSize) -> None:
-    write_parts(weights, live(_unet(size)), live(ControlNet(size.control)), size.control, live(_vae()), live(_image_encoder()))
+    write_parts(
+        weights, live(_unet(size)), live(ControlNet(size.control)), size.control, live(_vae()), live(image_encoder(_WIDTH))
+    )
 
 
 def write_parts(
@@ -111,7 +113,8 @@ def _vae() -> AutoencoderKLTemporalDecoder:
     )
 
 
-def _image_encoder() -> CLIPVisionModelWithProjection:
+def image_encoder(width: int) -> CLIPVisionModelWithProjection:
+    """A tiny one with random weights. width: of its embeddings."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=32,
@@ -120,6 +123,6 @@ def _image_encoder() -> CLIPVisionModelWithProjection:
             num_attention_heads=4,
             image_size=224,
             patch_size=56,
-            projection_dim=_WIDTH,
+            projection_dim=width,
         )
     )

@@ -3,8 +3,9 @@
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
+from engines.controlnext.demo_weights import image_encoder
 from engines.controlnext.nets.control_net import ControlNet, ControlNetSize
 from engines.controlnext.nets.unet import Control, inject
 from engines.demo.controlnext.autoencoder import CHANNELS, SCALE
@@ -48,17 +49,7 @@ def new_unet() -> UNetSpatioTemporalConditionModel:
 
 def new_image_encoder() -> CLIPVisionModelWithProjection:
     """Stays random: colours come through the reference's latents."""
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=224,
-            patch_size=56,
-            projection_dim=EMBEDDING,
-        )
-    )
+    return image_encoder(EMBEDDING)
 
 
 class PuppetNets(nn.Module):
